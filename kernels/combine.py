@@ -1,0 +1,252 @@
+"""Fused CPU loops over one chunk of one tensor: weighted sums, masked deltas, sign election, norms.
+
+n elements of the chunk, E inputs (row 0 is the base where there is one), K = E - 1 experts, B block length.
+Everything a block needs fits the second-level cache, so a chunk is read and written once.
+The plain definitions are ``mixmerge.methods``; sums run in the recipe's order, in float32.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from mixmerge.kernels.cast import decode, encode
+
+U8, U32, F32, F64 = np.uint8, np.uint32, np.float32, np.float64
+
+# Elements per block; scratch arrays are (rows, BLOCK).
+BLOCK = 4096
+# Partial sums are kept in this many lanes, so that they vectorise and still add in one fixed order.
+LANES = 64
+
+KEEP_ALL, KEEP_CUT, KEEP_BITS = 0, 1, 2
+
+
+@njit(nogil=True, cache=True)
+def _assign(target, factor, values):
+    for i in range(target.size):
+        target[i] = factor * values[i]
+
+
+@njit(nogil=True, cache=True)
+def _add(target, factor, values):
+    for i in range(target.size):
+        target[i] += factor * values[i]
+
+
+@njit(nogil=True, cache=True)
+def _add_plain(target, values):
+    for i in range(target.size):
+        target[i] += values[i]
+
+
+@njit(nogil=True, cache=True)
+def _subtract(target, values):
+    for i in range(target.size):
+        target[i] -= values[i]
+
+
+@njit(nogil=True, cache=True)
+def _scale(target, factor):
+    for i in range(target.size):
+        target[i] *= factor
+
+
+@njit(nogil=True, cache=True)
+def _zero(target):
+    for i in range(target.size):
+        target[i] = F32(0)
+
+
+@njit(nogil=True, cache=True)
+def linear_chunk(raw, codes, n, factors, out, out_code, scratch, seen):
+    """out = sum of factors[e] * input e. ``raw`` (E, bytes), ``scratch`` (2, B), ``seen`` (E + 1) uint32:
+    the largest magnitude's bits of every input and of the output."""
+    for s in range(0, n, BLOCK):
+        m = min(BLOCK, n - s)
+        total, values = scratch[0][:m], scratch[1][:m]
+        for e in range(codes.size):
+            seen[e] = max(seen[e], decode(codes[e], raw[e], s, values))
+            if e == 0:
+                _assign(total, factors[0], values)
+            else:
+                _add(total, factors[e], values)
+        seen[codes.size] = max(seen[codes.size], encode(out_code, total, out, s))
+
+
+@njit(nogil=True, cache=True)
+def delta_block(raw, codes, direct, e, s, base, delta):
+    """The delta of expert ``e`` (a row of ``raw``) for one block; ``direct`` rows already hold deltas.
+    Returns the largest magnitude's bits of what was read."""
+    top = decode(codes[e], raw[e], s, delta)
+    if not direct[e]:
+        _subtract(delta, base)
+    return top
+
+
+@njit(nogil=True, cache=True)
+def keep_cut(delta, first, cut):
+    """Zero what lies outside a band of the order (|delta|, -index).
+
+    ``cut`` is (low bits, low index, high bits, high index): kept is what is at least (low bits, low index)
+    and below (high bits, high index). ``first`` is the index of ``delta[0]`` in the tensor.
+    """
+    bits = delta.view(np.uint32)
+    last = first + delta.size - 1
+    low_bits, low_index, high_bits, high_index = cut[0], cut[1], cut[2], cut[3]
+    if first <= low_index < last or first <= high_index < last:
+        for i in range(delta.size):
+            b = np.int64(bits[i] & U32(0x7FFFFFFF))
+            above_low = b > low_bits or (b == low_bits and first + i <= low_index)
+            above_high = b > high_bits or (b == high_bits and first + i <= high_index)
+            if above_high or not above_low:
+                delta[i] = F32(0)
+        return
+    # All entries of the block are on one side of the ties' index limits: plain thresholds do.
+    low = U32(low_bits if last <= low_index else min(low_bits + 1, 0xFFFFFFFF))
+    high = U32(high_bits if last <= high_index else min(high_bits + 1, 0xFFFFFFFF))
+    for i in range(delta.size):
+        b = bits[i] & U32(0x7FFFFFFF)
+        delta[i] = delta[i] if (b >= low) & (b < high) else F32(0)
+
+
+@njit(nogil=True, cache=True)
+def keep_bits(delta, mask, s):
+    """Zero what has no bit in ``mask``; ``s`` is a multiple of 8."""
+    full = delta.size // 8
+    for j in range(full):
+        byte = mask[s // 8 + j]
+        part = delta[8 * j : 8 * j + 8]
+        for i in range(8):
+            part[i] = part[i] if (byte >> U8(i)) & U8(1) else F32(0)
+    for i in range(8 * full, delta.size):
+        if not (mask[(s + i) // 8] >> U8(i & 7)) & U8(1):
+            delta[i] = F32(0)
+
+
+@njit(nogil=True, cache=True)
+def _elect(deltas, experts, weights, normalize, total, agreed):
+    """Sum of the weighted deltas that agree in sign with their sum; over their weights if ``normalize``."""
+    m = total.size
+    _zero(total)
+    _zero(agreed)
+    for k in range(experts):
+        _add_plain(total, deltas[k + 1][:m])
+    sign = deltas[experts + 1][:m]
+    for i in range(m):
+        sign[i] = F32(1) if total[i] >= F32(0) else F32(-1)
+    _zero(total)
+    for k in range(experts):
+        delta, weight = deltas[k + 1][:m], weights[k]
+        for i in range(m):
+            agrees = delta[i] * sign[i] > F32(0)
+            total[i] += delta[i] if agrees else F32(0)
+            agreed[i] += weight if agrees else F32(0)
+    if normalize:
+        for i in range(m):
+            total[i] /= agreed[i] if agreed[i] != F32(0) else F32(1)
+
+
+@njit(nogil=True, cache=True)
+def combine_chunk(
+    raw, codes, direct, n, first, weights, factors, keep, cuts, masks, elect, normalize, divisor, scale,
+    out, out_code, scratch, seen,
+):  # fmt: skip
+    """out = base + scale * consensus of weights[k] * factors[k] * kept delta k.
+
+    ``first`` is the chunk's first index in the tensor, ``keep`` (K) one of KEEP_*, ``cuts`` (K, 4),
+    ``masks`` (K, bytes), ``scratch`` (E + 3, B), ``seen`` (E + 1) as in ``linear_chunk``.
+    """
+    experts = codes.size - 1
+    for s in range(0, n, BLOCK):
+        m = min(BLOCK, n - s)
+        base = scratch[0][:m]
+        seen[0] = max(seen[0], decode(codes[0], raw[0], s, base))
+        for k in range(experts):
+            delta = scratch[k + 1][:m]
+            top = delta_block(raw, codes, direct, k + 1, s, base, delta)
+            seen[k + 1] = max(seen[k + 1], top)
+            if keep[k] == KEEP_CUT:
+                keep_cut(delta, first + s, cuts[k])
+            elif keep[k] == KEEP_BITS:
+                keep_bits(delta, masks[k], s)
+            if factors[k] != F32(1):
+                _scale(delta, factors[k])
+            _scale(delta, weights[k])
+        total = scratch[experts + 2][:m]
+        if elect:
+            _elect(scratch, experts, weights, normalize, total, scratch[experts + 3][:m])
+        else:
+            _assign(total, F32(1), scratch[1][:m])
+            for k in range(1, experts):
+                _add_plain(total, scratch[k + 1][:m])
+            if normalize:
+                for i in range(m):
+                    total[i] /= divisor
+        for i in range(m):
+            total[i] = base[i] + scale * total[i]
+        seen[experts + 1] = max(seen[experts + 1], encode(out_code, total, out, s))
+
+
+@njit(nogil=True, cache=True)
+def _sum_lanes(lanes):
+    total = F64(0)
+    for i in range(lanes.size):
+        total += lanes[i]
+    return total
+
+
+@njit(nogil=True, cache=True)
+def _add_magnitudes(values, lanes):
+    whole = values.size // LANES * LANES
+    for s in range(0, whole, LANES):
+        part = values[s : s + LANES]
+        for i in range(LANES):
+            lanes[i] += F64(abs(part[i]))
+    for i in range(whole, values.size):
+        lanes[i - whole] += F64(abs(values[i]))
+
+
+@njit(nogil=True, cache=True)
+def magnitudes_chunk(raw, codes, direct, n, first, expert, keep, cut, mask, scratch):
+    """L1 norm of one expert's delta and of what is kept of it. ``scratch`` (2, B)."""
+    every, kept = np.zeros(LANES), np.zeros(LANES)
+    for s in range(0, n, BLOCK):
+        m = min(BLOCK, n - s)
+        base, delta = scratch[0][:m], scratch[1][:m]
+        if not direct[expert]:
+            decode(codes[0], raw[0], s, base)
+        delta_block(raw, codes, direct, expert, s, base, delta)
+        _add_magnitudes(delta, every)
+        if keep == KEEP_CUT:
+            keep_cut(delta, first + s, cut)
+        elif keep == KEEP_BITS:
+            keep_bits(delta, mask, s)
+        _add_magnitudes(delta, kept)
+    return _sum_lanes(every), _sum_lanes(kept)
+
+
+@njit(nogil=True, cache=True)
+def _add_products(a, b, lanes):
+    whole = a.size // LANES * LANES
+    for s in range(0, whole, LANES):
+        left, right = a[s : s + LANES], b[s : s + LANES]
+        for i in range(LANES):
+            lanes[i] += F64(left[i]) * F64(right[i])
+    for i in range(whole, a.size):
+        lanes[i - whole] += F64(a[i]) * F64(b[i])
+
+
+@njit(nogil=True, cache=True)
+def products_chunk(raw, codes, n, scratch):
+    """<a, a>, <b, b> and <a, b> of two inputs in float64. ``scratch`` (2, B)."""
+    aa, bb, ab = np.zeros(LANES), np.zeros(LANES), np.zeros(LANES)
+    for s in range(0, n, BLOCK):
+        m = min(BLOCK, n - s)
+        a, b = scratch[0][:m], scratch[1][:m]
+        decode(codes[0], raw[0], s, a)
+        decode(codes[1], raw[1], s, b)
+        _add_products(a, a, aa)
+        _add_products(b, b, bb)
+        _add_products(a, b, ab)
+    return _sum_lanes(aa), _sum_lanes(bb), _sum_lanes(ab)

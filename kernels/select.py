@@ -1,0 +1,119 @@
+"""Exact k-th magnitudes without a sort: a bracket guessed from a sample and one counting pass, else histograms.
+
+The order of entries is (|delta|, -index): of equal magnitudes the lower index is the larger, so "the k largest"
+names exactly k entries. Bits are those of |delta| as float32, which order like the magnitudes.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from mixmerge.kernels.cast import decode
+from mixmerge.kernels.combine import BLOCK, delta_block
+
+U32, I64 = np.uint32, np.int64
+_ABS = U32(0x7FFFFFFF)
+
+# A magnitude's 31 bits are counted in two steps: the high 16, then the low 15 under one high value.
+HIGH_BINS, LOW_BINS, LOW_SHIFT = 1 << 16, 1 << 15, 15
+
+
+@njit(nogil=True, cache=True)
+def _count_above(bits, high):
+    above = np.int32(0)
+    for i in range(bits.size):
+        above += np.int32((bits[i] & _ABS) > high)
+    return above
+
+
+@njit(nogil=True, cache=True)
+def _between(bits, low, high, places):
+    # Always writing and sometimes advancing has no branch to mispredict.
+    found = 0
+    for i in range(bits.size):
+        b = bits[i] & _ABS
+        places[found] = i
+        found += np.int64((b >= low) & (b <= high))
+    return found
+
+
+@njit(nogil=True, cache=True)
+def collect_chunk(raw, codes, direct, n, first, expert, low, high, found_bits, found_index, scratch, places):
+    """Count the magnitudes above ``high`` and collect those in [low, high] with their indices.
+
+    Returns (above, found); when ``found`` exceeds the room, only the count is right. ``scratch`` (2, B),
+    ``places`` (B + 1) int32.
+    """
+    above, found, room = 0, 0, found_bits.size
+    for s in range(0, n, BLOCK):
+        m = min(BLOCK, n - s)
+        base, delta = scratch[0][:m], scratch[1][:m]
+        if not direct[expert]:
+            decode(codes[0], raw[0], s, base)
+        delta_block(raw, codes, direct, expert, s, base, delta)
+        bits = delta.view(np.uint32)
+        above += _count_above(bits, high)
+        more = _between(bits, low, high, places)
+        if found + more <= room:
+            for j in range(more):
+                found_bits[found + j] = bits[places[j]] & _ABS
+                found_index[found + j] = first + s + places[j]
+        found += more
+    return above, found
+
+
+@njit(nogil=True, cache=True)
+def _count_high(bits, bins):
+    for i in range(bits.size):
+        bins[(bits[i] & _ABS) >> U32(LOW_SHIFT)] += 1
+
+
+@njit(nogil=True, cache=True)
+def _count_low(bits, prefix, bins):
+    for i in range(bits.size):
+        b = bits[i] & _ABS
+        if b >> U32(LOW_SHIFT) == prefix:
+            bins[b & U32(LOW_BINS - 1)] += 1
+
+
+@njit(nogil=True, cache=True)
+def histogram_chunk(raw, codes, direct, n, expert, prefix, bins, scratch):
+    """Add one expert's magnitudes to ``bins`` (int64): by their high bits when ``prefix`` is negative, else
+    by their low bits where the high ones equal it. ``scratch`` (2, B)."""
+    for s in range(0, n, BLOCK):
+        m = min(BLOCK, n - s)
+        base, delta = scratch[0][:m], scratch[1][:m]
+        if not direct[expert]:
+            decode(codes[0], raw[0], s, base)
+        delta_block(raw, codes, direct, expert, s, base, delta)
+        if prefix < 0:
+            _count_high(delta.view(np.uint32), bins)
+        else:
+            _count_low(delta.view(np.uint32), U32(prefix), bins)
+
+
+@njit(nogil=True, cache=True)
+def ties_chunk(raw, codes, direct, n, expert, value, wanted, scratch):
+    """Count the magnitudes whose bits equal ``value``; returns (count, offset of the ``wanted``-th or -1)."""
+    count, where = 0, -1
+    for s in range(0, n, BLOCK):
+        m = min(BLOCK, n - s)
+        base, delta = scratch[0][:m], scratch[1][:m]
+        if not direct[expert]:
+            decode(codes[0], raw[0], s, base)
+        delta_block(raw, codes, direct, expert, s, base, delta)
+        bits = delta.view(np.uint32)
+        for i in range(m):
+            if (bits[i] & _ABS) == U32(value):
+                count += 1
+                if count == wanted:
+                    where = s + i
+    return count, where
+
+
+def locate(bins: np.ndarray, k: int) -> tuple[int, int]:
+    """The bin that holds the k-th largest of a histogram, and how many are in the bins above it."""
+    from_top = np.cumsum(bins[::-1])
+    position = int(np.searchsorted(from_top, k))
+    return len(bins) - 1 - position, int(from_top[position - 1]) if position else 0

@@ -1,0 +1,30 @@
+"""Compose fine-tuned LLMs: merge weights, route queries, let experts interact, answer big batches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__version__ = "0.1.0"
+
+# Public name -> where it lives. Loaded on first use, so that importing mixmerge costs nothing.
+_PUBLIC = {
+    "merge": "mixmerge.engine.merge:merge",
+    "plan": "mixmerge.plan:make_plan",
+    "merge_state_dicts": "mixmerge.methods.memory:merge_state_dicts",
+    "inspect": "mixmerge.inspect:inspect_models",
+    "MixmergeError": "mixmerge.errors:MixmergeError",
+}
+
+__all__ = ["MixmergeError", "__version__", "inspect", "merge", "merge_state_dicts", "plan"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'mixmerge' has no attribute {name!r}")
+    from mixmerge.registry import load
+
+    return load(_PUBLIC[name])
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,5 @@
+"""``python -m mixmerge``."""
+
+from mixmerge.cli import main
+
+main()

@@ -1,0 +1,5 @@
+"""``python -m mixmerge.cli``."""
+
+from mixmerge.cli import main
+
+main()

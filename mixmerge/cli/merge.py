@@ -1,0 +1,81 @@
+"""``mixmerge merge``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mixmerge.cli.plan import print_plan
+from mixmerge.cli.show import byte_progress, emit_json, size, warn
+
+
+def merge(
+    recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.", show_default=False)],
+    out: Annotated[Path, typer.Argument(help="The folder to make.", show_default=False)],
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace OUT if it is a model folder.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+    engine: Annotated[
+        str, typer.Option(help="mixmerge, or mergekit to run the installed mergekit.")
+    ] = "mixmerge",
+    device: Annotated[str, typer.Option(help="cpu, or a torch device such as cuda.")] = "cpu",
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Default: all cores.", show_default=False)
+    ] = None,
+    kernels: Annotated[bool, typer.Option(help="Use the fused CPU kernels.")] = True,
+    verify: Annotated[bool, typer.Option("--verify", help="Hash every byte of the inputs.")] = False,
+    allow_tokenizer_mismatch: Annotated[
+        bool, typer.Option("--allow-tokenizer-mismatch", help="Merge rows by id whatever the tokenizers say.")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no warnings.")] = False,
+) -> None:
+    """Merge models by a recipe into one model folder. A killed merge goes on when run again."""
+    if dry_run:
+        print_plan(recipe, json=json, quiet=quiet, allow_tokenizer_mismatch=allow_tokenizer_mismatch)
+        return
+    from mixmerge.engine.oracle import merge_by_mergekit
+    from mixmerge.errors import Fault, MethodError
+
+    if engine not in ("mixmerge", "mergekit"):
+        raise MethodError(Fault("--engine", f"is {engine!r}", "mixmerge and mergekit are known"))
+    if engine == "mergekit":
+        merge_by_mergekit(recipe, out, overwrite=overwrite)
+        print(out)
+        return
+    from mixmerge.engine.merge import run
+    from mixmerge.plan import make_plan
+
+    plan = make_plan(recipe, allow_tokenizer_mismatch=allow_tokenizer_mismatch)
+    if not quiet:
+        warn(plan.warnings)
+    with byte_progress("merging", quiet=quiet) as progress:
+        merged = run(
+            plan,
+            out,
+            overwrite=overwrite,
+            device=device,
+            kernels=kernels,
+            threads=threads,
+            verify_inputs=verify,
+            progress=progress,
+        )
+    if json:
+        emit_json(
+            {
+                "path": str(out),
+                "plan": plan.hash,
+                "seconds": merged.seconds,
+                "bytes_read": plan.bytes_read,
+                "bytes_written": plan.bytes_written,
+                "tensors": len(plan.tasks),
+                "resumed": merged.resumed,
+                "warnings": list(plan.warnings),
+            }
+        )
+        return
+    resumed = f", {merged.resumed} of them by an earlier run" if merged.resumed else ""
+    print(f"{out}: {len(plan.tasks)} tensors{resumed}, {size(plan.bytes_written)} in {merged.seconds:.1f} s")

@@ -1,0 +1,1 @@
+"""Carries plans out: streams tensors through the methods into a checkpoint folder."""

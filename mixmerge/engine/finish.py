@@ -1,0 +1,149 @@
+"""Everything in the output folder that is not a tensor, and the check that the folder holds what was planned."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mixmerge import __version__
+from mixmerge.checkpoint.header import read_header
+from mixmerge.checkpoint.identity import digest, fingerprint
+from mixmerge.checkpoint.reader import read_json
+from mixmerge.engine.output import Output
+from mixmerge.errors import Fault, OutputError
+from mixmerge.plan import Plan
+from mixmerge.plan.layout import index_json
+from mixmerge.recipe import canonical
+
+RECIPE, MANIFEST, CARD = "mixmerge_recipe.yaml", "mixmerge_manifest.json", "README.md"
+
+# What a tokenizer or a processor may consist of. The weights' donor gives all of it.
+_COPIED = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
+    "chat_template.jinja", "chat_template.json", "generation_config.json", "preprocessor_config.json",
+    "processor_config.json", "video_preprocessor_config.json",
+)  # fmt: skip
+_VERSIONED = ("numpy", "numba", "safetensors")
+
+
+def add_files(output: Output, plan: Plan, fingerprints: Mapping[str, Any]) -> None:
+    """Config, tokenizer, generation config, index, recipe, manifest and model card."""
+    donor = plan.models[plan.donor].path
+    output.add("config.json", json.dumps(plan.config, indent=2, ensure_ascii=False) + "\n")
+    names = [name for name in _COPIED if (donor / name).is_file()]
+    if "auto_map" in plan.config:
+        names += sorted(path.name for path in donor.glob("*.py"))
+    for name in names:
+        try:
+            shutil.copyfile(donor / name, output.partial / name)
+        except OSError as error:
+            raise OutputError(
+                Fault(str(output.partial / name), f"cannot be written: {error.strerror}")
+            ) from error
+    if len(plan.shards) > 1:
+        targets = [task.target for task in plan.tasks]
+        output.add("model.safetensors.index.json", index_json(targets, list(plan.shards)))
+    output.add(RECIPE, plan.text)
+    output.add(MANIFEST, json.dumps(manifest(plan, fingerprints), indent=2, ensure_ascii=False) + "\n")
+    output.add(CARD, card(plan))
+
+
+def manifest(plan: Plan, fingerprints: Mapping[str, Any]) -> dict[str, Any]:
+    """What the output was made of: the same for every run of the same recipe on the same inputs."""
+    versions = {name: importlib.metadata.version(name) for name in _VERSIONED}
+    return {
+        "mixmerge": __version__,
+        "versions": {"python": platform.python_version(), **versions},
+        "plan": plan.hash,
+        "method": plan.method.name,
+        "seed": plan.recipe.seed,
+        "recipe": canonical(plan.recipe),
+        "inputs": [{"model": str(model.ref), **fingerprints[str(model.ref)]} for model in plan.models],
+        "dropped": [
+            {"model": str(plan.models[drop.model].ref), "tensor": drop.name, "reason": drop.reason}
+            for drop in plan.dropped
+        ],
+        "warnings": list(plan.warnings),
+    }
+
+
+def card(plan: Plan) -> str:
+    """A model card: where the model is from, in the hub's front matter and in words."""
+    bases = "\n".join(f"- {json.dumps(str(model.ref))}" for model in plan.models)
+    listed = "\n".join(f"- `{model.ref}`" for model in plan.models)
+    recipe = plan.text if plan.text.endswith("\n") else plan.text + "\n"
+    return f"""---
+base_model:
+{bases}
+library_name: transformers
+tags:
+- mixmerge
+- merge
+---
+# Merged model
+
+Made by [mixmerge](https://pypi.org/project/mixmerge/) {__version__} with **{plan.method.name}**:
+{plan.method.summary} ({plan.method.paper}).
+
+## Inputs
+
+{listed}
+
+Config and tokenizer are those of `{plan.models[plan.donor].ref}`. Fingerprints of the inputs are in
+`{MANIFEST}`.
+
+## Recipe
+
+```yaml
+{recipe}```
+"""
+
+
+def input_fingerprints(plan: Plan, *, every_byte: bool) -> dict[str, dict[str, str]]:
+    """Fingerprints of all inputs by reference; with ``every_byte``, also a hash of everything."""
+    found: dict[str, dict[str, str]] = {}
+    for model in plan.models:
+        entry = {"fingerprint": fingerprint(model.path, model.tensors.values())}
+        if model.adapter is not None:
+            headers = {header.name: header for delta in model.deltas.values() for header in delta.headers}
+            entry["adapter_fingerprint"] = fingerprint(
+                model.adapter, headers.values(), config="adapter_config.json"
+            )
+        if every_byte:
+            entry["sha256"] = digest(model.files)
+        found[str(model.ref)] = entry
+    return found
+
+
+def verify(folder: Path, plan: Plan) -> None:
+    """Check a written folder against its plan: files, names, shapes, dtypes, config.
+
+    Raises:
+        OutputError: something is not as planned; the folder is not given its name.
+    """
+    wanted = {task.target.name: task.target for task in plan.tasks}
+    written = {}
+    for shard in plan.shards:
+        written.update(read_header(folder / shard.file))
+    wrong = sorted(wanted.keys() ^ written.keys()) + [
+        name
+        for name, target in wanted.items()
+        if name in written
+        and (written[name].shape, written[name].dtype, written[name].offset)
+        != (target.shape, target.dtype, target.offset)
+    ]
+    config = read_json(folder / "config.json")
+    if config != json.loads(json.dumps(plan.config)):
+        wrong.append("config.json")
+    if wrong:
+        raise OutputError(
+            Fault(
+                str(folder), f"not what was planned: {', '.join(wrong[:5])}", run="Run the same command again"
+            )
+        )

@@ -1,0 +1,215 @@
+"""Recipe in, model folder out."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mixmerge import __version__
+from mixmerge.checkpoint.identity import canonical_hash
+from mixmerge.engine.copying import copy
+from mixmerge.engine.finish import add_files, input_fingerprints, verify
+from mixmerge.engine.kernels import Context
+from mixmerge.engine.output import Output
+from mixmerge.engine.schedule import Job, Schedule
+from mixmerge.engine.worker import Adapters, Files, Worker, chunk_length, opened
+from mixmerge.errors import DependencyError, Fault, MethodError
+from mixmerge.kernels.cast import WIDTHS
+from mixmerge.plan import Plan, Task, make_plan
+from mixmerge.plan.model import Model
+from mixmerge.plan.report import CHUNK
+from mixmerge.recipe import Recipe
+from mixmerge.registry import find
+
+# Beyond this many threads the memory bus, not the cores, is what a merge waits for.
+_MOST_THREADS = 16
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What a merge did.
+
+    Args:
+        path: the model folder.
+        plan: what was done.
+        seconds: from plan to renamed folder.
+        resumed: output tensors an earlier, killed run had finished.
+    """
+
+    path: Path
+    plan: Plan
+    seconds: float
+    resumed: int
+
+
+def default_threads() -> int:
+    """Cores this process may use, within reason."""
+    return min(_MOST_THREADS, len(os.sched_getaffinity(0)))
+
+
+def merge(
+    recipe: str | Path | Mapping[str, Any] | Recipe,
+    out: str | Path,
+    *,
+    overwrite: bool = False,
+    device: str = "cpu",
+    kernels: bool = True,
+    threads: int | None = None,
+    allow_tokenizer_mismatch: bool = False,
+    verify_inputs: bool = False,
+    progress: Progress | None = None,
+) -> Merged:
+    """Merge models into a folder that ``from_pretrained`` loads.
+
+    Args:
+        recipe: path of a YAML recipe, or the recipe as a mapping.
+        out: the folder to make. It appears under this name only when it is whole; a killed merge is gone on
+            with by calling again.
+        overwrite: replace ``out`` if it is a model folder.
+        device: ``cpu``, or a torch device such as ``cuda`` (same results to rounding).
+        kernels: use the fused CPU kernels; False takes the plain torch definitions.
+        threads: 1 or more; by default the cores this process may use, 16 at most. No result depends on it.
+        allow_tokenizer_mismatch: merge rows by id even where tokenizers give an id to different tokens.
+        verify_inputs: hash every byte of the inputs into the manifest, not a sample of every tensor.
+        progress: called with (bytes written, bytes in all) after every tensor.
+
+    Raises:
+        RecipeError: anything wrong with recipe or inputs, all at once, before any weight is read.
+        CheckpointError: an input turned out damaged, or holds NaN or Inf.
+        OutputError: the output exists, is being written by another merge, or the disk refused.
+    """
+    plan = make_plan(recipe, allow_tokenizer_mismatch=allow_tokenizer_mismatch)
+    return run(
+        plan,
+        Path(out),
+        overwrite=overwrite,
+        device=device,
+        kernels=kernels,
+        threads=threads,
+        verify_inputs=verify_inputs,
+        progress=progress,
+    )
+
+
+def run(
+    plan: Plan,
+    out: Path,
+    *,
+    overwrite: bool = False,
+    device: str = "cpu",
+    kernels: bool = True,
+    threads: int | None = None,
+    verify_inputs: bool = False,
+    progress: Progress | None = None,
+) -> Merged:
+    """Carry a plan out; arguments as in ``merge``."""
+    began = time.perf_counter()
+    _check_device(device)
+    count = threads or default_threads()
+    if count < 1:
+        raise MethodError(Fault("threads", f"is {count}", "1 or more is allowed"))
+    fingerprints = input_fingerprints(plan, every_byte=verify_inputs)
+    identity = canonical_hash(
+        [
+            __version__,
+            plan.hash,
+            plan.text,
+            fingerprints,
+            [_stamps(model) for model in plan.models],
+            device,
+            kernels,
+        ]
+    )
+    fused = kernels and device == "cpu" and bool(plan.method.kernel)
+    with Output(plan, out, identity=identity, overwrite=overwrite) as output, opened() as files:
+        resumed = len(output.finished)
+        if resumed < len(plan.tasks):
+            _tensors(plan, output, files, fused=fused, device=device, threads=count, progress=progress)
+        output.flush()
+        add_files(output, plan, fingerprints)
+        verify(output.partial, plan)
+        output.publish()
+    return Merged(out, plan, time.perf_counter() - began, resumed)
+
+
+def _check_device(device: str) -> None:
+    if device == "cpu":
+        return
+    import torch
+
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise DependencyError(
+            Fault("device", f"torch cannot use {device!r} here: {reason}", "cpu is always allowed")
+        ) from error
+
+
+def _stamps(model: Model) -> dict[str, tuple[int, int]]:
+    stats = {str(file): file.stat() for file in model.files}
+    return {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
+
+
+def _tensors(
+    plan: Plan,
+    output: Output,
+    files: Files,
+    *,
+    fused: bool,
+    device: str,
+    threads: int,
+    progress: Progress | None,
+) -> None:
+    from mixmerge.engine.plain import plain, wide
+
+    adapters = Adapters()
+    ranked = plan.method.parameter("epsilon") is not None
+    tasks = [task for task in plan.tasks if not task.copied]
+    length = max(
+        [CHUNK, *(chunk_length(task, rows_whole=ranked) for task in tasks if fused and not wide(task))]
+    )
+    workers = [Worker(plan, files, adapters, length) for _ in range(threads if device == "cpu" else 1)]
+
+    def write(task: Task, start: int, data: memoryview) -> None:
+        output.write(task, start * WIDTHS.get(task.target.dtype, 8), data)
+
+    cuts = None
+    if tasks and tasks[0].parameters.get("scope") == "model":
+        from mixmerge.engine.model_scope import model_cuts
+
+        cuts = model_cuts(tasks, workers)
+    context = Context(plan, write, cuts)
+    written = sum(task.target.nbytes for task in plan.tasks if task.target.name in output.finished)
+    total = sum(task.target.nbytes for task in plan.tasks)
+
+    def job_of(task: Task) -> Job:
+        if task.copied:
+            return copy(plan, task, files, output)
+        if fused and not wide(task):
+            job: Job = find("kernel", plan.method.kernel)(context, task)
+            return job
+        return plain(context, task, files=files, adapters=adapters, device=device)
+
+    def jobs() -> Iterator[tuple[Job, Callable[[], None]]]:
+        nonlocal written
+        for task in plan.tasks:
+            if task.target.name in output.finished:
+                continue
+
+            def done(task: Task = task) -> None:
+                nonlocal written
+                output.done(task)
+                written += task.target.nbytes
+                if progress is not None:
+                    progress(written, total)
+
+            yield job_of(task), done
+
+    Schedule(jobs(), workers).run()

@@ -1,0 +1,258 @@
+"""Do the inputs fit together? Names, shapes, dtypes, tied heads, configs and tokenizers, all faults at once."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mixmerge.checkpoint.header import FLOATS, TensorHeader
+from mixmerge.checkpoint.identity import vocabulary
+from mixmerge.errors import Fault
+from mixmerge.plan.model import Dropped, Model
+
+# A head that shares its weights with an embedding: the loader fills whichever of the two is not stored.
+TIED = (
+    ("lm_head.weight", "model.embed_tokens.weight"),
+    ("lm_head.weight", "transformer.wte.weight"),
+    ("lm_head.weight", "model.decoder.embed_tokens.weight"),
+    ("lm_head.weight", "model.language_model.embed_tokens.weight"),
+    ("lm_head.weight", "language_model.model.embed_tokens.weight"),
+    ("lm_head.weight", "shared.weight"),
+    ("embed_out.weight", "gpt_neox.embed_in.weight"),
+    ("encoder.embed_tokens.weight", "shared.weight"),
+    ("decoder.embed_tokens.weight", "shared.weight"),
+    ("cls.predictions.decoder.weight", "bert.embeddings.word_embeddings.weight"),
+    ("cls.predictions.decoder.bias", "cls.predictions.bias"),
+    ("lm_head.decoder.weight", "roberta.embeddings.word_embeddings.weight"),
+    ("lm_head.decoder.bias", "lm_head.bias"),
+)
+_HEADS = ("lm_head.weight", "embed_out.weight", "cls.predictions.decoder.weight", "lm_head.decoder.weight")
+
+# Buffers that old checkpoints store and every loader computes anew.
+_RECOMPUTED = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|(attn|attention)\.masked_bias)")
+_CAUSAL_MASK = re.compile(r"(.*\.)?(attn|attention)\.bias")
+
+# Config keys that say where a model is from or how to run it, not what it computes.
+_COSMETIC = {
+    "_name_or_path", "_attn_implementation_autoset", "dtype", "torch_dtype", "transformers_version", "use_cache",
+    "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "architectures", "model_type",
+}  # fmt: skip
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What the inputs have in common.
+
+    Args:
+        names: the output's tensors, in the donor's order.
+        stored_as: (model, output name) -> the name it is stored under, where a tied partner stands in.
+        dropped: what is left out.
+        untied: heads that are tied in some inputs and not in others, so not in the output.
+    """
+
+    names: tuple[str, ...]
+    stored_as: dict[tuple[int, str], str]
+    dropped: tuple[Dropped, ...]
+    untied: tuple[str, ...]
+
+
+def some(names: Iterable[str]) -> str:
+    """The first few names, and how many more there are."""
+    listed = list(names)
+    more = f" and {len(listed) - _SHOWN} more" if len(listed) > _SHOWN else ""
+    return ", ".join(listed[:_SHOWN]) + more
+
+
+def _recomputed(header: TensorHeader) -> bool:
+    mask = _CAUSAL_MASK.fullmatch(header.name) is not None and len(header.shape) == 4
+    return mask or _RECOMPUTED.fullmatch(header.name) is not None
+
+
+def tied(config: dict[str, Any]) -> bool | None:
+    """What the config says of its head; None when it leaves it to the architecture."""
+    flag = config.get("tie_word_embeddings")
+    return flag if isinstance(flag, bool) else None
+
+
+def agree(models: Sequence[Model], donor: int, faults: list[Fault]) -> Agreement:
+    """Match the tensors of all inputs by name; faults go into the list."""
+    dropped: list[Dropped] = []
+    stored: list[dict[str, TensorHeader]] = []
+    for number, model in enumerate(models):
+        keep = {}
+        for name, header in model.tensors.items():
+            if _recomputed(header):
+                reason = "a buffer the model computes itself"
+                dropped.append(Dropped(number, name, reason, header.nbytes))
+            else:
+                keep[name] = header
+        stored.append(keep)
+    stored_as, untied = _settle_heads(models, stored, dropped)
+    order = list(stored[donor]) + [
+        name for keep in stored for name in keep if name not in stored[donor]
+    ]  # what the donor lacks comes last: a fault, or a head that is tied in the donor
+    names = tuple(dict.fromkeys(order))
+    _presence(models, stored, stored_as, names, faults)
+    _shapes(models, stored, stored_as, names, donor, faults)
+    _dtypes(models, stored, faults)
+    return Agreement(names, stored_as, tuple(dropped), untied)
+
+
+def _settle_heads(
+    models: Sequence[Model], stored: list[dict[str, TensorHeader]], dropped: list[Dropped]
+) -> tuple[dict[tuple[int, str], str], tuple[str, ...]]:
+    stored_as: dict[tuple[int, str], str] = {}
+    untied = []
+    for head, embedding in TIED:
+        holders = [number for number, keep in enumerate(stored) if head in keep]
+        if not holders or not all(embedding in keep for keep in stored):
+            continue
+        if head in _HEADS and all(tied(model.config) for model in models):
+            for number in holders:
+                header = stored[number].pop(head)
+                dropped.append(Dropped(number, head, f"tied to {embedding} by every config", header.nbytes))
+            continue
+        lacking = [number for number in range(len(models)) if number not in holders]
+        if lacking and all(tied(models[number].config) is not False for number in lacking):
+            stored_as.update({(number, head): embedding for number in lacking})
+            if head in _HEADS:
+                untied.append(head)
+    return stored_as, tuple(untied)
+
+
+def _presence(
+    models: Sequence[Model],
+    stored: list[dict[str, TensorHeader]],
+    stored_as: dict[tuple[int, str], str],
+    names: tuple[str, ...],
+    faults: list[Fault],
+) -> None:
+    for number, keep in enumerate(stored):
+        missing = [name for name in names if stored_as.get((number, name), name) not in keep]
+        if missing:
+            having = [str(models[other].ref) for other in range(len(models)) if missing[0] in stored[other]]
+            faults.append(
+                Fault(
+                    str(models[number].ref),
+                    f"it lacks {len(missing)} of {len(names)} tensors: {some(missing)}",
+                    f"{some(having)} has {missing[0]}",
+                    "Merge models of one architecture with the same heads and biases, or save them alike first",
+                )
+            )
+
+
+def _shapes(
+    models: Sequence[Model],
+    stored: list[dict[str, TensorHeader]],
+    stored_as: dict[tuple[int, str], str],
+    names: tuple[str, ...],
+    donor: int,
+    faults: list[Fault],
+) -> None:
+    for number, keep in enumerate(stored):
+        different = []
+        for name in names:
+            mine = keep.get(stored_as.get((number, name), name))
+            other = stored[donor].get(stored_as.get((donor, name), name))
+            if mine and other and mine.shape != other.shape:
+                different.append((name, mine.shape, other.shape))
+        if not different:
+            continue
+        name, mine_shape, other_shape = different[0]
+        vocabulary_only = all(a[1:] == b[1:] and "layers" not in n for n, a, b in different)
+        advice = (
+            "If only the vocabulary differs, resize with model.resize_token_embeddings first"
+            if vocabulary_only
+            else "Only models of one size and architecture can be merged"
+        )
+        faults.append(
+            Fault(
+                str(models[number].ref),
+                f"{len(different)} tensors have other shapes than in {models[donor].ref}: {name} is "
+                f"{list(mine_shape)}, there {list(other_shape)}"
+                + (f"; also {some(n for n, _, _ in different[1:])}" if len(different) > 1 else ""),
+                run=advice,
+            )
+        )
+
+
+def _dtypes(models: Sequence[Model], stored: list[dict[str, TensorHeader]], faults: list[Fault]) -> None:
+    whole = ("I64", "I32", "I16", "I8", "U8", "U16", "U32", "U64", "BOOL")
+    for number, keep in enumerate(stored):
+        odd = [
+            f"{name} ({header.dtype})"
+            for name, header in keep.items()
+            if header.dtype not in (*FLOATS, *whole)
+        ]
+        if odd:
+            faults.append(
+                Fault(
+                    str(models[number].ref),
+                    f"dtype not supported: {some(odd)}",
+                    f"Supported: {', '.join(FLOATS)}; integers and booleans are copied",
+                    "Save the model in bfloat16 first",
+                )
+            )
+
+
+def compare_configs(models: Sequence[Model], donor: int, faults: list[Fault]) -> list[str]:
+    """Different architectures are faults; other keys that change what a model computes are warnings."""
+    mine = models[donor].config
+    warnings = []
+    for model in models:
+        for key in ("model_type", "architectures"):
+            if model.config.get(key) != mine.get(key):
+                faults.append(
+                    Fault(
+                        str(model.ref),
+                        f"its {key} is {model.config.get(key)!r}, that of {models[donor].ref} {mine.get(key)!r}",
+                        run="Only models of one architecture can be merged",
+                    )
+                )
+        keys = sorted((set(model.config) | set(mine)) - _COSMETIC)
+        for key in keys:
+            a, b = model.config.get(key), mine.get(key)
+            if a != b and key in model.config and key in mine:
+                warnings.append(
+                    f"{model.ref}: config {key} is {a!r}, the output gets {b!r} of {models[donor].ref}"
+                )
+    return warnings
+
+
+def compare_tokenizers(models: Sequence[Model], donor: int, *, allow: bool, faults: list[Fault]) -> list[str]:
+    """Token ids that mean different things are a fault, unless ``allow``: then a warning."""
+    warnings = []
+    mine = vocabulary(models[donor].path)
+    for model in models:
+        if model.path == models[donor].path:
+            continue
+        other = vocabulary(model.path)
+        if mine is None or other is None or type(mine) is not type(other):
+            if mine is not None or other is not None:
+                warnings.append(
+                    f"{model.ref}: its tokenizer cannot be compared with that of {models[donor].ref}"
+                )
+            continue
+        if mine == other:
+            continue
+        detail = "their vocabulary files differ"
+        if isinstance(mine, dict) and isinstance(other, dict):
+            differing = sorted(
+                token for token in mine.keys() | other.keys() if mine.get(token) != other.get(token)
+            )
+            detail = f"{len(differing)} tokens have another id or are missing: {some(map(repr, differing))}"
+        if allow:
+            warnings.append(f"{model.ref}: tokenizer differs from {models[donor].ref} ({detail}); allowed")
+        else:
+            faults.append(
+                Fault(
+                    str(model.ref),
+                    f"its tokenizer differs from that of {models[donor].ref}: {detail}",
+                    "The rows of embedding and head would be mixed across tokens",
+                    "Merge experts of one tokenizer, or pass --allow-tokenizer-mismatch if you know the ids agree",
+                )
+            )
+    return warnings

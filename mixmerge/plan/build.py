@@ -1,0 +1,225 @@
+"""Making a plan: open the inputs, check that they fit, resolve every tensor's parameters, lay out the output."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mixmerge.checkpoint.adapter import AdapterDelta, read_adapter
+from mixmerge.checkpoint.header import FLOATS, TensorHeader
+from mixmerge.checkpoint.identity import canonical_hash
+from mixmerge.checkpoint.locate import locate
+from mixmerge.checkpoint.reader import Checkpoint, open_checkpoint
+from mixmerge.errors import Fault, MixmergeError, RecipeError
+from mixmerge.methods import Method, Value
+from mixmerge.plan.agree import Agreement, agree, compare_configs, compare_tokenizers
+from mixmerge.plan.layers import depths, layer_of
+from mixmerge.plan.layout import Wanted, lay_out
+from mixmerge.plan.model import Model, Plan, Source, Target, Task
+from mixmerge.recipe import ModelRef, Recipe, TensorValues, inputs, layer_position, read, resolve_tensor
+from mixmerge.registry import find
+
+_STORED = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}
+_SPOKEN = {stored: spoken for spoken, stored in _STORED.items()}
+
+
+def make_plan(
+    source: str | Path | Mapping[str, Any] | Recipe, *, allow_tokenizer_mismatch: bool = False
+) -> Plan:
+    """Work a recipe out against the headers of its inputs.
+
+    Args:
+        source: path of a recipe, or a recipe.
+        allow_tokenizer_mismatch: merge rows by id even where two tokenizers give an id to different tokens.
+
+    Raises:
+        RecipeError: everything that is wrong with the recipe and with its inputs, at once.
+    """
+    parsed = read(source)
+    faults = list(parsed.faults)
+    models = _open_models(parsed.refs, faults)
+    if parsed.recipe is None or faults:
+        raise RecipeError(faults)
+    recipe = parsed.recipe
+    method: Method = find("method", recipe.merge_method)
+    order = {model.ref: number for number, model in enumerate(models)}
+    base = order[recipe.base_model] if recipe.base_model is not None else None
+    entries = [order[entry.model] for entry in inputs(recipe, method)]
+    donor = base if base is not None else entries[0]
+    agreement = agree(models, donor, faults)
+    warnings = [*parsed.warnings, *compare_configs(models, donor, faults)]
+    warnings += compare_tokenizers(models, donor, allow=allow_tokenizer_mismatch, faults=faults)
+    if faults:
+        raise RecipeError(faults)
+    needs_base = base if method.base == "required" else None
+    groups = _gather(models, entries, needs_base, agreement)
+    wanted = [Wanted(name, *_output_form(group, recipe)) for name, group in groups.items()]
+    targets, shards = lay_out(wanted, recipe.output.shard_size)
+    tasks = _tasks(recipe, method, groups, targets, faults)
+    if faults:
+        raise RecipeError(faults)
+    config = _output_config(models[donor].config, agreement, targets)
+    plan = Plan(
+        recipe, parsed.text, method, models, needs_base, donor, tuple(tasks), agreement.dropped, tuple(shards),
+        config, tuple(warnings),
+    )  # fmt: skip
+    return dataclasses.replace(plan, hash=_hash(plan))
+
+
+def _open_models(refs: Sequence[tuple[str, ModelRef]], faults: list[Fault]) -> tuple[Model, ...]:
+    models: dict[ModelRef, Model] = {}
+    opened: dict[tuple[str, str | None], Checkpoint] = {}
+    for where, ref in refs:
+        if ref in models:
+            continue
+        try:
+            key = (ref.path, ref.revision)
+            if key not in opened:
+                folder = locate(ref.path, ref.revision, where=where)
+                opened[key] = open_checkpoint(folder, name=ref.path)
+            models[ref] = _with_adapter(ref, opened[key], where)
+        except MixmergeError as error:
+            faults.extend(
+                fault if fault.where == where else dataclasses.replace(fault, where=f"{where}: {fault.where}")
+                for fault in error.faults
+            )
+    return tuple(models.values())
+
+
+def _with_adapter(ref: ModelRef, checkpoint: Checkpoint, where: str) -> Model:
+    adapter, deltas = None, {}
+    files = checkpoint.files
+    if ref.adapter is not None:
+        adapter = locate(ref.adapter, ref.adapter_revision, where=where)
+        deltas = read_adapter(adapter, checkpoint.tensors, where=where)
+        files += tuple(sorted({header.file for delta in deltas.values() for header in delta.headers}))
+    return Model(ref, checkpoint.path, adapter, checkpoint.tensors, files, deltas, checkpoint.config)
+
+
+def _gather(
+    models: Sequence[Model], entries: Sequence[int], base: int | None, agreement: Agreement
+) -> dict[str, tuple[tuple[Source, ...], Source | None]]:
+    groups = {}
+    for name in agreement.names:
+        root = _source(models, base, name, agreement, None) if base is not None else None
+        groups[name] = tuple(_source(models, number, name, agreement, root) for number in entries), root
+    return groups
+
+
+def _source(
+    models: Sequence[Model], number: int, name: str, agreement: Agreement, base: Source | None
+) -> Source:
+    model = models[number]
+    header = model.tensors[agreement.stored_as.get((number, name), name)]
+    delta: AdapterDelta | None = model.deltas.get(header.name)
+    same = base is not None and base.adapter is None and _same_bytes(base.tensor, header)
+    # What replaces a tensor is stored whole; its difference to the base has to be taken.
+    exact = delta is not None and delta.kind != "replace"
+    return Source(number, header, delta, delta_only=same and exact)
+
+
+def _same_bytes(one: TensorHeader, other: TensorHeader) -> bool:
+    return one.offset == other.offset and (one.file == other.file or one.file.samefile(other.file))
+
+
+def _output_form(
+    group: tuple[tuple[Source, ...], Source | None], recipe: Recipe
+) -> tuple[tuple[int, ...], str]:
+    sources, base = group
+    headers = [source.tensor for source in (*sources, *((base,) if base else ()))]
+    dtypes = {header.dtype for header in headers}
+    if not dtypes <= set(FLOATS):
+        return headers[0].shape, headers[0].dtype
+    asked = recipe.out_dtype or recipe.dtype
+    return headers[0].shape, _STORED[asked] if asked else _promote(dtypes)
+
+
+def _promote(dtypes: set[str]) -> str:
+    if len(dtypes) == 1:
+        return next(iter(dtypes))
+    return "F64" if "F64" in dtypes else "F32"
+
+
+def _tasks(
+    recipe: Recipe,
+    method: Method,
+    groups: dict[str, tuple[tuple[Source, ...], Source | None]],
+    targets: list[Target],
+    faults: list[Fault],
+) -> list[Task]:
+    stacks = depths(groups)
+    values = _Values(recipe, method)
+    tasks = []
+    for target in targets:
+        sources, base = groups[target.name]
+        copied = target.dtype not in FLOATS
+        parameters: dict[str, Value | tuple[Value, ...]] = {}
+        if not copied:
+            layer = layer_of(target.name)
+            position = layer_position(layer[1], stacks[layer[0]]) if layer else layer_position(None, 0)
+            try:
+                resolved = values.of(target.name, position)
+            except RecipeError as error:
+                faults.extend(fault for fault in error.faults if fault not in faults)
+                continue
+            parameters.update(resolved.merge)
+            for parameter in method.parameters:
+                if parameter.per != "merge":
+                    parameters[parameter.name] = tuple(entry[parameter.name] for entry in resolved.entries)
+        inputs_ = sources if not copied or base is None else (*sources, base)
+        tasks.append(Task(target, inputs_, None if copied else base, copied, parameters))
+    return tasks
+
+
+class _Values:
+    """Parameters by tensor, worked out once for all tensors that the recipe cannot tell apart."""
+
+    def __init__(self, recipe: Recipe, method: Method) -> None:
+        self._recipe, self._method = recipe, method
+        levels = [recipe.parameters, *(entry.parameters for entry in recipe.models)]
+        settings = [setting for level in levels for setting in level.values()]
+        self._filters = sorted({one.filter for setting in settings for one in setting if one.filter})
+        self._known: dict[tuple[float, tuple[bool, ...]], TensorValues] = {}
+
+    def of(self, name: str, position: float) -> TensorValues:
+        key = position, tuple(part in name for part in self._filters)
+        if key not in self._known:
+            self._known[key] = resolve_tensor(self._recipe, self._method, name=name, position=position)
+        return self._known[key]
+
+
+def _output_config(config: dict[str, Any], agreement: Agreement, targets: list[Target]) -> dict[str, Any]:
+    result = dict(config)
+    sizes: dict[str, int] = {}
+    for target in targets:
+        if target.dtype in FLOATS:
+            sizes[target.dtype] = sizes.get(target.dtype, 0) + target.nbytes
+    if sizes:
+        spoken = _SPOKEN[max(sizes, key=lambda dtype: sizes[dtype])]
+        result["torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"] = spoken
+    if agreement.untied:
+        result["tie_word_embeddings"] = False
+    return result
+
+
+def _header_facts(header: TensorHeader) -> list[Any]:
+    return [header.name, header.dtype, header.shape]
+
+
+def _hash(plan: Plan) -> str:
+    tasks = [
+        {
+            "target": [task.target.name, task.target.shape, task.target.dtype, task.target.shard, task.target.offset],
+            "sources": [
+                [source.model, *_header_facts(source.tensor), source.delta_only]
+                + ([source.adapter.facts()] if source.adapter else [])
+                for source in (*task.sources, *((task.base,) if task.base else ()))
+            ],
+            "parameters": task.parameters,
+        }
+        for task in plan.tasks
+    ]  # fmt: skip
+    recipe = {"method": plan.method.name, "seed": plan.recipe.seed}
+    return canonical_hash({"recipe": recipe, "config": plan.config, "tasks": tasks})

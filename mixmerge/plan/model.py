@@ -1,0 +1,154 @@
+"""What a plan is: which bytes go where, as frozen data that can be printed, hashed and carried out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mixmerge.checkpoint.adapter import AdapterDelta
+from mixmerge.checkpoint.header import TensorHeader
+from mixmerge.methods import Method, Value
+from mixmerge.recipe import ModelRef, Recipe
+
+
+@dataclass(frozen=True)
+class Model:
+    """One input of the merge.
+
+    Args:
+        ref: as the recipe writes it.
+        path: the model's folder; several inputs may share it.
+        adapter: the adapter's folder, if there is one.
+        tensors: headers by name.
+        files: weight files of the model, then of the adapter.
+        deltas: what the adapter changes, by the name of the tensor.
+        config: the model's ``config.json``.
+    """
+
+    ref: ModelRef
+    path: Path
+    adapter: Path | None
+    tensors: dict[str, TensorHeader]
+    files: tuple[Path, ...]
+    deltas: dict[str, AdapterDelta]
+    config: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Source:
+    """One input of one task.
+
+    Args:
+        model: index into ``Plan.models``.
+        tensor: where the stored bytes are.
+        adapter: what to add to them, if anything.
+        delta_only: the base is the very tensor the adapter was made for, so the delta is the adapter alone.
+    """
+
+    model: int
+    tensor: TensorHeader
+    adapter: AdapterDelta | None = None
+    delta_only: bool = False
+
+
+@dataclass(frozen=True)
+class Target:
+    """One output tensor: its name, what it looks like, and where it goes.
+
+    Args:
+        shard: index into ``Plan.shards``.
+        offset: of its first byte in the shard's file.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    shard: int
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Task:
+    """One output tensor and everything it is made of.
+
+    Args:
+        target: the output.
+        sources: the experts, in the recipe's order. A copied tensor has all that must be identical.
+        base: for methods that require one.
+        copied: not merged: an integer or boolean tensor, which must be the same in every input.
+        parameters: the method's values for this tensor: one for parameters ``per`` merge, else a tuple with
+            one for each source.
+    """
+
+    target: Target
+    sources: tuple[Source, ...]
+    base: Source | None
+    copied: bool
+    parameters: dict[str, Value | tuple[Value, ...]]
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A tensor of an input that is not in the output, and why."""
+
+    model: int
+    name: str
+    reason: str
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One output file: its name, its header's bytes (length prefix included) and its whole size."""
+
+    file: str
+    header: bytes
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe worked out against the headers of its inputs; no tensor data was read for it.
+
+    Args:
+        recipe: the recipe; ``text`` is its source.
+        method: the row of its method.
+        models: every distinct input; ``base`` is an index into it, ``donor`` the one whose config and
+            tokenizer the output gets.
+        tasks: one for each output tensor, in the order of the output's bytes.
+        dropped: what inputs have and the output has not.
+        shards: the output's weight files.
+        config: the output's ``config.json``.
+        warnings: what a person should know and can ignore.
+        hash: SHA-256 of everything that decides the output, except the values in the inputs and their paths.
+    """
+
+    recipe: Recipe
+    text: str
+    method: Method
+    models: tuple[Model, ...]
+    base: int | None
+    donor: int
+    tasks: tuple[Task, ...]
+    dropped: tuple[Dropped, ...]
+    shards: tuple[Shard, ...]
+    config: dict[str, Any]
+    warnings: tuple[str, ...]
+    hash: str = field(default="")
+
+    @property
+    def bytes_written(self) -> int:
+        return sum(shard.nbytes for shard in self.shards)
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of all inputs, each counted once; methods with a threshold read most of them twice."""
+        seen = {}
+        for task in self.tasks:
+            for source in (*task.sources, *((task.base,) if task.base else ())):
+                seen[source.tensor.file, source.tensor.offset] = source.tensor.nbytes
+                for header in source.adapter.headers if source.adapter else ():
+                    seen[header.file, header.offset] = header.nbytes
+        return sum(seen.values())

@@ -1,0 +1,67 @@
+"""A plan for people and programs: counts, bytes and memory, as plain data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mixmerge.plan.model import Plan, Task
+
+# Python, numpy and the compiled kernels, before any tensor.
+_INTERPRETER = 300_000_000
+CHUNK = 1 << 18
+
+
+def task_rows(task: Task) -> int:
+    """Inputs that are in memory at once for one chunk of a task."""
+    return len(task.sources) + (task.base is not None)
+
+
+def peak_memory(plan: Plan, *, threads: int) -> int:
+    """Bytes a merge by kernels needs at most: buffers per thread, and masks of the tensors under way."""
+    rows = max((task_rows(task) for task in plan.tasks), default=1)
+    per_thread = CHUNK * 4 * (rows + 6)
+    masks = max((len(task.sources) * task.target.nbytes // 8 for task in plan.tasks), default=0)
+    factors = sum(
+        header.nbytes * 2
+        for model in plan.models
+        for delta in model.deltas.values()
+        for header in delta.headers
+    )
+    return _INTERPRETER + threads * per_thread + masks * plan.method.stochastic + factors
+
+
+def as_json(plan: Plan, *, threads: int) -> dict[str, Any]:
+    """Everything a plan says, as JSON data."""
+    return {
+        "method": plan.method.name,
+        "hash": plan.hash,
+        "models": [
+            {"model": str(model.ref), "tensors": len(model.tensors), "adapted": len(model.deltas)}
+            for model in plan.models
+        ],
+        "base": None if plan.base is None else str(plan.models[plan.base].ref),
+        "config_and_tokenizer_from": str(plan.models[plan.donor].ref),
+        "bytes_read": plan.bytes_read,
+        "bytes_written": plan.bytes_written,
+        "peak_memory": peak_memory(plan, threads=threads),
+        "shards": [{"file": shard.file, "bytes": shard.nbytes} for shard in plan.shards],
+        "tensors": [
+            {
+                "name": task.target.name,
+                "shape": list(task.target.shape),
+                "dtype": task.target.dtype,
+                "action": "copied" if task.copied else "merged",
+                "inputs": [
+                    {"model": str(plan.models[source.model].ref), "name": source.tensor.name}
+                    for source in (*((task.base,) if task.base else ()), *task.sources)
+                ],
+                "parameters": task.parameters,
+            }
+            for task in plan.tasks
+        ],
+        "dropped": [
+            {"model": str(plan.models[drop.model].ref), "name": drop.name, "reason": drop.reason}
+            for drop in plan.dropped
+        ],
+        "warnings": list(plan.warnings),
+    }

@@ -1,0 +1,334 @@
+"""From YAML (or a mapping) to a ``Recipe``: everything is read, everything that is wrong is said at once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from mixmerge.methods import METHODS, Method, Parameter
+from mixmerge.recipe.checks import Draft, DraftEntry, check, check_models
+from mixmerge.recipe.document import MAX_BYTES, from_data, load, to_data
+from mixmerge.recipe.references import ModelRef, read_ref, unknown_keys
+from mixmerge.recipe.report import Node, Report, read_mapping, read_text, show
+from mixmerge.recipe.schema import (
+    DTYPES,
+    MAX_SEED,
+    ModelEntry,
+    Output,
+    Parsed,
+    Recipe,
+    Setting,
+    canonical,
+    size_in_bytes,
+    to_yaml,
+)
+from mixmerge.recipe.settings import read_setting
+from mixmerge.registry import choices, find, nearest, table
+
+_KEYS = ["merge_method", "models", "base_model", "parameters", "dtype", "out_dtype", "seed", "output"]
+_SHARED_TOKENIZER = "Remove it, and merge experts that share one tokenizer"
+_NOT_YET = {
+    "slices": ("merging ranges of layers", "List whole models under models"),
+    "modules": ("merging the parts of a model separately", "List whole models under models"),
+    "tokenizer": ("building a merged tokenizer", _SHARED_TOKENIZER),
+    "tokenizer_source": ("building a merged tokenizer", _SHARED_TOKENIZER),
+    "chat_template": ("setting a chat template", "Remove it; the output keeps the template of its tokenizer"),
+}
+# Keys and parameters of old mergekit recipes that mergekit itself no longer reads.
+_DEAD = ("input_model_parameters", "embed_slerp", "residual_weight")
+_ALSO_DEAD_AT_TOP = {
+    "name": "Only files with several documents need it",
+    "normalize": "Write it under parameters",
+    "int8_mask": "Remove it",
+}
+_DTYPE_ALIASES = {
+    **{"fp16": "float16", "half": "float16", "f16": "float16", "bf16": "bfloat16"},
+    **{"fp32": "float32", "f32": "float32", "float": "float32", "single": "float32"},
+    **{"fp64": "float64", "f64": "float64", "double": "float64"},
+}
+
+
+def parse(text: str, *, where: str = "recipe") -> Parsed:
+    """Read the text of a recipe. Never raises for what a user can get wrong.
+
+    Args:
+        text: YAML.
+        where: what to call the document in faults that concern all of it, such as its file name.
+    """
+    report = Report()
+    return _parsed(load(text, name=where, report=report), text, where, report)
+
+
+def read(source: str | Path | Mapping[str, Any] | Recipe) -> Parsed:
+    """Read a recipe file, or a mapping of the same shape made by Python code. Never raises for a fault.
+
+    Args:
+        source: path of a YAML file (UTF-8); a mapping; or a recipe, which is checked like a mapping.
+    """
+    report = Report()
+    if isinstance(source, Recipe):
+        source = canonical(source)
+    if isinstance(source, Mapping):
+        root = from_data(source, name="recipe", report=report)
+        return _parsed(root, "" if root is None else to_yaml(to_data(root)), "recipe", report)
+    name = str(source) if len(str(source)) <= 300 and "\n" not in str(source) else "recipe"
+    text = _file(Path(source), name, report)
+    return Parsed(None, report.faults(name), (), "", ()) if text is None else parse(text, where=name)
+
+
+def _file(path: Path, name: str, report: Report) -> str | None:
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+    except (OSError, ValueError) as error:
+        problem = getattr(error, "strerror", None) or "not a file name"
+        hint = "recipe.parse reads YAML text" if "\n" in str(path) else ""
+        report.fault(name, f"cannot read the recipe: {problem}", run=hint)
+        return None
+    if len(data) > MAX_BYTES:
+        report.fault(name, "the recipe is too large", f"At most {MAX_BYTES:,} bytes")
+        return None
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        report.fault(name, f"the recipe is not UTF-8 text (byte {error.start})", run="Save it as UTF-8")
+        return None
+
+
+def _parsed(root: Node | None, text: str, where: str, report: Report) -> Parsed:
+    refs: list[tuple[str, ModelRef]] = []
+    recipe: Recipe | None = None
+    if root is not None and isinstance(root.value, dict):
+        recipe = _recipe(root.value, report, refs)
+    elif root is not None:
+        report.fault(
+            root, f"a recipe is a mapping, got {show(root.value)}", "It needs merge_method and models"
+        )
+    return Parsed(recipe, report.faults(where), report.warnings(), text, tuple(refs))
+
+
+def _recipe(top: dict[str, Node], report: Report, refs: list[tuple[str, ModelRef]]) -> Recipe | None:
+    asked = top.get("merge_method")
+    built_in = asked is not None and isinstance(asked.value, str) and asked.value in METHODS
+    rows = METHODS if built_in else table("method")  # looking for plug-ins takes 10 ms
+    name, method = _method(top, rows, report)
+    known = _known_parameters(method, rows)
+    _top_keys(top, list(known), report)
+    base_node = _given(top, "base_model")
+    base = read_ref(base_node, report) if base_node else None
+    if base_node and base:
+        refs.append((base_node.path, base))
+    reader = _Settings(method, known, rows, report)
+    entries = _entries(top, base, reader, report)
+    refs.extend((f"{entry.node.path}.model", entry.ref) for entry in entries if entry.ref)
+    settings = reader.read(top.get("parameters"), "merge")
+    check_models(entries, base, base_node or Node("base_model", None, None), report)
+    if method:
+        check(Draft(method, base, entries, settings, top), report)
+    dtype, out_dtype = _dtype(top, "dtype", report), _dtype(top, "out_dtype", report)
+    seed, output = _seed(top, report), _output(top, report)
+    if report.faulty:
+        return None
+    models = (
+        ModelEntry(model=entry.ref, parameters=_set(entry.settings))
+        for entry in entries
+        if entry.ref is not None
+    )
+    return Recipe(
+        merge_method=name,
+        models=tuple(models),
+        base_model=base,
+        parameters=_set(settings),
+        dtype=dtype,
+        out_dtype=out_dtype,
+        seed=seed,
+        output=output,
+    )
+
+
+def _set(settings: dict[str, Setting | None]) -> dict[str, Setting]:
+    return {name: setting for name, setting in settings.items() if setting is not None}
+
+
+def _given(entries: dict[str, Node], key: str) -> Node | None:
+    """The node of a key that is there and not null."""
+    node = entries.get(key)
+    return None if node is None or node.value is None else node
+
+
+def _method(top: dict[str, Node], rows: Mapping[str, Any], report: Report) -> tuple[str, Method | None]:
+    node = _given(top, "merge_method")
+    if node is None:
+        report.fault("merge_method", "the recipe names no merge method", f"Known: {', '.join(sorted(rows))}")
+        return "", None
+    name = read_text(node, report, "the name of a merge method")
+    if name is None:
+        return "", None
+    if name not in rows:
+        report.fault(node, f"no merge method is called {show(name)}", choices(name, list(rows)))
+        return name, None
+    row = rows[name]
+    return name, row if isinstance(row, Method) else find("method", name)
+
+
+def _known_parameters(method: Method | None, rows: Mapping[str, Any]) -> dict[str, Parameter]:
+    """The method's parameters; if there is no method, those of all methods, with any range."""
+    if method is not None:
+        return {parameter.name: parameter for parameter in method.parameters}
+    return {
+        parameter.name: replace(parameter, low=-math.inf, high=math.inf)
+        for row in rows.values()
+        if isinstance(row, Method)
+        for parameter in row.parameters
+    }
+
+
+def _top_keys(top: dict[str, Node], parameters: list[str], report: Report) -> None:
+    for name, node in top.items():
+        if name in _NOT_YET and node.value not in (None, "", (), {}):
+            what, instead = _NOT_YET[name]
+            report.fault(node, f"{name} is not supported yet ({what})", run=instead)
+        elif name in _DEAD:
+            report.warn(node, "has no effect, here as in mergekit", run="Remove it")
+        elif name in _ALSO_DEAD_AT_TOP:
+            report.warn(
+                node, "has no effect at the top level, here as in mergekit", run=_ALSO_DEAD_AT_TOP[name]
+            )
+        elif name not in _KEYS and name not in _NOT_YET:
+            _unknown_key(name, node, _KEYS, parameters, report)
+        if report.full:
+            return
+
+
+def _unknown_key(name: str, node: Node, keys: list[str], parameters: list[str], report: Report) -> None:
+    """A key that nothing knows here; a parameter outside ``parameters:`` is told where it belongs."""
+    meant = None if nearest(name, keys) else nearest(name, parameters)
+    hint = f"Did you mean {meant!r} under parameters? Known: {', '.join(sorted(keys))}"
+    report.fault(node, f"unknown key {show(name)}", hint if meant else choices(name, keys))
+
+
+def _entries(
+    top: dict[str, Node], base: ModelRef | None, reader: _Settings, report: Report
+) -> tuple[DraftEntry, ...]:
+    node = _given(top, "models")
+    if node is None or node.value in ((), {}, ""):
+        if not _given(top, "slices") and not _given(top, "modules"):
+            report.fault(
+                "models", "the recipe lists no models", run="Add models:, with a - model: PATH for each"
+            )
+        return ()
+    if not isinstance(node.value, tuple):
+        report.fault(node, f"expected a list of models, got {show(node.value)}", run="Write - model: PATH")
+        return ()
+    return tuple(_entry(item, base, reader, report) for item in node.value)
+
+
+def _entry(node: Node, base: ModelRef | None, reader: _Settings, report: Report) -> DraftEntry:
+    if not isinstance(node.value, dict):
+        what = f"expected a mapping with model and parameters, got {show(node.value)}"
+        report.fault(node, what, run="Write - model: PATH")
+        return DraftEntry(node, None, {})
+    entries = node.value
+    for name, child in entries.items():
+        if name == "layer_range":
+            report.warn(child, "has no effect under models: whole models are merged", run="Remove it")
+        elif name in _DEAD:
+            report.warn(child, "has no effect, here as in mergekit", run="Remove it")
+        elif name not in ("model", "parameters"):
+            _unknown_key(name, child, ["model", "parameters"], list(reader.known), report)
+        if report.full:
+            break
+    model = _given(entries, "model")
+    if model is None:
+        report.fault(node, "the key model is missing", run="Write - model: PATH")
+    ref = read_ref(model, report) if model else None
+    idle = ref is not None and ref == base and reader.method is not None and reader.method.base == "required"
+    return DraftEntry(node, ref, reader.read(entries.get("parameters"), "base" if idle else "model"))
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """Reads ``parameters`` for one method; without a known method, for any."""
+
+    method: Method | None
+    known: dict[str, Parameter]
+    rows: Mapping[str, Any]
+    report: Report
+
+    def read(
+        self, parameters: Node | None, level: Literal["merge", "model", "base"]
+    ) -> dict[str, Setting | None]:
+        """The settings of one level: global, of a model, or of a base that is no expert."""
+        nodes = read_mapping(parameters, self.report, "parameters") if parameters else {}
+        settings: dict[str, Setting | None] = {}
+        for name, node in nodes.items():
+            parameter = self.known.get(name)
+            if parameter is None:
+                self.unknown(name, node)
+            elif level != "merge" and parameter.per == "merge" and self.method:
+                what = f"{name} has no effect under a model, here as in mergekit: it holds for all models"
+                self.report.warn(node, what, run="Move it to the top-level parameters")
+            elif level == "base":
+                what = f"{name} has no effect on the base_model, here as in mergekit"
+                self.report.warn(node, what, run="Remove it")
+            else:
+                setting = read_setting(node, parameter, self.report)
+                if setting != ():
+                    settings[name] = setting
+            if self.report.full:
+                break
+        return settings
+
+    def unknown(self, name: str, node: Node) -> None:
+        no_effect = self.method.no_effect if self.method else ()
+        if name in (*_DEAD, "int8_mask", *no_effect):
+            where = f" in {self.method.name}" if self.method else ""
+            self.report.warn(node, f"{name} has no effect{where}, here as in mergekit", run="Remove it")
+            return
+        rows = [row for row in self.rows.values() if isinstance(row, Method)]
+        having = sorted(row.name for row in rows if row.parameter(name))
+        elsewhere = f" (it belongs to {', '.join(having)})" if having else ""
+        what = f"unknown parameter {show(name)}{elsewhere}"
+        self.report.fault(node, what, choices(name, list(self.known)))
+
+
+def _dtype(top: dict[str, Node], key: str, report: Report) -> str | None:
+    node = _given(top, key)
+    name = read_text(node, report, "the name of a dtype") if node else None
+    if node is None or name is None:
+        return None
+    plain = name.removeprefix("torch.")
+    if plain in DTYPES:
+        return plain
+    meant = _DTYPE_ALIASES.get(plain.lower())
+    known = f"Did you mean {meant!r}? Known: {', '.join(DTYPES)}" if meant else choices(plain, list(DTYPES))
+    report.fault(node, f"no dtype is called {show(name)}", known)
+    return None
+
+
+def _seed(top: dict[str, Node], report: Report) -> int:
+    node = _given(top, "seed")
+    if node is None:
+        return 0
+    value = node.value
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_SEED:
+        return value
+    report.fault(node, f"expected a whole number, got {show(value)}", f"From 0 to 2^64 - 1 ({MAX_SEED})")
+    return 0
+
+
+def _output(top: dict[str, Node], report: Report) -> Output:
+    entries = read_mapping(top["output"], report, "output settings") if "output" in top else {}
+    unknown_keys(entries, ["shard_size"], report)
+    node = _given(entries, "shard_size")
+    if node is None:
+        return Output()
+    value = node.value
+    size = size_in_bytes(value) if isinstance(value, str) else value
+    if isinstance(size, int) and not isinstance(size, bool) and 0 < size < 2**63:
+        return Output(shard_size=size)
+    report.fault(node, f"{show(value)} is no size", "Bytes as a whole number, or text such as 5GB or 500MB")
+    return Output()

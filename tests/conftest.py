@@ -1,0 +1,292 @@
+"""Fixtures for every test: an isolated environment, and tiny real checkpoints written by transformers.
+
+Nothing here imports torch before the environment is set, and collecting tests imports no torch at all.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+_CACHE = Path(tempfile.mkdtemp(prefix="mixmerge-tests-"))
+atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
+os.environ.update(
+    GOMP_SPINCOUNT="0",  # two OpenMP threads that spin on shared cores are 5 to 10 times slower
+    OMP_NUM_THREADS="1",
+    TOKENIZERS_PARALLELISM="false",
+    HF_HUB_OFFLINE="1",
+    HF_HOME=str(_CACHE / "huggingface"),
+    MIXMERGE_CACHE=str(_CACHE / "mixmerge"),
+    MPLBACKEND="Agg",
+    MPLCONFIGDIR=str(_CACHE / "matplotlib"),
+    TRANSFORMERS_VERBOSITY="error",
+    NO_COLOR="1",
+    COLUMNS="120",  # rich and typer wrap to the terminal otherwise
+)
+for _variable in ("HF_HUB_CACHE", "HF_TOKEN", "TRANSFORMERS_CACHE", "FORCE_COLOR", "XDG_CACHE_HOME"):
+    os.environ.pop(_variable, None)  # each would undo a line above
+
+# No verdict may depend on how busy the machine is; CI draws the same examples every time.
+settings.register_profile(
+    "mixmerge", deadline=None, derandomize="CI" in os.environ, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("mixmerge")
+
+Dtype = Literal["bfloat16", "float16", "float32"]
+
+SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<unk>", "<mask>")
+VOCABULARY = 280  # 256 bytes, the special tokens and a few merges
+_BLOCKS = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 64,
+}
+_GROUPED = {**_BLOCKS, "num_key_value_heads": 2, "head_dim": 8}
+_GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+_T5 = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+
+# name -> (config class, model class, configuration); each tensor shape differs from the next where it can
+FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", "LlamaForCausalLM", _GROUPED),
+    "llama_tied": ("LlamaConfig", "LlamaForCausalLM", {**_GROUPED, "tie_word_embeddings": True}),
+    "llama_bias": ("LlamaConfig", "LlamaForCausalLM", {**_GROUPED, "attention_bias": True, "mlp_bias": True}),
+    "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", _GROUPED),
+    "gemma": ("GemmaConfig", "GemmaForCausalLM", _GROUPED),
+    "gpt2": ("GPT2Config", "GPT2LMHeadModel", _GPT2),
+    "gpt_neox": ("GPTNeoXConfig", "GPTNeoXForCausalLM", _BLOCKS),
+    "bert": ("BertConfig", "BertModel", _BLOCKS),
+    "bert_mlm": ("BertConfig", "BertForMaskedLM", _BLOCKS),
+    "t5": ("T5Config", "T5ForConditionalGeneration", _T5),
+    "mixtral": (
+        "MixtralConfig",
+        "MixtralForCausalLM",
+        {**_GROUPED, "num_local_experts": 3, "num_experts_per_tok": 2},
+    ),
+}
+_AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForMaskedLM", "AutoModel")
+
+
+@dataclass(frozen=True)
+class Family:
+    """A base and its experts on disk, shared by all tests of a session: to change one, ``clone`` it."""
+
+    name: str
+    base: Path
+    experts: list[Path]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test that takes ``family_name`` runs once for each architecture."""
+    if "family_name" in metafunc.fixturenames:
+        metafunc.parametrize("family_name", list(FAMILIES))
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerBase:
+    """A byte-level BPE tokenizer of 280 entries: any text survives encode and decode."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(["the quick brown fox jumps over the lazy dog, 1 + 2 = 3"] * 4, trainer)
+    pad, bos, eos, unk, mask = SPECIAL_TOKENS
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token=pad,
+        bos_token=bos,
+        eos_token=eos,
+        unk_token=unk,
+        mask_token=mask,
+        model_max_length=64,
+    )
+
+
+def _build(name: str, seed: int) -> Any:
+    """A tiny model with no parameter left at a constant, so that a lost bias or norm shows."""
+    import torch
+    import transformers
+
+    config_class, model_class, settings = FAMILIES[name]
+    config = getattr(transformers, config_class)(
+        vocab_size=VOCABULARY,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=0,
+        **settings,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = getattr(transformers, model_class)(config).eval()
+    _perturb(model, scale=0.02, seed=seed)
+    return model
+
+
+def _perturb(model: Any, *, scale: float, seed: int) -> None:
+    """Add seeded normal noise to every parameter; a tied one gets it once."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for _, parameter in sorted(model.named_parameters()):
+            noise = torch.randn(parameter.shape, generator=generator) * scale
+            parameter.add_(noise.to(parameter.dtype))
+
+
+def _listing(folder: Path) -> list[tuple[str, int, int]]:
+    return sorted(
+        (str(path), path.stat().st_size, path.stat().st_mtime_ns)
+        for path in folder.rglob("*")
+        if path.is_file()
+    )
+
+
+@pytest.fixture(scope="session")
+def family(
+    tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerBase
+) -> Iterator[Callable[..., Family]]:
+    """``family(name, *, experts=2, dtype="bfloat16", shard_size=None, seed=0)``: made once a session.
+
+    Args of the callable:
+        name: a key of ``FAMILIES``; other names are refused.
+        experts: how many fine-tuned copies: the base plus normal noise of 0.01 on every parameter.
+        dtype: of every tensor on disk.
+        shard_size: ``max_shard_size`` of ``save_pretrained``: ``"20KB"`` gives several shards and an index.
+        seed: another one gives another base.
+    """
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    made: dict[tuple[object, ...], Family] = {}
+    listings: dict[Path, list[tuple[str, int, int]]] = {}
+
+    def save(model: Any, folder: Path, dtype: Dtype, shard_size: str | None) -> Path:
+        import torch
+
+        model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=shard_size or "5GB")
+        tokenizer.save_pretrained(folder)
+        listings[folder] = _listing(folder)
+        return folder
+
+    def make(
+        name: str,
+        *,
+        experts: int = 2,
+        dtype: Dtype = "bfloat16",
+        shard_size: str | None = None,
+        seed: int = 0,
+    ) -> Family:
+        key = (name, experts, dtype, shard_size, seed)
+        if key not in made:
+            root = tmp_path_factory.mktemp(name)
+            folders = []
+            for index in range(experts):
+                expert = _build(name, seed)
+                _perturb(expert, scale=0.01, seed=1000 * (seed + 1) + index)
+                folders.append(save(expert, root / f"expert{index}", dtype, shard_size))
+            made[key] = Family(name, save(_build(name, seed), root / "base", dtype, shard_size), folders)
+        return made[key]
+
+    yield make
+    changed = [str(folder) for folder, before in listings.items() if _listing(folder) != before]
+    assert not changed, f"a test changed a shared checkpoint; take a clone() of it: {changed}"
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Callable[[Path], Path]:
+    """``clone(folder)``: a copy of it that the test may damage."""
+
+    def copy(folder: Path) -> Path:
+        return Path(shutil.copytree(folder, Path(tempfile.mkdtemp(dir=tmp_path)) / folder.name))
+
+    return copy
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    from safetensors import safe_open
+
+    tensors: dict[str, Tensor] = {}
+    homes: dict[str, str] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
+                assert name not in tensors, f"{name} is in {homes[name]} and in {path.name}"
+                tensors[name], homes[name] = file.get_tensor(name), path.name
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        assert json.loads(index.read_text())["weight_map"] == homes, f"{index} and the shards disagree"
+    else:
+        assert set(homes.values()) == {"model.safetensors"}, f"{folder} has shards but no index"
+    return tensors
+
+
+@pytest.fixture(scope="session")
+def read_tensors() -> Callable[[Path], dict[str, Tensor]]:
+    """``read_tensors(folder)``: every tensor, by the safetensors library; shards and index must agree."""
+    return _read_tensors
+
+
+def _auto_class(config: Any, architecture: str) -> Any:
+    """The Auto class that users call for this architecture."""
+    import transformers
+
+    for name in _AUTO_CLASSES:
+        auto = getattr(transformers, name)
+        known = auto._model_mapping
+        if type(config) in known and getattr(known[type(config)], "__name__", "") == architecture:
+            return auto
+    raise AssertionError(f"no Auto class makes {architecture} of {type(config).__name__}")
+
+
+@pytest.fixture
+def assert_loads(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Any]:
+    """``assert_loads(folder)``: the folder loads as users load it, whole and finite. Returns the model.
+
+    Nothing missing, unexpected, mismatched or re-initialised; every value in memory is the one on disk (the
+    model is saved again and compared, so renamed and fused weights count too); a tokenizer present loads.
+    """
+
+    def check(folder: Path) -> Any:
+        import torch
+        from transformers import AutoConfig, AutoTokenizer
+
+        config = AutoConfig.from_pretrained(folder)
+        auto = _auto_class(config, config.architectures[0])
+        model, info = auto.from_pretrained(folder, dtype="auto", output_loading_info=True)
+        assert not any(info.values()), f"{folder} loads with {info}"
+        again = tmp_path_factory.mktemp("again")
+        model.save_pretrained(again)
+        on_disk, in_memory = _read_tensors(folder), _read_tensors(again)
+        assert in_memory.keys() <= on_disk.keys(), f"not from disk: {in_memory.keys() - on_disk.keys()}"
+        for name, tensor in in_memory.items():
+            assert tensor.isfinite().all(), f"{name} is not finite"
+            assert torch.equal(tensor, on_disk[name].to(tensor.dtype)), f"{name} differs from disk"
+        if (folder / "tokenizer_config.json").exists():
+            assert len(AutoTokenizer.from_pretrained(folder)) <= config.vocab_size
+        return model.eval()
+
+    return check
