@@ -44,27 +44,45 @@ def _copy_bits(source, bits):
 
 
 @njit(nogil=True, cache=True)
-def decode(code, raw, start, values):
-    """Elements ``start`` to ``start + n`` of ``raw`` (bytes) into ``values`` (float32, n). Returns the largest
-    magnitude's bits: 0x7F800000 or more means Inf or NaN."""
-    bits = values.view(np.uint32)
-    stop = start + values.size
-    if code == 0:
-        _decode_bf16(raw.view(np.uint16)[start:stop], bits)
-    elif code == 1:
-        _decode_f16(raw.view(np.uint16)[start:stop], bits, values)
-    else:
-        _copy_bits(raw.view(np.uint32)[start:stop], bits)
-    return largest(bits)
-
-
-@njit(nogil=True, cache=True)
 def largest(bits):
     """The largest of ``|x|`` as bits."""
     top = U32(0)
     for i in range(bits.size):
         top = max(top, bits[i] & _ABS32)
     return top
+
+
+@njit(nogil=True, cache=True)
+def _largest_half(halves):
+    top = U16(0)
+    for i in range(halves.size):
+        half = U16(halves[i] & U16(0x7FFF))
+        top = half if half > top else top
+    return U32(top)
+
+
+@njit(nogil=True, cache=True)
+def _half_top(top):
+    """A half's magnitude bits on float32's scale, as far as "finite or not" goes."""
+    return _INF32 if top >= U32(0x7C00) else top
+
+
+@njit(nogil=True, cache=True)
+def decode(code, raw, start, values):
+    """Elements ``start`` to ``start + n`` of ``raw`` (bytes) into ``values`` (float32, n). Returns the largest
+    magnitude's bits: 0x7F800000 or more means Inf or NaN."""
+    bits = values.view(np.uint32)
+    stop = start + values.size
+    if code == 0:
+        halves = raw.view(np.uint16)[start:stop]
+        _decode_bf16(halves, bits)
+        return _largest_half(halves) << U32(16)
+    if code == 1:
+        halves = raw.view(np.uint16)[start:stop]
+        _decode_f16(halves, bits, values)
+        return _half_top(_largest_half(halves))
+    _copy_bits(raw.view(np.uint32)[start:stop], bits)
+    return largest(bits)
 
 
 @njit(nogil=True, cache=True)
@@ -103,19 +121,13 @@ def encode(code, values, raw, start):
     bits = values.view(np.uint32)
     stop = start + values.size
     if code == 0:
-        _encode_bf16(bits, raw.view(np.uint16)[start:stop])
-        top = U32(0)
         written = raw.view(np.uint16)[start:stop]
-        for i in range(written.size):
-            top = max(top, U32(written[i]) & U32(0x7FFF))
-        return top << U32(16)
+        _encode_bf16(bits, written)
+        return _largest_half(written) << U32(16)
     if code == 1:
         written = raw.view(np.uint16)[start:stop]
         _encode_f16(bits, written)
         _encode_f16_small(bits, values, written)
-        top = U32(0)
-        for i in range(written.size):
-            top = max(top, U32(written[i]) & U32(0x7FFF))
-        return _INF32 if top >= U32(0x7C00) else top
+        return _half_top(_largest_half(written))
     _copy_bits(bits, raw.view(np.uint32)[start:stop])
     return largest(bits)

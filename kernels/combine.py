@@ -21,6 +21,10 @@ LANES = 64
 
 KEEP_ALL, KEEP_CUT, KEEP_BITS = 0, 1, 2
 
+# The bits of a byte as eight bytes of -1 or 0, lowest first.
+_SPREAD = (np.arange(256)[:, None] >> np.arange(8) & 1).astype(np.uint8) * np.uint8(255)
+_SPREAD = np.ascontiguousarray(_SPREAD).view(np.uint64).reshape(-1)
+
 
 @njit(nogil=True, cache=True)
 def _assign(target, factor, values):
@@ -111,17 +115,21 @@ def keep_cut(delta, first, cut):
 
 
 @njit(nogil=True, cache=True)
+def _and_flags(bits, flags):
+    # A flag of -1 widens to all ones.
+    for i in range(bits.size):
+        bits[i] &= U32(np.int32(flags[i]))
+
+
+@njit(nogil=True, cache=True)
 def keep_bits(delta, mask, s):
     """Zero what has no bit in ``mask``; ``s`` is a multiple of 8."""
-    full = delta.size // 8
-    for j in range(full):
-        byte = mask[s // 8 + j]
-        part = delta[8 * j : 8 * j + 8]
-        for i in range(8):
-            part[i] = part[i] if (byte >> U8(i)) & U8(1) else F32(0)
-    for i in range(8 * full, delta.size):
-        if not (mask[(s + i) // 8] >> U8(i & 7)) & U8(1):
-            delta[i] = F32(0)
+    bits = delta.view(np.uint32)
+    words = np.empty((bits.size + 7) // 8, np.uint64)
+    part = mask[s // 8 : s // 8 + words.size]
+    for j in range(words.size):
+        words[j] = _SPREAD[part[j]]
+    _and_flags(bits, words.view(np.int8)[: bits.size])
 
 
 @njit(nogil=True, cache=True)

@@ -32,6 +32,13 @@ def _rounds(first, count, stream, lane0, lane1, lane2, lane3):
 
 
 @njit(nogil=True, cache=True)
+def _spread(source, draws):
+    """Every fourth of ``draws``, from the first, is the next of ``source``."""
+    for i in range(min(source.size, (draws.size + 3) // 4)):
+        draws[4 * i] = source[i]
+
+
+@njit(nogil=True, cache=True)
 def draw_block(stream, start, draws, lanes):
     """The draws of elements ``start`` to ``start + n`` into ``draws`` (uint32, n).
 
@@ -46,9 +53,4 @@ def draw_block(stream, start, draws, lanes):
     for lane in range(4):
         source = lanes[lane]
         begin = 1 if lane < skip else 0
-        at = 4 * begin + lane - skip
-        for i in range(begin, count):
-            if at >= n:
-                break
-            draws[at] = source[i]
-            at += 4
+        _spread(source[begin:count], draws[min(4 * begin + lane - skip, n) :])

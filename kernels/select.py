@@ -16,26 +16,37 @@ U32, I64 = np.uint32, np.int64
 _ABS = U32(0x7FFFFFFF)
 
 # A magnitude's 31 bits are counted in two steps: the high 16, then the low 15 under one high value.
+LOOK = 16  # entries per group of ``_between``
 HIGH_BINS, LOW_BINS, LOW_SHIFT = 1 << 16, 1 << 15, 15
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True, fastmath={"reassoc"})
 def _count_above(bits, high):
-    above = np.int32(0)
+    # Whole numbers up to BLOCK add exactly in float32 in any order, and float32 vectorises.
+    above = np.float32(0)
     for i in range(bits.size):
-        above += np.int32((bits[i] & _ABS) > high)
-    return above
+        above += np.float32(1) if (bits[i] & _ABS) > high else np.float32(0)
+    return I64(above)
 
 
 @njit(nogil=True, cache=True)
 def _between(bits, low, high, places):
-    # Always writing and sometimes advancing has no branch to mispredict.
-    found = 0
-    for i in range(bits.size):
-        b = bits[i] & _ABS
-        places[found] = i
-        found += np.int64((b >= low) & (b <= high))
-    return found
+    # Few are inside: whole groups of lanes are looked at first, and only those with a hit one by one.
+    found, span = np.uint64(0), high - low
+    whole = bits.size // LOOK * LOOK
+    for s in range(0, whole, LOOK):
+        part = bits[s : s + LOOK]
+        hits = U32(0)
+        for i in range(LOOK):
+            hits |= U32(((part[i] & _ABS) - low) <= span)
+        if hits:
+            for i in range(LOOK):
+                places[found] = U32(s + i)
+                found += np.uint64(((part[i] & _ABS) - low) <= span)
+    for i in range(whole, bits.size):
+        places[found] = U32(i)
+        found += np.uint64(((bits[i] & _ABS) - low) <= span)
+    return I64(found)
 
 
 @njit(nogil=True, cache=True)
@@ -43,7 +54,7 @@ def collect_chunk(raw, codes, direct, n, first, expert, low, high, found_bits, f
     """Count the magnitudes above ``high`` and collect those in [low, high] with their indices.
 
     Returns (above, found); when ``found`` exceeds the room, only the count is right. ``scratch`` (2, B),
-    ``places`` (B + 1) int32.
+    ``places`` (B + 1) uint32.
     """
     above, found, room = 0, 0, found_bits.size
     for s in range(0, n, BLOCK):
@@ -58,7 +69,7 @@ def collect_chunk(raw, codes, direct, n, first, expert, low, high, found_bits, f
         if found + more <= room:
             for j in range(more):
                 found_bits[found + j] = bits[places[j]] & _ABS
-                found_index[found + j] = first + s + places[j]
+                found_index[found + j] = first + s + I64(places[j])
         found += more
     return above, found
 

@@ -9,13 +9,13 @@ __version__ = "0.1.0"
 # Public name -> where it lives. Loaded on first use, so that importing mixmerge costs nothing.
 _PUBLIC = {
     "merge": "mixmerge.engine.merge:merge",
-    "plan": "mixmerge.plan:make_plan",
+    "make_plan": "mixmerge.plan:make_plan",
     "merge_state_dicts": "mixmerge.methods.memory:merge_state_dicts",
-    "inspect": "mixmerge.inspect:inspect_models",
+    "inspect_models": "mixmerge.inspect:inspect_models",
     "MixmergeError": "mixmerge.errors:MixmergeError",
 }
 
-__all__ = ["MixmergeError", "__version__", "inspect", "merge", "merge_state_dicts", "plan"]
+__all__ = ["MixmergeError", "__version__", "inspect_models", "make_plan", "merge", "merge_state_dicts"]
 
 
 def __getattr__(name: str) -> Any:

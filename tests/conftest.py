@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -17,6 +18,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+from mixmerge.checkpoint.header import DTYPE_BYTES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -214,6 +217,57 @@ def family(
     yield make
     changed = [str(folder) for folder, before in listings.items() if _listing(folder) != before]
     assert not changed, f"a test changed a shared checkpoint; take a clone() of it: {changed}"
+
+
+@pytest.fixture
+def hollow(tmp_path: Path) -> Callable[..., Path]:
+    """``hollow(name, tensors, *, vocabulary=None, files=1, **config)``: a model folder of that name with no data.
+
+    Headers, sizes and config are true, the tensors are a hole in the file, so that models of any size fit.
+
+    Args of the callable:
+        tensors: name -> (safetensors dtype, shape).
+        vocabulary: tokens of a ``tokenizer.json``, in the order of their ids.
+        files: shards; more than one get an index.
+    """
+
+    def write(path: Path, tensors: dict[str, tuple[str, tuple[int, ...]]]) -> None:
+        header, at = {}, 0
+        for name, (dtype, shape) in tensors.items():
+            end = at + math.prod(shape) * DTYPE_BYTES[dtype]
+            header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, end]}
+            at = end
+        text = json.dumps(header).encode()
+        with path.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            file.truncate(8 + len(text) + at)
+
+    def make(
+        name: str,
+        tensors: dict[str, tuple[str, tuple[int, ...]]],
+        *,
+        vocabulary: list[str] | None = None,
+        files: int = 1,
+        **config: Any,
+    ) -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(config))
+        if vocabulary is not None:
+            vocab = {token: number for number, token in enumerate(vocabulary)}
+            (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocab}}))
+        if files == 1:
+            write(folder / "model.safetensors", tensors)
+            return folder
+        weight_map = {}
+        for number in range(files):
+            shard, names = f"model-{number + 1:05d}-of-{files:05d}.safetensors", list(tensors)[number::files]
+            write(folder / shard, {name: tensors[name] for name in names})
+            weight_map |= dict.fromkeys(names, shard)
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        return folder
+
+    return make
 
 
 @pytest.fixture

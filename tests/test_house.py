@@ -31,6 +31,7 @@ FORBIDDEN = {
     ),
     "a conflict marker": re.compile(r"^(<{7}|>{7}|={7})( |$)", re.MULTILINE),
 }
+_REASONED = re.compile(r"noqa: BLE001\s+\w+ \w+")
 
 
 def written_files() -> Iterator[Path]:
@@ -67,19 +68,21 @@ def size_faults(source: str) -> list[str]:
     return faults
 
 
-def _catches_everything(handler: ast.ExceptHandler) -> bool:
+def _catches_everything(handler: ast.ExceptHandler, line: str) -> bool:
+    """Every fault, without raising it again at the end or saying beside ``noqa`` where it goes."""
     kinds = handler.type.elts if isinstance(handler.type, ast.Tuple) else [handler.type]
     broad = any(kind is None or ast.unparse(kind) in ("Exception", "BaseException") for kind in kinds)
     last = handler.body[-1]
     cleans_up = handler.type is not None and isinstance(last, ast.Raise)
-    return broad and not cleans_up
+    return broad and not cleans_up and not _REASONED.search(line)
 
 
 def code_faults(source: str, *, may_print: bool = False) -> list[str]:
     """Shapes of code the house does without, with their lines."""
     faults: list[str] = []
+    lines = source.splitlines()
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.ExceptHandler) and _catches_everything(node):
+        if isinstance(node, ast.ExceptHandler) and _catches_everything(node, lines[node.lineno - 1]):
             faults.append(f"{node.lineno}: catches everything and does not raise; name the fault")
         elif isinstance(node, ast.Global):
             faults.append(f"{node.lineno}: global state; pass it")
@@ -142,6 +145,7 @@ def test_a_planted_size_is_found() -> None:
         ("try:\n    f()\nexcept:\n    pass", "3: catches everything"),
         ("try:\n    f()\nexcept:\n    raise", "3: catches everything"),
         ("try:\n    f()\nexcept (OSError, Exception) as e:\n    pass", "3: catches everything"),
+        ("try:\n    f()\nexcept Exception:  # noqa: BLE001\n    pass", "3: catches everything"),
         ("def f():\n    global x", "2: global"),
         ("def f(a, **rest): ...", "1: f takes **rest"),
         ("def f():\n    print('x')", "2: prints"),
@@ -155,6 +159,10 @@ def test_a_planted_shape_is_found(source: str, word: str) -> None:
 
 def test_allowed_shapes_are_not_faults() -> None:
     assert code_faults("try:\n    f()\nexcept BaseException:\n    undo()\n    raise") == []
+    assert (
+        code_faults("try:\n    f()\nexcept Exception as e:  # noqa: BLE001  the caller has it\n    q(e)")
+        == []
+    )
     assert code_faults("try:\n    f()\nexcept OSError:\n    pass\nconsole.print('x')\nf(**options)") == []
     assert code_faults("print('x')", may_print=True) == []
 

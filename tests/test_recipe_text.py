@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import settings as budget
@@ -217,6 +218,8 @@ def test_mappings() -> None:
     recipe = parsed.require()
     assert recipe.models[0].model == ModelRef("a+b")
     assert parse(parsed.text).recipe == recipe == read(recipe).recipe
+    good["parameters"] = {"weight": np.float32(0.5), "normalize": np.bool_(True)}
+    assert read(good).require().parameters["normalize"][0].value == (True,)
     nested: dict[str, Any] = {}
     nested["parameters"] = nested
     assert "too many levels of nesting" in str(read(nested).faults[0])

@@ -27,7 +27,7 @@ from mixmerge.checkpoint.adapter_names import (
 from mixmerge.checkpoint.header import FLOATS, TensorHeader, read_header
 from mixmerge.errors import CheckpointError, Fault
 
-__all__ = ["AdapterDelta", "LoadedDelta", "read_adapter"]
+__all__ = ["AdapterDelta", "LoadedDelta", "adapter_file", "read_adapter"]
 
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _QUANTISED = (".qweight", ".absmax", ".quant_map", ".weight_packed", ".SCB", ".weight_scale")
@@ -83,8 +83,8 @@ def read_adapter(folder: Path, base: Mapping[str, TensorHeader], *, where: str) 
     reading = _Reading(config, base, f"{where}: {path}")
     reading.sort(tensors)
     deltas = reading.build()
-    if reading.faults:
-        raise CheckpointError(reading.faults)
+    if reading.blamed:
+        raise CheckpointError(reading.faults())
     return deltas
 
 
@@ -95,49 +95,47 @@ class _Reading:
         self.config = config
         self.base = base
         self.where = where
-        self.faults: list[Fault] = []
+        self.blamed: dict[tuple[str, str, str], list[str]] = defaultdict(list)
         self.modules: dict[str, dict[Part, TensorHeader]] = defaultdict(dict)
         self.embeddings: set[str] = set()
         self.whole: dict[str, TensorHeader] = {}
         self.deltas: dict[str, AdapterDelta] = {}
-        self.lost: list[str] = []
 
-    def fault(self, what: str, allowed: str = "", run: str = "") -> None:
-        self.faults.append(Fault(self.where, what, allowed, run))
+    def blame(self, name: str, what: str, allowed: str = "", run: str = "") -> None:
+        """Keep a fault of one tensor or module."""
+        self.blamed[what, allowed, run].append(name)
 
-    def fault_each(self, names: Iterable[str], what: str, allowed: str = "", run: str = "") -> None:
-        """One fault for many tensors: a wrong base would otherwise give hundreds."""
-        listed = sorted(names)
-        if listed:
+    def faults(self) -> Iterable[Fault]:
+        """One fault for all that have it: a wrong base or flag would otherwise give hundreds."""
+        for (what, allowed, run), names in self.blamed.items():
+            listed = sorted(names)
             more = f" and {len(listed) - 4:,} more" if len(listed) > 4 else ""
-            self.fault(f"{what}: {', '.join(listed[:4])}{more}", allowed, run)
+            yield Fault(self.where, f"{what}: {', '.join(listed[:4])}{more}", allowed, run)
 
     # -- what the tensors are -----------------------------------------------------------------------------
 
     def sort(self, tensors: Mapping[str, TensorHeader]) -> None:
         """Put every tensor where it belongs, by name alone."""
-        if not tensors:
-            self.fault("it holds no tensors", run="Save the adapter again with PEFT's save_pretrained")
-        unknown, wrong_dtype = [], []
         adapters = set()
         for name, tensor in tensors.items():
             piece = parse(name)
             adapters.add(piece.adapter or "")
             if tensor.dtype not in FLOATS:
-                wrong_dtype.append(f"{name} ({tensor.dtype})")
+                self.blame(f"{name} ({tensor.dtype})", "not floating point", _FLOATS)
             elif piece.part == "full" and not self._is_saved(piece):
-                unknown.append(name)
+                self.blame(
+                    name,
+                    "of no known kind",
+                    "Factors, magnitudes, and what bias and modules_to_save list, are known",
+                    _MERGE,
+                )
             else:
                 self._keep(name, piece, tensor)
-        self.fault_each(
-            unknown,
-            "tensors of no known kind",
-            "Factors, magnitudes, and what bias and modules_to_save list",
-            "A feature or a name that this version does not know: merge the adapter with PEFT instead",
-        )
-        self.fault_each(wrong_dtype, "tensors that are not floating point", f"Known: {', '.join(FLOATS)}")
+        if not tensors:
+            self.blame("every tensor", "missing", run="Save the adapter again with PEFT's save_pretrained")
         if len(adapters - {""}) > 1:
-            self.fault(f"it holds several adapters: {', '.join(sorted(adapters - {''}))}", "One is allowed")
+            for adapter in adapters - {""}:
+                self.blame(adapter, "it holds more than one adapter", "One is allowed")
 
     def _is_saved(self, piece: Piece) -> bool:
         """Whole tensors are saved on request; embeddings and heads also when the vocabulary grew."""
@@ -154,7 +152,7 @@ class _Reading:
             taken = piece.part in self.modules[piece.module]
             self.modules[piece.module][piece.part] = tensor
         if taken:
-            self.fault(f"{name} is there twice under names that mean the same", run="Keep one of them")
+            self.blame(name, "there twice, under names that mean the same", run="Keep one of them")
 
     # -- what they change ---------------------------------------------------------------------------------
 
@@ -172,7 +170,7 @@ class _Reading:
                 if target is None and parameters(inner, self.config):
                     stacked[inner].append(Pair(module, parts["a"], parts["b"]))
                 elif target is None:
-                    self.lost.append(f"{module}.weight")
+                    self._lose(f"{module}.weight")
                 else:
                     self._low_rank(module, parts, *target)
         for module, pairs in stacked.items():
@@ -180,7 +178,6 @@ class _Reading:
         for name, tensor in self.whole.items():
             self._replace(name, tensor)
         self._untie()
-        self._report_lost()
         return self.deltas
 
     def _find(self, name: str) -> tuple[str, TensorHeader] | None:
@@ -191,10 +188,10 @@ class _Reading:
         return (name, self.base[tied]) if tied else None
 
     def _complete(self, module: str, parts: Mapping[Part, TensorHeader]) -> bool:
-        before = len(self.faults)
-        if "a" not in parts or "b" not in parts:
+        sound = "a" in parts and "b" in parts
+        if not sound:
             missing = "lora_A" if "a" not in parts else "lora_B"
-            self.fault(f"{module} has no {missing}", run="Save the adapter again: the file is not complete")
+            self.blame(module, f"no {missing}", run="Save the adapter again: the file is not complete")
         config = self.config
         for there, wants, name, switch in (
             ("magnitude" in parts, config.use_dora, "DoRA magnitude", "use_dora"),
@@ -202,8 +199,9 @@ class _Reading:
         ):
             if there != wants:
                 has, setting = ("a", "false") if there else ("no", "true")
-                self.fault(f"{module} has {has} {name}", f"{switch} is {setting} in adapter_config.json")
-        return len(self.faults) == before
+                self.blame(module, f"{has} {name}", f"{switch} is {setting} in adapter_config.json")
+                sound = False
+        return sound
 
     def _low_rank(
         self, module: str, parts: Mapping[Part, TensorHeader], target: str, weight: TensorHeader
@@ -213,10 +211,10 @@ class _Reading:
             return
         transposed = self._transposed(module, a, b, weight)
         if transposed is None:
-            expected = f"lora_B x lora_A is {b.shape[0]} x {a.shape[1]}"
-            self.fault(f"{module}: {expected}, but {weight.name} is {_shape(weight)}", run=_OTHER_BASE)
+            sizes = f"{b.shape[0]:,} x {a.shape[1]:,}, the base {_shape(weight)}"
+            self.blame(f"{module} ({sizes})", "of another shape than the base", run=_OTHER_BASE)
         elif magnitude is not None and magnitude.elements != b.shape[0]:
-            self.fault(f"{module}: its DoRA magnitude is {_shape(magnitude)}, not {b.shape[0]} values")
+            self.blame(f"{module} ({_shape(magnitude)})", "a DoRA magnitude of another length than lora_B")
         else:
             kind: Kind = "lowrank" if magnitude is None else "dora"
             scale = self.config.scale(self._key(module))
@@ -231,27 +229,27 @@ class _Reading:
 
     def _plain(self, module: str, a: TensorHeader, b: TensorHeader, weight: TensorHeader) -> bool:
         rank = self.config.rank(self._key(module))
+        sizes = f"{module} (lora_A {_shape(a)}, lora_B {_shape(b)})"
         if len(a.shape) != 2 or len(b.shape) != 2:
-            self.fault(
-                f"{module}: lora_A is {_shape(a)} and lora_B {_shape(b)}",
-                "Matrices are read; LoRA on convolutions is not",
-                _MERGE,
-            )
-        elif weight.dtype not in FLOATS:
-            self.fault(
-                f"{module}: the base's {weight.name} is {weight.dtype}, so it is quantised",
-                f"Known: {', '.join(FLOATS)}",
-                "Name the model it was quantised from, or dequantise it first",
-            )
+            self.blame(sizes, "factors that are not matrices", "LoRA on convolutions is not read", _MERGE)
         elif not a.shape[0] == b.shape[1] == rank:
-            self.fault(
-                f"{module}: lora_A is {_shape(a)} and lora_B {_shape(b)}",
-                f"r and rank_pattern in adapter_config.json say rank {rank}",
-            )
+            said = f"r and rank_pattern in adapter_config.json say {rank:,}"
+            self.blame(sizes, "factors of another rank", said)
         elif rank > _MOST_RANK * max(a.shape[1], b.shape[0]):
-            self.fault(f"{module}: rank {rank:,} is absurd for {b.shape[0]:,} x {a.shape[1]:,}")
+            self.blame(sizes, "an absurd rank", f"At most {_MOST_RANK} x the longer side is allowed")
         else:
+            return self._is_float(weight)
+        return False
+
+    def _is_float(self, weight: TensorHeader) -> bool:
+        if weight.dtype in FLOATS:
             return True
+        self.blame(
+            f"{weight.name} ({weight.dtype})",
+            "quantised in the base",
+            _FLOATS,
+            "Name the model it was quantised from, or dequantise it first",
+        )
         return False
 
     def _transposed(self, module: str, a: TensorHeader, b: TensorHeader, weight: TensorHeader) -> bool | None:
@@ -286,10 +284,11 @@ class _Reading:
     def _add_bias(self, module: str, vector: TensorHeader, scale: float) -> None:
         name = self.names.find(f"{module}.bias")
         if name is None:
-            self.fault(f"{module} has a bias on lora_B, but the base's module has none", run=_OTHER_BASE)
+            self.blame(module, "a bias on lora_B, but none on the base's module", run=_OTHER_BASE)
         elif self.base[name].shape != vector.shape:
-            self.fault(f"{module}: the bias of lora_B is {_shape(vector)}, {name} {_shape(self.base[name])}")
-        else:
+            sizes = f"{_shape(vector)}, the base {_shape(self.base[name])}"
+            self.blame(f"{name} ({sizes})", "of another shape than the base", run=_OTHER_BASE)
+        elif self._is_float(self.base[name]):
             self._add(AdapterDelta(name, "bias", self.base[name], scale, b=vector))
 
     def _experts(self, module: str, pairs: list[Pair]) -> None:
@@ -301,21 +300,22 @@ class _Reading:
         for delta in deltas:
             self._add(delta)
         for pair, why in lost:
-            self.fault(f"{pair.name}: {why}", run=_MERGE)
+            self.blame(pair.name, why, run=_MERGE)
 
     def _replace(self, name: str, tensor: TensorHeader) -> None:
         target = self._find(name)
         if target is None:
-            self.lost.append(name)
+            self._lose(name)
             return
         known, weight = target
         if tensor.shape != weight.shape:
             grown = tensor.shape[1:] == weight.shape[1:] and len(tensor.shape) == 2
             hint = "The adapter was trained with a resized vocabulary: resize the base the same way first"
-            self.fault(
-                f"{name} is {_shape(tensor)}, the base's {weight.name} {_shape(weight)}",
-                run=hint if grown else _OTHER_BASE,
-            )
+            sizes = f"{_shape(tensor)}, the base {_shape(weight)}"
+            run = hint if grown else _OTHER_BASE
+            self.blame(f"{name} ({sizes})", "of another shape than the base", run=run)
+        elif not self._is_float(weight):
+            return
         elif known in self.deltas:
             self.deltas[known] = replace(self.deltas[known], full=tensor)
         else:
@@ -328,9 +328,10 @@ class _Reading:
         if embedding is None or self.names.has_head or not self.config.predicts_tokens:
             return
         if embedding.endswith(UNNAMED_TIES):
-            self.fault(
-                f"it changes {embedding}, which the base also uses under names that it does not store",
-                "PEFT would change one of the uses only",
+            self.blame(
+                embedding,
+                "changed, but the base uses it under other names too, which it does not store",
+                "PEFT changes one of the uses only",
                 "Save the base with tie_word_embeddings=False and train on that, or leave this module out",
             )
         elif self.config.ensure_weight_tying:
@@ -341,15 +342,16 @@ class _Reading:
 
     def _add(self, delta: AdapterDelta) -> None:
         if delta.target in self.deltas:
-            self.fault(f"two of its modules lead to {delta.target} of the base", run=_OTHER_BASE)
+            self.blame(delta.target, "changed by two modules of the adapter", run=_OTHER_BASE)
         self.deltas[delta.target] = delta
 
-    def _report_lost(self) -> None:
-        quantised = any(name.endswith(_QUANTISED) for name in self.base)
+    def _lose(self, name: str) -> None:
+        quantised = any(known.endswith(_QUANTISED) for known in self.base)
         why = "The base is quantised: name the model it was quantised from" if quantised else _OTHER_BASE
-        self.fault_each(self.lost, "the base has no tensor for", run=why)
+        self.blame(name, "not in the base", run=why)
 
 
+_FLOATS = f"Known: {', '.join(FLOATS)}"
 _OTHER_BASE = "Name the model the adapter was trained on (base_model_name_or_path in its adapter_config.json)"
 _MERGE = "Merge the adapter with PEFT (merge_and_unload, save_pretrained) and name that folder as the model"
 

@@ -179,8 +179,8 @@ class _Reading:
             self.fault(
                 f"init_lora_weights is {value!r}, which changed the base's own weights when training began",
                 "The adapter fits that changed base only",
-                "Save it again with PEFT's path_initial_model_for_weight_conversion; or, if the model named here"
-                " is that changed base, set init_lora_weights to true in this file",
+                "Save it again with PEFT's path_initial_model_for_weight_conversion; or, if the model named"
+                " here is that changed base, set init_lora_weights to true in this file",
             )
         else:
             self.fault(

@@ -1,13 +1,13 @@
 """One tensor's change by an adapter: where its factors are, and its rows as float32.
 
-Shapes: R rows, C columns of the tensor seen as a matrix: all dimensions but the last flattened into rows; a
-vector is one row. K rank, E experts of an MoE tensor, G groups of rows that share a right factor.
+Shapes: R rows, C columns of the tensor seen as a matrix: the first dimension by all others, so that a vector is
+one column and a row of an MoE tensor is an expert. K rank, E experts, I inputs and O outputs of a module.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -38,24 +38,48 @@ def read_values(tensor: TensorHeader, *, start: int = 0, stop: int | None = None
     except OSError as error:
         raise CheckpointError(Fault(str(tensor.file), f"cannot be read: {error.strerror}")) from error
     if raw.size != count:
-        raise CheckpointError(
-            Fault(
-                str(tensor.file),
-                f"it ends inside tensor {tensor.name!r}",
-                run="The file changed or was cut off: copy or download it again",
-            )
+        raise _cut_off(tensor)
+    return _decode(tensor, raw)
+
+
+def _read_columns(tensor: TensorHeader, *, first: int, last: int, start: int, step: int) -> Floats:
+    """Columns ``start::step`` of rows ``first`` to ``last`` of a matrix, as float32.
+
+    A map: of the factors of a hundred stacked experts, only the pages of one are touched.
+
+    Raises:
+        CheckpointError: as ``read_values``.
+    """
+    try:
+        stored = np.memmap(tensor.file, _STORED[tensor.dtype], "r", tensor.offset, tensor.shape)
+    except OSError as error:
+        raise CheckpointError(Fault(str(tensor.file), f"cannot be read: {error.strerror}")) from error
+    except ValueError as error:  # the map would reach beyond the file
+        raise _cut_off(tensor) from error
+    return _decode(tensor, np.array(stored[first:last, start::step]))
+
+
+def _cut_off(tensor: TensorHeader) -> CheckpointError:
+    return CheckpointError(
+        Fault(
+            str(tensor.file),
+            f"it ends inside tensor {tensor.name!r}",
+            run="The file changed or was cut off: copy or download it again",
         )
+    )
+
+
+def _decode(tensor: TensorHeader, raw: np.ndarray[tuple[int, ...], Any]) -> Floats:
     if tensor.dtype == "BF16":
         values = (raw.astype(np.uint32) << 16).view(np.float32)
     else:
         with np.errstate(over="ignore"):  # a float64 beyond float32 becomes Inf, which is refused below
             values = raw.astype(np.float32, copy=False)
     if not np.isfinite(values).all():
-        at = start + int(np.argmin(np.isfinite(values)))
         raise CheckpointError(
             Fault(
                 str(tensor.file),
-                f"tensor {tensor.name!r} holds NaN or Inf (first at element {at:,})",
+                f"tensor {tensor.name!r} holds NaN or Inf",
                 run="The training that wrote it diverged: use an earlier checkpoint of it",
             )
         )
@@ -77,11 +101,11 @@ class AdapterDelta:
         weight: the base's tensor, W. Its name differs from ``target`` only for the head of a base that ties
             it to its embedding: the expert has a head of its own then.
         scale: s, alpha / r or alpha / sqrt(r).
-        a: factor A, ``(E * K, inputs)``.
-        b: factor B, ``(outputs, E * K)``, column k * E + e for rank k of expert e; for ``bias`` the vector b.
+        a: factor A, ``(E * K, I)``.
+        b: factor B, ``(O, E * K)``, column k * E + e for rank k of expert e; for ``bias`` the vector b.
         magnitude: DoRA's m, one for each output.
         full: a whole tensor of W's shape.
-        transposed: W is stored as (inputs, outputs): Conv1D and embeddings.
+        transposed: W is stored as (I, O): Conv1D and embeddings.
         experts: E.
         slot: W holds only this (expert, first output, last output) of the stacked factors.
     """
@@ -106,8 +130,21 @@ class AdapterDelta:
     @property
     def shape(self) -> tuple[int, int]:
         """``(R, C)``."""
-        columns = self.weight.shape[-1] if self.weight.shape else 1
-        return self.weight.elements // columns if columns else 0, columns
+        rows = self.weight.shape[0] if self.weight.shape else 1
+        return rows, self.weight.elements // rows if rows else 0
+
+    def facts(self) -> dict[str, Any]:
+        """Everything that decides W' but the values and where they are stored, as JSON data."""
+        parts = {"a": self.a, "b": self.b, "magnitude": self.magnitude, "full": self.full}
+        read = {key: [part.name, part.dtype, part.shape] for key, part in parts.items() if part is not None}
+        layout = [self.transposed, self.experts, self.slot]
+        return {
+            "target": self.target,
+            "kind": self.kind,
+            "scale": self.scale,
+            "layout": layout,
+            "parts": read,
+        }
 
     @property
     def needs_weight(self) -> bool:
@@ -134,7 +171,7 @@ class AdapterDelta:
         return LoadedDelta(self, left, right, column_factors=magnitude / norms)
 
     def _scaled(self, values: Floats) -> Floats:
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):
             scaled = values * np.float32(self.scale)
         if not np.isfinite(scaled).all():
             raise CheckpointError(
@@ -147,7 +184,7 @@ class AdapterDelta:
         return scaled
 
     def _factors(self, a: TensorHeader, b: TensorHeader) -> tuple[Floats, Floats]:
-        """(left, right), ``(R, K)`` and ``(G, K, C)``: left @ right is s B A in the order W is stored."""
+        """(left, right), ``(E * O, K)`` and ``(E, K, I)``, or the other way round where W is transposed."""
         from mixmerge.kernels.lowrank import pad
 
         rank, inputs = a.shape[0] // self.experts, a.shape[1]
@@ -158,9 +195,8 @@ class AdapterDelta:
             expert, first, last = self.slot
             size = rank * inputs
             down = read_values(a, start=expert * size, stop=(expert + 1) * size).reshape(1, rank, inputs)
-            up = read_values(b, start=first * b.shape[1], stop=last * b.shape[1])
-            up = up.reshape(-1, rank, self.experts).transpose(2, 0, 1)[expert : expert + 1]
-        # down (G, K, inputs), up (G, outputs, K)
+            up = _read_columns(b, first=first, last=last, start=expert, step=self.experts)[None]
+        # down (E, K, I), up (E, O, K)
         left, right = (down.transpose(0, 2, 1), up.transpose(0, 2, 1)) if self.transposed else (up, down)
         return pad(self._scaled(left).reshape(-1, rank), axis=1), pad(right, axis=1)
 
@@ -268,11 +304,13 @@ class LoadedDelta:
     def _change(self, start: int, stop: int, out: Floats) -> Floats:
         """s B A or s b, which does not depend on W."""
         if self.vector is not None:
-            out[:] = self.vector
+            out[:] = self.vector[start:stop, None]
         elif self.left is not None and self.right is not None:
             from mixmerge.kernels.lowrank import product
 
-            product(self.left, self.right, start=start, stop=stop, out=out)
+            inner = len(self.left) // self.shape[0]  # rows of one expert; else 1
+            flat = out.reshape(-1, self.right.shape[2])
+            product(self.left, self.right, start=start * inner, stop=stop * inner, out=flat)
         else:
             out[:] = 0
         return out

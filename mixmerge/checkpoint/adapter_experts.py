@@ -69,6 +69,8 @@ def wanted(module: str, config: AdapterConfig) -> Iterable[str]:
 
 
 def _whole(parameter: str, tensor: TensorHeader) -> list[_Home]:
+    if len(tensor.shape) == 2:
+        return [_Home(parameter, 1, *tensor.shape, False, ((tensor, None),))]
     if len(tensor.shape) != 3:
         return []
     experts, first, second = tensor.shape
@@ -127,11 +129,9 @@ def place(
     for pair in pairs:
         found = fits[pair.name]
         if not found:
-            shapes = f"lora_A {list(pair.a.shape)} and lora_B {list(pair.b.shape)}"
-            lost.append((pair, f"{shapes} fit no parameter of {module} that target_parameters names"))
+            lost.append((pair, "shapes that fit no parameter of the base that target_parameters names"))
         elif len(found) > 1 or len(taken[found[0].parameter]) > 1:
-            names = ", ".join(sorted({home.parameter for home in found}))
-            lost.append((pair, f"its shapes do not tell which of {names} it changes, or which way round"))
+            lost.append((pair, "shapes that do not tell which parameter is changed, or which way round"))
         else:
             deltas += _deltas(pair, found[0], config)
     return deltas, lost

@@ -19,7 +19,8 @@ Part = Literal["a", "b", "b_bias", "magnitude", "full"]
 # In a base that ties its head to its embedding, the head has no tensor of its own.
 HEADS = ("lm_head", "embed_out")
 EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings", "shared")
-# Embeddings of BERT and T5: what is tied to them is not called as in HEADS, or is more than a head.
+# Embeddings of BERT and T5: what is tied to them has another name than HEADS, is more than a head, or (T5) is
+# scaled because it is tied, so that the head cannot be given a tensor of its own.
 UNNAMED_TIES = ("word_embeddings.weight", "shared.weight")
 
 # Module names of transformers 5 and what checkpoints call them.
@@ -133,16 +134,14 @@ class BaseNames:
         settled = {}
         for prefix, homes_found in votes.items():
             # Most names explained; then the prefix itself; then the one that ends like it.
-            ranked = sorted(
-                homes_found,
-                key=lambda home: (homes_found[home], home == prefix, _common_tail(home, prefix)),
-                reverse=True,
-            )
-            first, *others = [
-                (homes_found[home], home == prefix, _common_tail(home, prefix)) for home in ranked
+            claims = [
+                ((count, home == prefix, _common_tail(home, prefix)), home)
+                for home, count in homes_found.items()
             ]
-            if first not in others:
-                settled[prefix] = ranked[0]
+            best = max(claim for claim, _ in claims)
+            winners = [home for claim, home in claims if claim == best]
+            if len(winners) == 1:
+                settled[prefix] = winners[0]
         return settled
 
     def find(self, name: str) -> str | None:
@@ -182,4 +181,4 @@ class BaseNames:
         if _module(name) not in HEADS:
             return None
         embeddings = [known for known in self.base if self.is_embedding(known)]
-        return embeddings[0] if len(embeddings) == 1 else None
+        return embeddings[0] if len(embeddings) == 1 and not embeddings[0].endswith(UNNAMED_TIES) else None

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import reprlib
+import stat
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +25,9 @@ FLOATS = ("BF16", "F16", "F32", "F64")
 
 # The reference implementation refuses longer headers too.
 MAX_HEADER = 100_000_000
+# Beyond these no array library can hold it, and products of sizes stay small numbers.
+_MAX_RANK, _MAX_SIZE = 64, 1 << 63
+_SHOWN = 300
 
 
 @dataclass(frozen=True)
@@ -57,16 +64,20 @@ def _bad(path: Path, what: str, allowed: str = "") -> CheckpointError:
 def _unique(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     seen = dict(pairs)
     if len(seen) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        raise _bad(path, f"its header names {', '.join(twice[:5])} twice")
+        counts = Counter(name for name, _ in pairs)
+        twice = [reprlib.repr(name) for name, count in counts.items() if count > 1]
+        raise _bad(path, f"its header names {', '.join(sorted(twice)[:5])} twice")
     return seen
 
 
 def _header_json(path: Path) -> tuple[dict[str, Any], int, int]:
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
+        # A pipe in the place of a file must not block the open.
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+            facts = os.fstat(file.fileno())
+            if not stat.S_ISREG(facts.st_mode):
+                raise CheckpointError(Fault(str(path), "it is not a regular file"))
+            size = facts.st_size
             prefix = file.read(8)
             if len(prefix) < 8:
                 raise _bad(path, f"it ends at byte {len(prefix)}, inside the 8-byte header length")
@@ -79,7 +90,7 @@ def _header_json(path: Path) -> tuple[dict[str, Any], int, int]:
     except OSError as error:
         raise CheckpointError(Fault(str(path), f"cannot be read: {error.strerror}")) from error
     try:
-        header = json.loads(raw, object_pairs_hook=lambda pairs: _unique(path, pairs))
+        header = json.loads(raw.decode(), object_pairs_hook=lambda pairs: _unique(path, pairs))
     except (ValueError, RecursionError) as error:
         raise _bad(path, "its header (from byte 8) is not JSON") from error
     if not isinstance(header, dict):
@@ -88,31 +99,51 @@ def _header_json(path: Path) -> tuple[dict[str, Any], int, int]:
 
 
 def _natural(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _MAX_SIZE
+
+
+def _label(name: str) -> str:
+    # A hostile name is shown shortened, and always with its control characters escaped.
+    return f"tensor {name!r}" if len(name) <= _SHOWN else f"tensor {reprlib.repr(name)}"
+
+
+def is_text(name: str) -> bool:
+    """Whether a name has a UTF-8 form; a lone surrogate, which JSON and pickle can spell, has none."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _entry(path: Path, name: str, entry: Any, data: int, size: int) -> TensorHeader:
+    tensor = _label(name)
+    if not is_text(name):
+        raise _bad(path, f"{tensor} has a name that is not text")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise _bad(path, f"tensor {name!r} has a header entry that is not dtype, shape and data_offsets")
+        raise _bad(path, f"{tensor} has a header entry that is not dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if dtype not in DTYPE_BYTES:
+    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
         raise CheckpointError(
             Fault(
-                str(path), f"tensor {name!r} has dtype {dtype!r}", f"Known: {', '.join(sorted(DTYPE_BYTES))}"
+                str(path),
+                f"{tensor} has dtype {reprlib.repr(dtype)}",
+                f"Known: {', '.join(sorted(DTYPE_BYTES))}",
             )
         )
-    if not isinstance(shape, list) or not all(map(_natural, shape)):
-        raise _bad(path, f"tensor {name!r} has shape {shape!r}")
+    if not isinstance(shape, list) or len(shape) > _MAX_RANK or not all(map(_natural, shape)):
+        raise _bad(path, f"{tensor} has shape {reprlib.repr(shape)}")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_natural, offsets)):
-        raise _bad(path, f"tensor {name!r} has data_offsets {offsets!r}")
+        raise _bad(path, f"{tensor} has data_offsets {reprlib.repr(offsets)}")
     begin, end = offsets
     needed = math.prod(shape) * DTYPE_BYTES[dtype]
     if end - begin != needed:
         raise _bad(
-            path, f"tensor {name!r} of shape {shape} and {dtype} needs {needed:,} bytes, not {end - begin:,}"
+            path,
+            f"{tensor} of shape {reprlib.repr(shape)} and {dtype} needs {needed:,} bytes, not {end - begin:,}",
         )
     if data + end > size:
-        raise _bad(path, f"tensor {name!r} ends at byte {data + end:,}, the file at byte {size:,}")
+        raise _bad(path, f"{tensor} ends at byte {data + end:,}, the file at byte {size:,}")
     return TensorHeader(name, dtype, tuple(shape), path, data + begin, needed)
 
 
@@ -131,7 +162,7 @@ def read_header(path: Path) -> dict[str, TensorHeader]:
     for tensor in tensors:
         if tensor.offset != end:
             kind = "overlaps the tensor before it" if tensor.offset < end else "leaves a gap before it"
-            raise _bad(path, f"tensor {tensor.name!r} at byte {tensor.offset:,} {kind} (byte {end:,})")
+            raise _bad(path, f"{_label(tensor.name)} at byte {tensor.offset:,} {kind} (byte {end:,})")
         end = tensor.offset + tensor.nbytes
     if end != size:
         raise _bad(path, f"its last tensor ends at byte {end:,}, the file at byte {size:,}")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import reprlib
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ SAFETENSORS = "model.safetensors"
 BIN = "pytorch_model.bin"
 _INDEX = ".index.json"
 _MAX_JSON = 200_000_000
+_MAX_NAME = 255
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,10 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: missing, unreadable, too large, not JSON, or not an object.
     """
     try:
-        if path.stat().st_size > _MAX_JSON:
+        facts = path.stat()
+        if not stat.S_ISREG(facts.st_mode):
+            raise CheckpointError(Fault(str(path), "it is not a regular file"))
+        if facts.st_size > _MAX_JSON:
             raise CheckpointError(Fault(str(path), f"it is larger than {_MAX_JSON:,} bytes"))
         value = json.loads(path.read_bytes())
     except FileNotFoundError as error:
@@ -62,11 +69,20 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def _plain(name: str) -> bool:
+    printable = name.isprintable() and len(name.encode()) <= _MAX_NAME
+    return printable and name not in ("", ".", "..") and Path(name).name == name
+
+
 def _inside(folder: Path, name: Any, where: Path) -> Path:
     """The file ``name`` of a folder, refused when an index tries to lead out of it."""
-    if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
+    if not isinstance(name, str) or not _plain(name):
         raise CheckpointError(
-            Fault(str(where), f"it names the file {name!r}", "A file name without folders is allowed")
+            Fault(
+                str(where),
+                f"it names the file {reprlib.repr(name)}",
+                "A file name without folders is allowed",
+            )
         )
     path = folder / name
     if path.is_symlink():
@@ -74,11 +90,12 @@ def _inside(folder: Path, name: Any, where: Path) -> Path:
         roots = [folder.resolve()]
         if folder.resolve().parent.name == "snapshots":
             roots.append(folder.resolve().parent.parent / "blobs")
-        if not any(path.resolve().is_relative_to(root) for root in roots):
+        target = Path(os.path.realpath(path))
+        if not any(target.is_relative_to(root) for root in roots):
             raise CheckpointError(
                 Fault(
                     str(path),
-                    f"it is a link to {path.resolve()}, outside the folder",
+                    f"it is a link to {target}, outside the folder",
                     run="Copy the file into the folder, or name the folder it is in",
                 )
             )
@@ -89,16 +106,17 @@ def _indexed(folder: Path, index: Path) -> tuple[list[Path], dict[str, str]]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(Fault(str(index), "it has no weight_map", run="Copy or download it again"))
-    files = {name: _inside(folder, name, index) for name in sorted({str(v) for v in weight_map.values()})}
-    return list(files.values()), weight_map
+    names = set(map(str, weight_map.values()))
+    return [_inside(folder, name, index) for name in sorted(names)], weight_map
 
 
 def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str], Path | None]:
     for single in (SAFETENSORS, BIN):
         index = folder / (single + _INDEX)
-        if index.exists():
+        # lexists: a link to nothing is a download that is not complete, not a folder without weights.
+        if os.path.lexists(index):
             return *_indexed(folder, index), index
-        if (folder / single).exists():
+        if os.path.lexists(folder / single):
             return [_inside(folder, single, folder)], {}, None
     raise CheckpointError(
         Fault(
@@ -152,8 +170,9 @@ def open_checkpoint(folder: Path, *, name: str) -> Checkpoint:
         CheckpointError: as ``read_json`` and ``read_weights``; or the weights are quantised.
     """
     config = read_json(folder / "config.json")
-    if "quantization_config" in config:
-        method = (config["quantization_config"] or {}).get("quant_method", "unknown")
+    quantised = config.get("quantization_config")
+    if quantised:
+        method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else "unknown"
         raise CheckpointError(
             Fault(
                 str(folder / "config.json"),

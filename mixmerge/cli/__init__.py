@@ -7,7 +7,11 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from mixmerge.cli import inspect, merge, plan, recipes, zoo
+import mixmerge.cli.inspect as inspect_command
+import mixmerge.cli.merge as merge_command
+import mixmerge.cli.plan as plan_command
+import mixmerge.cli.recipes as recipes_commands
+import mixmerge.cli.zoo as zoo_commands
 from mixmerge.cli.show import fail
 from mixmerge.errors import MixmergeError
 
@@ -33,11 +37,11 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command("merge")(merge.merge)
-app.command("plan")(plan.plan)
-app.command("inspect")(inspect.inspect)
-app.add_typer(recipes.app, name="recipes")
-app.add_typer(zoo.app, name="zoo")
+app.command("merge")(merge_command.merge)
+app.command("plan")(plan_command.plan)
+app.command("inspect")(inspect_command.inspect)
+app.add_typer(recipes_commands.app, name="recipes")
+app.add_typer(zoo_commands.app, name="zoo")
 
 
 def main() -> None:

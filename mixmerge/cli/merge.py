@@ -46,12 +46,15 @@ def merge(
         merge_by_mergekit(recipe, out, overwrite=overwrite)
         print(out)
         return
-    from mixmerge.engine.merge import run
+    from mixmerge.engine.merge import fetch_for, run
     from mixmerge.plan import make_plan
 
     plan = make_plan(recipe, allow_tokenizer_mismatch=allow_tokenizer_mismatch)
     if not quiet:
         warn(plan.warnings)
+    if plan.remote:
+        with byte_progress("downloading", quiet=quiet) as progress:
+            plan = fetch_for(plan, out, overwrite=overwrite, device=device, progress=progress)
     with byte_progress("merging", quiet=quiet) as progress:
         merged = run(
             plan,

@@ -68,8 +68,8 @@ def print_plan(
         ]
         table("tensors", ("name", "shape", "dtype", "action", "parameters"), rows)
     if report["dropped"]:
-        rows = [(drop["name"], drop["model"], drop["reason"]) for drop in report["dropped"]]
-        table("dropped", ("name", "model", "reason"), rows)
+        lost = [(drop["name"], drop["model"], drop["reason"]) for drop in report["dropped"]]
+        table("dropped", ("name", "model", "reason"), lost)
 
 
 def _values(parameters: dict[str, Any]) -> str:
@@ -96,6 +96,7 @@ def _print_summary(report: dict[str, Any]) -> None:
             f"{merged} merged, {copied} copied, {len(report['dropped'])} of the inputs dropped",
         ),
         ("config and tokenizer", report["config_and_tokenizer_from"]),
+        ("to download", size(report["to_download"])),
         ("to read", size(report["bytes_read"])),
         ("to write", f"{size(report['bytes_written'])} in {len(report['shards'])} file(s)"),
         ("peak memory", size(report["peak_memory"])),

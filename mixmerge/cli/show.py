@@ -37,8 +37,8 @@ def size(count: float) -> str:
 
 @contextmanager
 def byte_progress(title: str, *, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
-    """A bar with bytes, rate and time left on stderr; None when nobody is to see it."""
-    if quiet:
+    """A bar with bytes, rate and time left on stderr; None when nobody is there to see it."""
+    if quiet or not sys.stderr.isatty():
         yield None
         return
     from rich.console import Console

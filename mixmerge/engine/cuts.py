@@ -42,7 +42,7 @@ NOTHING = Cut(NEVER, -1, NEVER, -1)
 Steps = Generator[Pass, list[Any], Any]
 
 # Runs of a tensor that the sample reads, and elements of a run.
-RUNS, RUN = 64, 1024
+RUNS, RUN = 32, 2048
 
 
 @dataclass
@@ -93,7 +93,7 @@ def order_statistics(
 
 
 def _bracket(task: Task, asked: list[_Wanted], elements: int) -> Steps:
-    """Guess bounds from 64 runs spread over the tensor; a wrong guess costs time, never the result."""
+    """Guess bounds from a few runs spread over the tensor; a wrong guess costs time, never the result."""
     experts = sorted({one.expert for one in asked})
 
     def sample(worker: Worker, number: int, start: int, stop: int) -> dict[int, NDArray[np.uint32]]:
@@ -112,7 +112,7 @@ def _bracket(task: Task, asked: list[_Wanted], elements: int) -> Steps:
         size = len(bits)
         share = one.rank / elements
         # Runs are rows of a matrix, and rows differ: wider than independent draws would need.
-        margin = 6 * math.sqrt(share * (1 - share) / size) + 0.003
+        margin = 4 * math.sqrt(share * (1 - share) / size) + 0.002
         low = int((1 - share - margin) * size)
         high = int((1 - share + margin) * size)
         one.low = int(bits[low]) if low >= 0 else 0
@@ -120,7 +120,7 @@ def _bracket(task: Task, asked: list[_Wanted], elements: int) -> Steps:
 
 
 def _run_unit(task: Task) -> int:
-    """Elements of one run: 1024, or whole rows where an adapter gives rows only."""
+    """Elements of one run, or whole rows where an adapter gives rows only."""
     inputs = (*task.sources, *((task.base,) if task.base else ()))
     if not any(source.adapter for source in inputs):
         return RUN
@@ -149,7 +149,7 @@ def _collect(task: Task, asked: list[_Wanted], pieces: list[tuple[int, int]]) ->
         worker.load(task, start, stop)
         bits = worker.extra("found_bits", (worker.length,), np.uint32)
         index = worker.extra("found_index", (worker.length,), np.int64)
-        places = worker.extra("places", (BLOCK + 1,), np.int32)
+        places = worker.extra("places", (BLOCK + 1,), np.uint32)
         results = []
         for one in asked:
             above, count = select.collect_chunk(

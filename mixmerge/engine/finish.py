@@ -5,14 +5,13 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mixmerge import __version__
 from mixmerge.checkpoint.header import read_header
-from mixmerge.checkpoint.identity import digest, fingerprint
+from mixmerge.checkpoint.identity import content, digest, fingerprint
 from mixmerge.checkpoint.reader import read_json
 from mixmerge.engine.output import Output
 from mixmerge.errors import Fault, OutputError
@@ -35,17 +34,12 @@ _VERSIONED = ("numpy", "numba", "safetensors")
 def add_files(output: Output, plan: Plan, fingerprints: Mapping[str, Any]) -> None:
     """Config, tokenizer, generation config, index, recipe, manifest and model card."""
     donor = plan.models[plan.donor].path
-    output.add("config.json", json.dumps(plan.config, indent=2, ensure_ascii=False) + "\n")
+    output.add("config.json", json.dumps(plan.config, indent=2) + "\n")
     names = [name for name in _COPIED if (donor / name).is_file()]
     if "auto_map" in plan.config:
         names += sorted(path.name for path in donor.glob("*.py"))
     for name in names:
-        try:
-            shutil.copyfile(donor / name, output.partial / name)
-        except OSError as error:
-            raise OutputError(
-                Fault(str(output.partial / name), f"cannot be written: {error.strerror}")
-            ) from error
+        output.add(name, content(donor / name))
     if len(plan.shards) > 1:
         targets = [task.target for task in plan.tasks]
         output.add("model.safetensors.index.json", index_json(targets, list(plan.shards)))
@@ -64,7 +58,10 @@ def manifest(plan: Plan, fingerprints: Mapping[str, Any]) -> dict[str, Any]:
         "method": plan.method.name,
         "seed": plan.recipe.seed,
         "recipe": canonical(plan.recipe),
-        "inputs": [{"model": str(model.ref), **fingerprints[str(model.ref)]} for model in plan.models],
+        "inputs": [
+            {"model": str(model.ref), **model.commits(), **fingerprints[str(model.ref)]}
+            for model in plan.models
+        ],
         "dropped": [
             {"model": str(plan.models[drop.model].ref), "tensor": drop.name, "reason": drop.reason}
             for drop in plan.dropped
@@ -88,7 +85,7 @@ tags:
 ---
 # Merged model
 
-Made by [mixmerge](https://pypi.org/project/mixmerge/) {__version__} with **{plan.method.name}**:
+Made by mixmerge {__version__} with **{plan.method.name}**:
 {plan.method.summary} ({plan.method.paper}).
 
 ## Inputs

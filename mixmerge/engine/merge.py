@@ -14,12 +14,12 @@ from mixmerge.checkpoint.identity import canonical_hash
 from mixmerge.engine.copying import copy
 from mixmerge.engine.finish import add_files, input_fingerprints, verify
 from mixmerge.engine.kernels import Context
-from mixmerge.engine.output import Output
+from mixmerge.engine.output import Output, check_target
 from mixmerge.engine.schedule import Job, Schedule
 from mixmerge.engine.worker import Adapters, Files, Worker, chunk_length, opened
-from mixmerge.errors import DependencyError, Fault, MethodError
+from mixmerge.errors import CheckpointError, DependencyError, Fault, MethodError
 from mixmerge.kernels.cast import WIDTHS
-from mixmerge.plan import Plan, Task, make_plan
+from mixmerge.plan import Plan, Task, fetch, make_plan
 from mixmerge.plan.model import Model
 from mixmerge.plan.report import CHUNK
 from mixmerge.recipe import Recipe
@@ -64,6 +64,7 @@ def merge(
     allow_tokenizer_mismatch: bool = False,
     verify_inputs: bool = False,
     progress: Progress | None = None,
+    downloading: Progress | None = None,
 ) -> Merged:
     """Merge models into a folder that ``from_pretrained`` loads.
 
@@ -78,13 +79,17 @@ def merge(
         allow_tokenizer_mismatch: merge rows by id even where tokenizers give an id to different tokens.
         verify_inputs: hash every byte of the inputs into the manifest, not a sample of every tensor.
         progress: called with (bytes written, bytes in all) after every tensor.
+        downloading: called with (bytes downloaded, bytes in all), from several threads, where inputs are
+            on the Hugging Face hub and not in its cache.
 
     Raises:
-        RecipeError: anything wrong with recipe or inputs, all at once, before any weight is read.
+        RecipeError: anything wrong with recipe or inputs, all at once, before any weight is read or
+            downloaded.
         CheckpointError: an input turned out damaged, or holds NaN or Inf.
         OutputError: the output exists, is being written by another merge, or the disk refused.
     """
     plan = make_plan(recipe, allow_tokenizer_mismatch=allow_tokenizer_mismatch)
+    plan = fetch_for(plan, Path(out), overwrite=overwrite, device=device, progress=downloading)
     return run(
         plan,
         Path(out),
@@ -95,6 +100,21 @@ def merge(
         verify_inputs=verify_inputs,
         progress=progress,
     )
+
+
+def fetch_for(
+    plan: Plan,
+    out: Path,
+    *,
+    overwrite: bool = False,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> Plan:
+    """``fetch``, once it is known that ``run`` would take the output and the device."""
+    if plan.remote:
+        _check_device(device)
+        check_target(plan, out, overwrite=overwrite)
+    return fetch(plan, progress=progress)
 
 
 def run(
@@ -110,6 +130,12 @@ def run(
 ) -> Merged:
     """Carry a plan out; arguments as in ``merge``."""
     began = time.perf_counter()
+    if plan.remote:
+        names = ", ".join(snapshot.name for snapshot in plan.remote)
+        what = f"the weights of {names} are still on the hub"
+        raise CheckpointError(
+            Fault("plan", what, run="Call mixmerge.plan.fetch(plan), and run what it gives")
+        )
     _check_device(device)
     count = threads or default_threads()
     if count < 1:
@@ -189,12 +215,13 @@ def _tensors(
     written = sum(task.target.nbytes for task in plan.tasks if task.target.name in output.finished)
     total = sum(task.target.nbytes for task in plan.tasks)
 
+    kernel: Callable[[Context, Task], Job] | None = find("kernel", plan.method.kernel) if fused else None
+
     def job_of(task: Task) -> Job:
         if task.copied:
             return copy(plan, task, files, output)
-        if fused and not wide(task):
-            job: Job = find("kernel", plan.method.kernel)(context, task)
-            return job
+        if kernel is not None and not wide(task):
+            return kernel(context, task)
         return plain(context, task, files=files, adapters=adapters, device=device)
 
     def jobs() -> Iterator[tuple[Job, Callable[[], None]]]:

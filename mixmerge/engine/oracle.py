@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from mixmerge.engine.output import check_target
-from mixmerge.errors import DependencyError, Fault, MixmergeError
+from mixmerge.errors import DependencyError, Fault, MixmergeError, OutputError
 from mixmerge.plan import make_plan
 from mixmerge.recipe import canonical
 from mixmerge.recipe.schema import to_yaml
@@ -40,16 +41,30 @@ def merge_by_mergekit(recipe: Path, out: Path, *, overwrite: bool = False) -> No
     from mergekit.merge import run_merge
     from mergekit.options import MergeOptions
 
-    options = MergeOptions(
-        allow_crimes=False,
-        random_seed=seed,
-        out_shard_size=output["shard_size"],
-        write_model_card=False,
-        quiet=True,
-    )
-    text = to_yaml(document)
     try:
-        run_merge(MergeConfiguration.model_validate(document), str(out), options, config_source=text)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        # Beside the output, so that it appears there whole or not at all; mergekit writes adapters merged, too.
+        with TemporaryDirectory(prefix=f".{out.name}.mergekit-", dir=out.parent) as scratch:
+            made = Path(scratch, "model")
+            options = MergeOptions(
+                allow_crimes=False,
+                random_seed=seed,
+                out_shard_size=output["shard_size"],
+                lora_merge_cache=str(Path(scratch, "adapters")),
+                write_model_card=False,
+                quiet=True,
+            )
+            run_merge(
+                MergeConfiguration.model_validate(document),
+                str(made),
+                options,
+                config_source=to_yaml(document),
+            )
+            if out.exists():
+                out.rename(Path(scratch, "replaced"))
+            made.rename(out)
+    except OSError as error:
+        raise OutputError(Fault(str(out), f"cannot be written: {error.strerror or error}")) from error
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         reason = str(error).strip().splitlines()
         raise MixmergeError(

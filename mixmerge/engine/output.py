@@ -17,13 +17,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
-from mixmerge.errors import Fault, OutputError
-from mixmerge.plan import Plan, Task
+from mixmerge.errors import Fault, MixmergeError, OutputError
+from mixmerge.plan import Plan, Shard, Task
 
 _JOURNAL = "journal.jsonl"
-# Bytes written between two calls of fdatasync: what a power cut can cost, and how early the disk starts.
-_FLUSH = 256_000_000
-_SPARE = 50_000_000
+# Bytes written between two calls of fdatasync: what a kill can cost, and how early the disk starts.
+FLUSH_BYTES = 256_000_000
+_WEIGHTS = ("*.safetensors", "*.bin", "*.index.json")
 
 
 def _fault(path: Path, error: OSError) -> OutputError:
@@ -40,27 +40,52 @@ def check_target(plan: Plan, out: Path, *, overwrite: bool) -> None:
     Raises:
         OutputError: see the message.
     """
+    try:
+        _check_target(plan, _named(out), overwrite=overwrite)
+    except OSError as error:
+        raise _fault(out, error) from error
+
+
+def _named(out: Path) -> Path:
+    """The folder's own name in its real parent: ``.``, ``..`` and links on the way are followed."""
+    return out.resolve() if out.name in ("", "..") else out.parent.resolve() / out.name
+
+
+def _check_target(plan: Plan, out: Path, *, overwrite: bool) -> None:
     for model in plan.models:
-        for folder in filter(None, (model.path, model.adapter)):
-            if folder.resolve().is_relative_to(out.resolve()):
+        for path in filter(None, (model.path, model.adapter, *model.files)):
+            if path.resolve().is_relative_to(out.resolve()):
                 raise OutputError(
-                    Fault(
-                        str(out), f"{folder} is an input of this merge and in it", run="Name another folder"
-                    )
+                    Fault(str(out), f"{path} is an input of this merge and in it", run="Name another folder")
                 )
     if not out.exists() and not out.is_symlink():
+        nearest = next(folder for folder in out.parents if folder.exists())
+        if not nearest.is_dir():
+            raise OutputError(Fault(str(nearest), "it is a file, so no folder can be made in it"))
         return
     if not overwrite:
         raise OutputError(Fault(str(out), "it exists", run="Name another folder, or pass --overwrite"))
-    ours = out.is_dir() and (
-        not any(out.iterdir()) or (out / "config.json").exists() or (out / "mixmerge_manifest.json").exists()
-    )
-    if not ours or out.is_symlink():
+    refused = ""
+    if out.is_symlink():
+        refused = "it is a link"
+    elif not out.is_dir() or not _replaceable(out):
+        refused = "it is not a model folder and nothing else"
+    elif Path.cwd().is_relative_to(out):
+        refused = "it is the folder this command runs in"
+    elif out.is_mount():
+        refused = "another disk is mounted on it"
+    if refused:
         raise OutputError(
-            Fault(
-                str(out), "it exists and is not a model folder, so it is not overwritten", run="Name another"
-            )
+            Fault(str(out), f"it exists and {refused}, so it is not overwritten", run="Name another folder")
         )
+
+
+def _replaceable(folder: Path) -> bool:
+    """Only a model would be lost: config and weights, and no folder (.git, a trainer's checkpoints); or nothing."""
+    entries = list(folder.iterdir())
+    weights = any(entry.match(pattern) for pattern in _WEIGHTS for entry in entries)
+    model = weights and (folder / "config.json").is_file() and not any(map(Path.is_dir, entries))
+    return model or not entries
 
 
 class Output:
@@ -74,9 +99,9 @@ class Output:
     """
 
     def __init__(self, plan: Plan, out: Path, *, identity: str, overwrite: bool) -> None:
-        self.plan, self.out, self._identity, self._overwrite = plan, out, identity, overwrite
-        self.partial = out.parent / f".{out.name}.mixmerge-partial"
-        self._old = out.parent / f".{out.name}.mixmerge-old"
+        self.plan, self.out, self._identity, self._overwrite = plan, _named(out), identity, overwrite
+        self.partial = self.out.parent / f".{self.out.name}.mixmerge-partial"
+        self._old = self.out.parent / f".{self.out.name}.mixmerge-old"
         self.finished: set[str] = set()
         self._folder = -1
         self._shards: list[int] = []
@@ -90,6 +115,7 @@ class Output:
         self._flush_error: OutputError | None = None
 
     def __enter__(self) -> Output:
+        check_target(self.plan, self.out, overwrite=self._overwrite)
         try:
             self.out.parent.mkdir(parents=True, exist_ok=True)
             self._take_lock()
@@ -98,10 +124,10 @@ class Output:
             self._read_journal()
             self._open_shards()
         except OSError as error:
-            self._close()
+            self._leave(error)
             raise _fault(self.partial, error) from error
-        except OutputError:
-            self._close()
+        except OutputError as error:
+            self._leave(error)
             raise
         self._flusher = threading.Thread(target=self._flush_loop, name="mixmerge-flush", daemon=True)
         self._flusher.start()
@@ -110,11 +136,31 @@ class Output:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._stop_flusher()
+        if error is None:
+            self._close()
+        else:
+            self._leave(error)
+
+    def _stop_flusher(self) -> None:
         with self._wake:
             self._closing = True
             self._wake.notify_all()
         if self._flusher is not None:
             self._flusher.join()
+
+    def _leave(self, error: BaseException) -> None:
+        """Keep the partial if the same command can go on from it: not where an input is at fault."""
+        resumable = isinstance(error, OutputError) or not isinstance(error, MixmergeError)
+        with contextlib.suppress(OSError):
+            if self._folder >= 0 and os.path.samestat(os.fstat(self._folder), self.partial.stat()):
+                if resumable and self._flush_error is None and self._journal >= 0:
+                    with contextlib.suppress(OSError):
+                        self._flush()
+                journal = self.partial / _JOURNAL
+                kept = _believed(journal.read_bytes(), self._identity)[0] if journal.exists() else set()
+                if not (resumable and kept):
+                    shutil.rmtree(self.partial)
         self._close()
 
     def _close(self) -> None:
@@ -128,7 +174,7 @@ class Output:
         # locking the folder another merge may have finished and renamed it: then it is not ours.
         while True:
             self.partial.mkdir(exist_ok=True)
-            handle = os.open(self.partial, os.O_RDONLY)
+            handle = os.open(self.partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
@@ -156,25 +202,26 @@ class Output:
 
     def _read_journal(self) -> None:
         path = self.partial / _JOURNAL
-        lines = path.read_text().split("\n")[:-1] if path.exists() else []
-        if lines and lines[0] == json.dumps(self._identity):
-            self.finished = {name for line in lines[1:] for name in json.loads(line)}
-        else:
+        content = path.read_bytes() if path.exists() else b""
+        self.finished, length = _believed(content, self._identity)
+        if not all(_is_whole(self.partial, shard) for shard in self.plan.shards):
+            self.finished = set()
+        if not self.finished:
             for entry in self.partial.iterdir():
                 entry.unlink()
             self._check_room()
-            path.write_text(json.dumps(self._identity) + "\n")
+            length = path.write_bytes(_line(self._identity))
         self._journal = os.open(path, os.O_WRONLY | os.O_APPEND)
-        # A line that a kill cut short is not believed, and must not be continued.
-        os.ftruncate(self._journal, sum(len(line) + 1 for line in lines) or path.stat().st_size)
+        # What a kill cut short must not be continued.
+        os.ftruncate(self._journal, length)
 
     def _check_room(self) -> None:
-        free, needed = shutil.disk_usage(self.partial).free, self.plan.bytes_written + _SPARE
-        if free < self.plan.bytes_written:
+        free, needed = shutil.disk_usage(self.partial).free, self.plan.bytes_written
+        if free < needed:
             raise OutputError(
                 Fault(
                     str(self.out.parent),
-                    f"the disk has {free / 1e9:.2f} GB free, the output needs {needed / 1e9:.2f} GB",
+                    f"the disk has {free / 1e6:,.1f} MB free, the output needs {needed / 1e6:,.1f} MB",
                     run="Free some space, or name a folder on another disk",
                 )
             )
@@ -208,13 +255,13 @@ class Output:
         """Note that every byte of a task's target has been written."""
         with self._wake:
             self._unflushed.append(task.target.name)
-            if self._bytes >= _FLUSH:
+            if self._bytes >= FLUSH_BYTES:
                 self._wake.notify_all()
 
     def _flush_loop(self) -> None:
         while True:
             with self._wake:
-                while self._bytes < _FLUSH and not self._closing:
+                while self._bytes < FLUSH_BYTES and not self._closing:
                     self._wake.wait()
                 closing = self._closing
             if closing:
@@ -231,17 +278,23 @@ class Output:
             names, self._unflushed, self._bytes = self._unflushed, [], 0
         for handle in self._shards:
             os.fdatasync(handle)
-        os.write(self._journal, (json.dumps(names) + "\n").encode())
+        line = _line(names)
+        if os.write(self._journal, line) < len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    def add(self, name: str, text: str) -> None:
+    def add(self, name: str, content: str | bytes) -> None:
         """Write a small file."""
         try:
-            (self.partial / name).write_text(text, encoding="utf-8")
+            (self.partial / name).write_bytes(content.encode() if isinstance(content, str) else content)
         except OSError as error:
             raise _fault(self.partial / name, error) from error
 
     def flush(self) -> None:
-        """Put every written byte on the disk and note it in the journal."""
+        """Put every byte on the disk and note it in the journal, after the last write."""
+        # The kernel reports a failed write-back once: what the other thread was told counts here too.
+        self._stop_flusher()
+        if self._flush_error is not None:
+            raise self._flush_error
         try:
             self._flush()
         except OSError as error:
@@ -253,20 +306,55 @@ class Output:
         Raises:
             OutputError: the disk refuses, or the name was taken meanwhile.
         """
+        check_target(self.plan, self.out, overwrite=self._overwrite)
+        journal = self.partial / _JOURNAL
         try:
-            (self.partial / _JOURNAL).unlink()
             for path in _files(self.partial):
                 _sync(path)
-            _sync(self.partial)
-            if self.out.exists():
-                check_target(self.plan, self.out, overwrite=self._overwrite)
-                self.out.rename(self._old)
-            self.partial.rename(self.out)
+            noted = journal.read_bytes()
+            try:
+                if self.out.exists():
+                    self.out.rename(self._old)
+                journal.unlink()
+                _sync(self.partial)
+                self.partial.rename(self.out)
+            except OSError:
+                with contextlib.suppress(OSError):
+                    if self._old.exists():
+                        self._old.rename(self.out)
+                with contextlib.suppress(OSError):
+                    journal.write_bytes(noted)
+                raise
             _sync(self.out.parent)
             if self._old.exists():
                 shutil.rmtree(self._old)
         except OSError as error:
             raise _fault(self.out, error) from error
+
+
+def _line(value: object) -> bytes:
+    return json.dumps(value).encode() + b"\n"
+
+
+def _believed(journal: bytes, identity: str) -> tuple[set[str], int]:
+    """The tensors a journal vouches for, and how many of its bytes are to be kept; none if it is of another merge."""
+    lines = journal.split(b"\n")[:-1]  # the rest a kill cut short
+    if not lines or lines[0] + b"\n" != _line(identity):
+        return set(), 0
+    finished: set[str] = set()
+    length = len(lines[0]) + 1
+    for line in lines[1:]:
+        try:
+            finished.update(json.loads(line))
+        except (ValueError, TypeError):  # a power cut can leave anything behind
+            break
+        length += len(line) + 1
+    return finished, length
+
+
+def _is_whole(folder: Path, shard: Shard) -> bool:
+    path = folder / shard.file
+    return path.is_file() and not path.is_symlink() and path.stat().st_size == shard.nbytes
 
 
 def _files(folder: Path) -> Iterator[Path]:

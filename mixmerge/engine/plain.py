@@ -95,10 +95,12 @@ def read_tensor(
     value = stored.to(work)
     if source.adapter is not None:
         loaded = adapters.get(source.adapter)
-        rows = header.shape[0]
-        weight = value.float().reshape(rows, -1).numpy() if loaded.needs_weight else None
-        delta = torch.from_numpy(loaded.rows(0, rows, weight)).reshape(header.shape).to(work)
-        value = delta if source.delta_only else value + delta
+        rows, weight = header.shape[0], value.float().reshape(header.shape[0], -1).numpy()
+        if source.delta_only:
+            changed = loaded.rows(0, rows, weight if loaded.needs_weight else None)
+        else:
+            changed = loaded.expert(0, rows, weight)
+        value = torch.from_numpy(changed).reshape(header.shape).to(work)
     return value.to(device)
 
 

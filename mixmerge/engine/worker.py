@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -92,7 +93,7 @@ def chunk_length(task: Task, *, rows_whole: bool) -> int:
         task: the task.
         rows_whole: a row of the last dimension may not be cut.
     """
-    shape, elements = task.target.shape, max(1, int(np.prod(task.target.shape, dtype=np.int64)))
+    shape, elements = task.target.shape, max(1, math.prod(task.target.shape))
     unit = 1
     if any(source.adapter for source in (*task.sources, *((task.base,) if task.base else ()))):
         unit = elements // max(1, shape[0])
@@ -102,7 +103,7 @@ def chunk_length(task: Task, *, rows_whole: bool) -> int:
 
 
 def chunks(task: Task, length: int) -> list[tuple[int, int]]:
-    elements = int(np.prod(task.target.shape, dtype=np.int64))
+    elements = math.prod(task.target.shape)
     return [(start, min(start + length, elements)) for start in range(0, elements, length)]
 
 
@@ -149,30 +150,28 @@ class Worker:
         self.loaded = key
 
     def _load_row(self, row: int, source: Source, start: int, stop: int) -> None:
-        width = WIDTHS[source.tensor.dtype]
         self.codes[row], self.direct[row] = CODES[source.tensor.dtype], False
         if not source.delta_only:
-            view = self.raw[row].data[: (stop - start) * width]
-            self._files.read(source.tensor, start * width, view)
+            self._read_stored(row, source, start, stop)
         if source.adapter is not None:
             self._adapt(row, source, source.adapter, start, stop)
+
+    def _read_stored(self, row: int, source: Source, start: int, stop: int) -> None:
+        width = WIDTHS[source.tensor.dtype]
+        self._files.read(source.tensor, start * width, self.raw[row].data[: (stop - start) * width])
 
     def _adapt(self, row: int, source: Source, adapter: AdapterDelta, start: int, stop: int) -> None:
         loaded = self._adapters.get(adapter)
         columns = source.tensor.elements // source.tensor.shape[0]
-        n = stop - start
-        values = self.values[:n]
-        if source.delta_only and loaded.needs_weight:
-            width = WIDTHS[source.tensor.dtype]
-            self._files.read(source.tensor, start * width, self.raw[row].data[: n * width])
-        weight = None
+        rows, n = (start // columns, stop // columns), stop - start
+        values = self.values[:n].reshape(-1, columns)
         if loaded.needs_weight or not source.delta_only:
-            decode(self.codes[row], self.raw[row], 0, values)
-            weight = values.reshape(-1, columns)
-        delta = loaded.rows(start // columns, stop // columns, weight if loaded.needs_weight else None)
-        target = self.raw[row].view(np.float32)[:n]
+            if source.delta_only:
+                self._read_stored(row, source, start, stop)
+            decode(self.codes[row], self.raw[row], 0, self.values[:n])
+        target = self.raw[row].view(np.float32)[:n].reshape(-1, columns)
         if source.delta_only:
-            target[:] = delta.reshape(-1)
+            loaded.rows(*rows, values if loaded.needs_weight else None, out=target)
         else:
-            np.add(values, delta.reshape(-1), out=target)
+            loaded.expert(*rows, values, out=target)
         self.codes[row], self.direct[row] = CODES["F32"], source.delta_only

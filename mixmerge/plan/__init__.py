@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mixmerge.plan.build import make_plan
+from mixmerge.plan.fetch import fetch
 from mixmerge.plan.model import Dropped, Model, Plan, Shard, Source, Target, Task
 from mixmerge.plan.report import as_json, peak_memory
 
@@ -15,6 +16,7 @@ __all__ = [
     "Target",
     "Task",
     "as_json",
+    "fetch",
     "make_plan",
     "peak_memory",
 ]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from mixmerge.checkpoint.header import FLOATS, TensorHeader
 from mixmerge.checkpoint.identity import vocabulary
-from mixmerge.errors import Fault
+from mixmerge.errors import Fault, MixmergeError
 from mixmerge.plan.model import Dropped, Model
 
 # A head that shares its weights with an embedding: the loader fills whichever of the two is not stored.
@@ -31,7 +32,9 @@ TIED = (
 _HEADS = ("lm_head.weight", "embed_out.weight", "cls.predictions.decoder.weight", "lm_head.decoder.weight")
 
 # Buffers that old checkpoints store and every loader computes anew.
-_RECOMPUTED = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|(attn|attention)\.masked_bias)")
+_RECOMPUTED = re.compile(
+    r"(.*\.)?(rotary_emb\.inv_freq|(attn|attention)\.masked_bias|embeddings\.position_ids)"
+)
 _CAUSAL_MASK = re.compile(r"(.*\.)?(attn|attention)\.bias")
 
 # Config keys that say where a model is from or how to run it, not what it computes.
@@ -40,6 +43,10 @@ _COSMETIC = {
     "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "architectures", "model_type",
 }  # fmt: skip
 _SHOWN = 5
+_UNREADABLE = "unreadable"
+_WHOLE = ("I64", "I32", "I16", "I8", "U8", "U16", "U32", "U64", "BOOL")
+
+Vocabulary = dict[str, int] | str | None
 
 
 @dataclass(frozen=True)
@@ -91,34 +98,42 @@ def agree(models: Sequence[Model], donor: int, faults: list[Fault]) -> Agreement
                 keep[name] = header
         stored.append(keep)
     stored_as, untied = _settle_heads(models, stored, dropped)
-    order = list(stored[donor]) + [
-        name for keep in stored for name in keep if name not in stored[donor]
-    ]  # what the donor lacks comes last: a fault, or a head that is tied in the donor
-    names = tuple(dict.fromkeys(order))
+    # What the donor lacks comes last: a fault, or a head that is tied in the donor.
+    names = tuple(dict.fromkeys([*stored[donor], *(name for keep in stored for name in keep), *untied]))
     _presence(models, stored, stored_as, names, faults)
     _shapes(models, stored, stored_as, names, donor, faults)
-    _dtypes(models, stored, faults)
+    _dtypes(models, stored, stored_as, names, donor, faults)
+    _adapted(models, names, faults)
     return Agreement(names, stored_as, tuple(dropped), untied)
 
 
 def _settle_heads(
     models: Sequence[Model], stored: list[dict[str, TensorHeader]], dropped: list[Dropped]
 ) -> tuple[dict[tuple[int, str], str], tuple[str, ...]]:
+    """Where a head (or another tied tensor) is not an input's own, its embedding stands in for it."""
     stored_as: dict[tuple[int, str], str] = {}
     untied = []
+    everyone = range(len(models))
     for head, embedding in TIED:
-        holders = [number for number, keep in enumerate(stored) if head in keep]
-        if not holders or not all(embedding in keep for keep in stored):
+        changed = [number for number in everyone if head in models[number].deltas]
+        if not (changed or any(head in keep for keep in stored)):
             continue
-        if head in _HEADS and all(tied(model.config) for model in models):
-            for number in holders:
-                header = stored[number].pop(head)
-                dropped.append(Dropped(number, head, f"tied to {embedding} by every config", header.nbytes))
+        if not all(embedding in keep for keep in stored):
             continue
-        lacking = [number for number in range(len(models)) if number not in holders]
-        if lacking and all(tied(models[number].config) is not False for number in lacking):
+        flags = [tied(model.config) for model in models]
+        if head in _HEADS:
+            # A loader that is told to tie looks at the embedding only, whatever else is stored.
+            for number in everyone:
+                if flags[number] and head in stored[number]:
+                    header = stored[number].pop(head)
+                    reason = f"tied to {embedding} by its config"
+                    dropped.append(Dropped(number, head, reason, header.nbytes))
+            if all(flags) and not changed:
+                continue
+        lacking = [number for number in everyone if head not in stored[number]]
+        if all(flags[number] is not False for number in lacking):
             stored_as.update({(number, head): embedding for number in lacking})
-            if head in _HEADS:
+            if head in _HEADS and (lacking or len(set(flags)) > 1):
                 untied.append(head)
     return stored_as, tuple(untied)
 
@@ -136,7 +151,7 @@ def _presence(
             having = [str(models[other].ref) for other in range(len(models)) if missing[0] in stored[other]]
             faults.append(
                 Fault(
-                    str(models[number].ref),
+                    str(models[number]),
                     f"it lacks {len(missing)} of {len(names)} tensors: {some(missing)}",
                     f"{some(having)} has {missing[0]}",
                     "Merge models of one architecture with the same heads and biases, or save them alike first",
@@ -170,7 +185,7 @@ def _shapes(
         )
         faults.append(
             Fault(
-                str(models[number].ref),
+                str(models[number]),
                 f"{len(different)} tensors have other shapes than in {models[donor].ref}: {name} is "
                 f"{list(mine_shape)}, there {list(other_shape)}"
                 + (f"; also {some(n for n, _, _ in different[1:])}" if len(different) > 1 else ""),
@@ -179,21 +194,57 @@ def _shapes(
         )
 
 
-def _dtypes(models: Sequence[Model], stored: list[dict[str, TensorHeader]], faults: list[Fault]) -> None:
-    whole = ("I64", "I32", "I16", "I8", "U8", "U16", "U32", "U64", "BOOL")
+def _dtypes(
+    models: Sequence[Model],
+    stored: list[dict[str, TensorHeader]],
+    stored_as: dict[tuple[int, str], str],
+    names: tuple[str, ...],
+    donor: int,
+    faults: list[Fault],
+) -> None:
     for number, keep in enumerate(stored):
         odd = [
             f"{name} ({header.dtype})"
             for name, header in keep.items()
-            if header.dtype not in (*FLOATS, *whole)
+            if header.dtype not in (*FLOATS, *_WHOLE)
         ]
         if odd:
             faults.append(
                 Fault(
-                    str(models[number].ref),
+                    str(models[number]),
                     f"dtype not supported: {some(odd)}",
                     f"Supported: {', '.join(FLOATS)}; integers and booleans are copied",
                     "Save the model in bfloat16 first",
+                )
+            )
+        kinds = []
+        for name in names:
+            mine = keep.get(stored_as.get((number, name), name))
+            other = stored[donor].get(stored_as.get((donor, name), name))
+            if mine and other and mine.dtype != other.dtype and {mine.dtype, other.dtype} & set(_WHOLE):
+                kinds.append(f"{name} ({mine.dtype}, there {other.dtype})")
+        if kinds:
+            faults.append(
+                Fault(
+                    str(models[number]),
+                    f"stored as another kind of number than in {models[donor].ref}: {some(kinds)}",
+                    "Integers and booleans are copied, so every input must have the same",
+                    "Save that tensor alike in every input first",
+                )
+            )
+
+
+def _adapted(models: Sequence[Model], names: tuple[str, ...], faults: list[Fault]) -> None:
+    """Nothing an adapter changes may get lost."""
+    known = set(names)
+    for model in models:
+        lost = [name for name in model.deltas if name not in known]
+        if lost:
+            faults.append(
+                Fault(
+                    str(model),
+                    f"its adapter changes what is not in the output: {some(lost)}",
+                    run="Merge the adapter with PEFT (merge_and_unload, save_pretrained) and name that folder",
                 )
             )
 
@@ -207,7 +258,7 @@ def compare_configs(models: Sequence[Model], donor: int, faults: list[Fault]) ->
             if model.config.get(key) != mine.get(key):
                 faults.append(
                     Fault(
-                        str(model.ref),
+                        str(model),
                         f"its {key} is {model.config.get(key)!r}, that of {models[donor].ref} {mine.get(key)!r}",
                         run="Only models of one architecture can be merged",
                     )
@@ -225,18 +276,17 @@ def compare_configs(models: Sequence[Model], donor: int, faults: list[Fault]) ->
 def compare_tokenizers(models: Sequence[Model], donor: int, *, allow: bool, faults: list[Fault]) -> list[str]:
     """Token ids that mean different things are a fault, unless ``allow``: then a warning."""
     warnings = []
-    mine = vocabulary(models[donor].path)
+    vocabularies: dict[Path, Vocabulary] = {}
     for model in models:
-        if model.path == models[donor].path:
+        if model.path not in vocabularies:
+            vocabularies[model.path] = _vocabulary(model, faults)
+    mine = vocabularies[models[donor].path]
+    for model in models:
+        other = vocabularies[model.path]
+        if mine == other or _UNREADABLE in (mine, other):
             continue
-        other = vocabulary(model.path)
         if mine is None or other is None or type(mine) is not type(other):
-            if mine is not None or other is not None:
-                warnings.append(
-                    f"{model.ref}: its tokenizer cannot be compared with that of {models[donor].ref}"
-                )
-            continue
-        if mine == other:
+            warnings.append(f"{model.ref}: its tokenizer cannot be compared with that of {models[donor].ref}")
             continue
         detail = "their vocabulary files differ"
         if isinstance(mine, dict) and isinstance(other, dict):
@@ -249,10 +299,18 @@ def compare_tokenizers(models: Sequence[Model], donor: int, *, allow: bool, faul
         else:
             faults.append(
                 Fault(
-                    str(model.ref),
+                    str(model),
                     f"its tokenizer differs from that of {models[donor].ref}: {detail}",
                     "The rows of embedding and head would be mixed across tokens",
                     "Merge experts of one tokenizer, or pass --allow-tokenizer-mismatch if you know the ids agree",
                 )
             )
     return warnings
+
+
+def _vocabulary(model: Model, faults: list[Fault]) -> Vocabulary:
+    try:
+        return vocabulary(model.path)
+    except MixmergeError as error:
+        faults += [replace(fault, where=f"{model.where}: {fault.where}") for fault in error.faults]
+        return _UNREADABLE

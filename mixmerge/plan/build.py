@@ -10,54 +10,71 @@ from typing import Any
 from mixmerge.checkpoint.adapter import AdapterDelta, read_adapter
 from mixmerge.checkpoint.header import FLOATS, TensorHeader
 from mixmerge.checkpoint.identity import canonical_hash
-from mixmerge.checkpoint.locate import locate
-from mixmerge.checkpoint.reader import Checkpoint, open_checkpoint
+from mixmerge.checkpoint.locate import Place, look_up, open_model
+from mixmerge.checkpoint.reader import Checkpoint
 from mixmerge.errors import Fault, MixmergeError, RecipeError
 from mixmerge.methods import Method, Value
-from mixmerge.plan.agree import Agreement, agree, compare_configs, compare_tokenizers
+from mixmerge.plan.agree import Agreement, agree, compare_configs, compare_tokenizers, some
 from mixmerge.plan.layers import depths, layer_of
 from mixmerge.plan.layout import Wanted, lay_out
 from mixmerge.plan.model import Model, Plan, Source, Target, Task
-from mixmerge.recipe import ModelRef, Recipe, TensorValues, inputs, layer_position, read, resolve_tensor
+from mixmerge.recipe import (
+    ModelRef,
+    Parsed,
+    Recipe,
+    TensorValues,
+    inputs,
+    layer_position,
+    read,
+    resolve_tensor,
+)
 from mixmerge.registry import find
 
 _STORED = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}
 _SPOKEN = {stored: spoken for spoken, stored in _STORED.items()}
 
+# (path, revision) as a recipe writes them -> the commit on the hub that is meant.
+Commits = Mapping[tuple[str, str | None], str]
+
 
 def make_plan(
-    source: str | Path | Mapping[str, Any] | Recipe, *, allow_tokenizer_mismatch: bool = False
+    source: str | Path | Mapping[str, Any] | Recipe | Parsed,
+    *,
+    allow_tokenizer_mismatch: bool = False,
+    commits: Commits | None = None,
 ) -> Plan:
-    """Work a recipe out against the headers of its inputs.
+    """Work a recipe out against the headers of its inputs; of models on the hub, no weight is downloaded.
 
     Args:
         source: path of a recipe, or a recipe.
         allow_tokenizer_mismatch: merge rows by id even where two tokenizers give an id to different tokens.
+        commits: what models of the hub were, when they were planned before.
 
     Raises:
         RecipeError: everything that is wrong with the recipe and with its inputs, at once.
     """
-    parsed = read(source)
+    parsed = source if isinstance(source, Parsed) else read(source)
     faults = list(parsed.faults)
-    models = _open_models(parsed.refs, faults)
-    if parsed.recipe is None or faults:
+    models = _open_models(parsed.refs, commits or {}, faults)
+    warnings = list(parsed.warnings)
+    donor = 0  # the base, or where there is none the first model: references come in this order
+    agreement = agree(models, donor, faults) if models else None
+    if models:
+        warnings += compare_configs(models, donor, faults)
+        warnings += compare_tokenizers(models, donor, allow=allow_tokenizer_mismatch, faults=faults)
+    if parsed.recipe is None or agreement is None or faults:
         raise RecipeError(faults)
     recipe = parsed.recipe
     method: Method = find("method", recipe.merge_method)
     order = {model.ref: number for number, model in enumerate(models)}
     base = order[recipe.base_model] if recipe.base_model is not None else None
     entries = [order[entry.model] for entry in inputs(recipe, method)]
-    donor = base if base is not None else entries[0]
-    agreement = agree(models, donor, faults)
-    warnings = [*parsed.warnings, *compare_configs(models, donor, faults)]
-    warnings += compare_tokenizers(models, donor, allow=allow_tokenizer_mismatch, faults=faults)
-    if faults:
-        raise RecipeError(faults)
     needs_base = base if method.base == "required" else None
     groups = _gather(models, entries, needs_base, agreement)
     wanted = [Wanted(name, *_output_form(group, recipe)) for name, group in groups.items()]
     targets, shards = lay_out(wanted, recipe.output.shard_size)
     tasks = _tasks(recipe, method, groups, targets, faults)
+    _check_scope(tasks, faults)
     if faults:
         raise RecipeError(faults)
     config = _output_config(models[donor].config, agreement, targets)
@@ -68,34 +85,42 @@ def make_plan(
     return dataclasses.replace(plan, hash=_hash(plan))
 
 
-def _open_models(refs: Sequence[tuple[str, ModelRef]], faults: list[Fault]) -> tuple[Model, ...]:
+def _open_models(
+    refs: Sequence[tuple[str, ModelRef]], commits: Commits, faults: list[Fault]
+) -> tuple[Model, ...]:
     models: dict[ModelRef, Model] = {}
-    opened: dict[tuple[str, str | None], Checkpoint] = {}
+    opened: dict[tuple[str, str | None], tuple[Place, Checkpoint]] = {}
     for where, ref in refs:
         if ref in models:
             continue
         try:
             key = (ref.path, ref.revision)
             if key not in opened:
-                folder = locate(ref.path, ref.revision, where=where)
-                opened[key] = open_checkpoint(folder, name=ref.path)
-            models[ref] = _with_adapter(ref, opened[key], where)
+                place = look_up(ref.path, commits.get(key, ref.revision), where=where, adapter=False)
+                opened[key] = place, open_model(place, name=ref.path, where=where)
+            models[ref] = _with_adapter(ref, *opened[key], commits, where)
         except MixmergeError as error:
             faults.extend(
-                fault if fault.where == where else dataclasses.replace(fault, where=f"{where}: {fault.where}")
+                fault
+                if fault.where.startswith(where)
+                else dataclasses.replace(fault, where=f"{where}: {fault.where}")
                 for fault in error.faults
             )
     return tuple(models.values())
 
 
-def _with_adapter(ref: ModelRef, checkpoint: Checkpoint, where: str) -> Model:
-    adapter, deltas = None, {}
-    files = checkpoint.files
-    if ref.adapter is not None:
-        adapter = locate(ref.adapter, ref.adapter_revision, where=where)
-        deltas = read_adapter(adapter, checkpoint.tensors, where=where)
-        files += tuple(sorted({header.file for delta in deltas.values() for header in delta.headers}))
-    return Model(ref, checkpoint.path, adapter, checkpoint.tensors, files, deltas, checkpoint.config)
+def _with_adapter(ref: ModelRef, place: Place, checkpoint: Checkpoint, commits: Commits, where: str) -> Model:
+    folder, config, files = checkpoint.path, checkpoint.config, checkpoint.files
+    if ref.adapter is None:
+        return Model(ref, where, folder, None, checkpoint.tensors, files, {}, config, place.snapshot)
+    revision = commits.get((ref.adapter, ref.adapter_revision), ref.adapter_revision)
+    adapter = look_up(ref.adapter, revision, where=where, adapter=True)
+    deltas = read_adapter(adapter.folder, checkpoint.tensors, where=where)
+    files += tuple(sorted({header.file for delta in deltas.values() for header in delta.headers}))
+    return Model(
+        ref, where, folder, adapter.folder, checkpoint.tensors, files, deltas, config,
+        place.snapshot, adapter.snapshot,
+    )  # fmt: skip
 
 
 def _gather(
@@ -113,7 +138,8 @@ def _source(
 ) -> Source:
     model = models[number]
     header = model.tensors[agreement.stored_as.get((number, name), name)]
-    delta: AdapterDelta | None = model.deltas.get(header.name)
+    # A tied head has a change of its own, or it goes on to follow the embedding that stands in for it.
+    delta: AdapterDelta | None = model.deltas.get(name) or model.deltas.get(header.name)
     same = base is not None and base.adapter is None and _same_bytes(base.tensor, header)
     # What replaces a tensor is stored whole; its difference to the base has to be taken.
     exact = delta is not None and delta.kind != "replace"
@@ -121,7 +147,11 @@ def _source(
 
 
 def _same_bytes(one: TensorHeader, other: TensorHeader) -> bool:
-    return one.offset == other.offset and (one.file == other.file or one.file.samefile(other.file))
+    if one.offset != other.offset:
+        return False
+    # Of files that are still on the hub only the names can be compared.
+    both = one.file.exists() and other.file.exists()
+    return one.file == other.file or (both and one.file.samefile(other.file))
 
 
 def _output_form(
@@ -173,6 +203,29 @@ def _tasks(
     return tasks
 
 
+def _check_scope(tasks: Sequence[Task], faults: list[Fault]) -> None:
+    """A threshold of the whole model is found by histograms of float32 magnitudes."""
+    wide = [
+        task.target.name
+        for task in tasks
+        if task.parameters.get("scope") == "model"
+        and "F64" in {task.target.dtype, *(source.tensor.dtype for source in _inputs_of(task))}
+    ]
+    if wide:
+        faults.append(
+            Fault(
+                "parameters.scope",
+                f"scope: model is not there for float64, in or out: {some(wide)}",
+                "Thresholds of the whole model are taken in float32",
+                "Use scope: tensor, or float32 inputs and out_dtype",
+            )
+        )
+
+
+def _inputs_of(task: Task) -> tuple[Source, ...]:
+    return (*task.sources, *((task.base,) if task.base else ()))
+
+
 class _Values:
     """Parameters by tensor, worked out once for all tensors that the recipe cannot tell apart."""
 
@@ -215,7 +268,7 @@ def _hash(plan: Plan) -> str:
             "sources": [
                 [source.model, *_header_facts(source.tensor), source.delta_only]
                 + ([source.adapter.facts()] if source.adapter else [])
-                for source in (*task.sources, *((task.base,) if task.base else ()))
+                for source in _inputs_of(task)
             ],
             "parameters": task.parameters,
         }

@@ -15,7 +15,7 @@ def layer_of(name: str) -> tuple[str, int] | None:
 
 
 def depths(names: Iterable[str]) -> dict[str, int]:
-    """Layers in every stack. An encoder and a decoder are two stacks; a lone ``head.0`` is none."""
+    """Layers in every stack. An encoder and a decoder are two stacks; a lone ``head.0`` is one of one layer."""
     found: dict[str, int] = {}
     for name in names:
         if layer := layer_of(name):

@@ -8,6 +8,7 @@ from typing import Any
 
 from mixmerge.checkpoint.adapter import AdapterDelta
 from mixmerge.checkpoint.header import TensorHeader
+from mixmerge.checkpoint.hub import Snapshot
 from mixmerge.methods import Method, Value
 from mixmerge.recipe import ModelRef, Recipe
 
@@ -18,21 +19,36 @@ class Model:
 
     Args:
         ref: as the recipe writes it.
+        where: where the recipe writes it (``models[1].model``), for errors.
         path: the model's folder; several inputs may share it.
         adapter: the adapter's folder, if there is one.
         tensors: headers by name.
         files: weight files of the model, then of the adapter.
-        deltas: what the adapter changes, by the name of the tensor.
+        deltas: what the adapter changes, by the name of the tensor; a tied head may be among them that the
+            model does not store.
         config: the model's ``config.json``.
+        snapshot: the commit on the hub the model is of, and which of its weights are still there.
+        adapter_snapshot: the commit the adapter is of.
     """
 
     ref: ModelRef
+    where: str
     path: Path
     adapter: Path | None
     tensors: dict[str, TensorHeader]
     files: tuple[Path, ...]
     deltas: dict[str, AdapterDelta]
     config: dict[str, Any]
+    snapshot: Snapshot | None = None
+    adapter_snapshot: Snapshot | None = None
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.ref}"
+
+    def commits(self) -> dict[str, str]:
+        """``commit`` and ``adapter_commit``, of what is from the hub."""
+        snapshots = {"commit": self.snapshot, "adapter_commit": self.adapter_snapshot}
+        return {name: snapshot.commit for name, snapshot in snapshots.items() if snapshot}
 
 
 @dataclass(frozen=True)
@@ -137,6 +153,16 @@ class Plan:
     config: dict[str, Any]
     warnings: tuple[str, ...]
     hash: str = field(default="")
+
+    @property
+    def remote(self) -> tuple[Snapshot, ...]:
+        """What is still on the hub: ``fetch`` it before the plan can be carried out."""
+        snapshots = [model.snapshot for model in self.models if model.snapshot and model.snapshot.absent]
+        return tuple({(one.name, one.commit): one for one in snapshots}.values())
+
+    @property
+    def bytes_to_download(self) -> int:
+        return sum(snapshot.bytes_to_download for snapshot in self.remote)
 
     @property
     def bytes_written(self) -> int:

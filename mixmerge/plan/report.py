@@ -36,11 +36,17 @@ def as_json(plan: Plan, *, threads: int) -> dict[str, Any]:
         "method": plan.method.name,
         "hash": plan.hash,
         "models": [
-            {"model": str(model.ref), "tensors": len(model.tensors), "adapted": len(model.deltas)}
+            {
+                "model": str(model.ref),
+                "tensors": len(model.tensors),
+                "adapted": len(model.deltas),
+                **model.commits(),
+            }
             for model in plan.models
         ],
         "base": None if plan.base is None else str(plan.models[plan.base].ref),
         "config_and_tokenizer_from": str(plan.models[plan.donor].ref),
+        "to_download": plan.bytes_to_download,
         "bytes_read": plan.bytes_read,
         "bytes_written": plan.bytes_written,
         "peak_memory": peak_memory(plan, threads=threads),

@@ -277,6 +277,8 @@ def from_data(data: Mapping[Any, Any], *, name: str, report: Report) -> Node | N
 
 
 def _plain(value: Any, path: str, report: Report) -> Data:
+    if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0:
+        value = value.item()  # numpy's booleans and float32 are no Python ones
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, str):

@@ -1,0 +1,1 @@
+"""The parts of ``examples/bench_merge.py``: checkpoints to merge, cases, measuring and reporting."""
