@@ -93,7 +93,8 @@ class Bench:
         out = self.out / "merged"
         program = Path(sys.executable).with_name("mergekit-yaml")
         command = [str(program), str(recipe), str(out), "--no-copy-tokenizer", "--quiet"]
-        ran = run_process(command, cwd=self.work)
+        # torch's threads that spin for work halve its speed where cores are shared.
+        ran = run_process(command, cwd=self.work, env={"GOMP_SPINCOUNT": "0"})
         _check(case, out)
         return ran
 
@@ -106,7 +107,7 @@ class Bench:
 
     def copy(self, case: Case) -> Ran:
         self.clear()
-        return Ran(copy_bytes(case.inputs, self.out / "copy", case.output_bytes), 0)
+        return copy_bytes(case.inputs, self.out / "copy", case.output_bytes)
 
 
 def _check(case: Case, out: Path) -> None:
@@ -223,6 +224,7 @@ def run(
         )
         report.many = measure_many(bench, small)
     measure_beside(bench, report, checkpoints.weights(models.experts[0]))
+    report.machine["load after"] = f"{os.getloadavg()[0]:.1f}"  # ours included
     json_file.write_text(json.dumps(as_json(report), indent=2) + "\n", encoding="utf-8")
     return report
 
@@ -258,10 +260,11 @@ def main(
         _say("mergekit is not installed, so it is left out: pip install 'mixmerge[mergekit]'")
         mergekit = False
     bench = Bench(work.resolve(), rounds, min(rounds, mergekit_rounds) if mergekit else 0, threads)
-    files = [
-        path or work / f"bench_merge.{end}"
-        for path, end in ((json_file, "json"), (markdown_file, "md"), (plot_file, "png"))
-    ]
+    given = ((json_file, "json"), (markdown_file, "md"), (plot_file, "png"))
+    files = [path or work / f"bench_merge.{end}" for path, end in given]
+    for path in files:
+        if path.parent != work and not path.parent.is_dir():
+            raise typer.BadParameter(f"{path}: there is no folder {path.parent}")
     try:
         report = run(
             bench, chosen, size, experts=experts, dtype=dtype, tensors=tensors, json_file=files[0].resolve()

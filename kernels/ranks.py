@@ -61,11 +61,12 @@ def _keep_random(draws, limit, keep):
 
 @njit(nogil=True, cache=True)
 def _bin_rows(bits, values, bins, keys):
-    """A monotone map of |delta| to ``bins`` bins, linear in the value; returns False for a row of zeros."""
+    """A monotone map of |delta| to ``bins`` bins, linear in the value. Returns False for a row of zeros, and for
+    one with NaN or Inf, which the pass that writes refuses."""
     top = U32(0)
     for i in range(bits.size):
         top = max(top, bits[i] & _ABS)
-    if top == U32(0):
+    if top == U32(0) or top >= U32(0x7F800000):
         return False
     largest = _as_float(top)
     factor, last = F32(bins) / largest, np.int32(bins - 1)

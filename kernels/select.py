@@ -50,28 +50,35 @@ def _between(bits, low, high, places):
 
 
 @njit(nogil=True, cache=True)
-def collect_chunk(raw, codes, direct, n, first, expert, low, high, found_bits, found_index, scratch, places):
-    """Count the magnitudes above ``high`` and collect those in [low, high] with their indices.
+def collect_chunk(
+    raw, codes, direct, n, experts, low, high, above, found, room, bits, places, scratch, spare
+):
+    """Count the magnitudes above every bracket, and gather what is inside, with their offsets in the chunk.
 
-    Returns (above, found); when ``found`` exceeds the room, only the count is right. ``scratch`` (2, B),
-    ``places`` (B + 1) uint32.
+    J brackets: of the deltas ``experts`` (J, rising), from ``low`` to ``high`` (J). Filled in are ``above`` and
+    ``found`` (J), and of ``bits`` and ``places`` (J, n or more) the first ``room`` at most; ``found`` may say more.
+    ``scratch`` (2, B), ``spare`` (B + 1) uint32.
     """
-    above, found, room = 0, 0, found_bits.size
     for s in range(0, n, BLOCK):
         m = min(BLOCK, n - s)
         base, delta = scratch[0][:m], scratch[1][:m]
-        if not direct[expert]:
-            decode(codes[0], raw[0], s, base)
-        delta_block(raw, codes, direct, expert, s, base, delta)
-        bits = delta.view(np.uint32)
-        above += _count_above(bits, high)
-        more = _between(bits, low, high, places)
-        if found + more <= room:
-            for j in range(more):
-                found_bits[found + j] = bits[places[j]] & _ABS
-                found_index[found + j] = first + s + I64(places[j])
-        found += more
-    return above, found
+        decode(codes[0], raw[0], s, base)
+        for j in range(experts.size):
+            if j == 0 or experts[j] != experts[j - 1]:
+                delta_block(raw, codes, direct, experts[j], s, base, delta)
+            values = delta.view(np.uint32)
+            above[j] += _count_above(values, high[j])
+            more, at = _between(values, low[j], high[j], spare), found[j]
+            if at + more <= room:
+                _gather(values, spare[:more], s, bits[j][at : at + more], places[j][at : at + more])
+            found[j] += more
+
+
+@njit(nogil=True, cache=True)
+def _gather(values, spare, s, bits, places):
+    for i in range(spare.size):
+        bits[i] = values[spare[i]] & _ABS
+        places[i] = U32(s) + spare[i]
 
 
 @njit(nogil=True, cache=True)

@@ -1,4 +1,4 @@
-"""Whole merges by the fused kernels, byte for byte those of the plain definitions: every method, variant, dtype."""
+"""Whole merges by the fused kernels equal the plain definitions to the last bit: every method, variant, dtype."""
 
 from __future__ import annotations
 
@@ -38,23 +38,27 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "empty": (0, 3),
     "tied": (53, 75),
     "equal": (20, 40),
+    "tiny": (97,),
+    "from_nothing": (5, 6),
+    "nothing": (8,),
 }
 
 
 def base_state(shapes: Mapping[str, tuple[int, ...]]) -> State:
     generator = torch.Generator().manual_seed(0)
-    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    scale = {"tiny": 2e-6, "from_nothing": 0.0, "nothing": 0.0}
+    return {name: scale.get(name, 1.0) * torch.randn(s, generator=generator) for name, s in shapes.items()}
 
 
 def expert_state(base: State, seed: int) -> State:
-    """Near the base; where it is called ``tied`` by quarters, where ``equal`` not at all."""
+    """Near the base; in ``tied`` by quarters, in ``equal`` and ``nothing`` not at all, in ``tiny`` by subnormals."""
     generator = torch.Generator().manual_seed(seed)
     state = {}
     for name, tensor in base.items():
         noise = 0.1 * torch.randn(tensor.shape, generator=generator)
         if name == "tied":
             noise = torch.round(noise * 20) / 4
-        state[name] = tensor + (0 if name == "equal" else noise)
+        state[name] = tensor + noise * {"equal": 0.0, "nothing": 0.0, "tiny": 1e-6}.get(name, 1.0)
     return state
 
 
@@ -100,7 +104,7 @@ def run(plan: Plan, *, fused: bool, threads: int = 2) -> State:
 
 
 def differing(first: State, second: State) -> list[str]:
-    """Names whose values are not the same to the last bit (0 and -0 count as one)."""
+    """Names whose values are not the same to the last bit; 0 and -0 count as one."""
     assert first.keys() == second.keys()
     return [
         name
@@ -249,6 +253,10 @@ EDGES: list[tuple[str, dict[str, Any]]] = [
         ("breadcrumbs", {"density": d, "gamma": g})
         for d, g in ((0.0, 0.1), (1.0, 0.5), (1e-6, 0.0), (0.3, 1.0))
     ),
+    *(("task_arithmetic", {"weight": w, "normalize": n}) for w, n in ((0.0, False), (-2.0, True))),
+    *(("della", {"weight": w, "density": 0.7}) for w in (0.0, -1.0)),
+    ("ties", {"weight": 1.0, "lambda": 0.0}),
+    ("ties", {"weight": -1.0, "density": 0.5}),
     *(("dare_ties", {"density": d, "rescale_by": by}) for d in (0.0, 1.0) for by in ("l1", "inverse_p")),
     *(
         ("della", {"density": d, "epsilon": e, "rescale_by": by})
@@ -265,7 +273,7 @@ def test_edges_of_parameters(models: Any, method: str, shared: dict[str, Any]) -
     recipe = recipe_of(method, shared, folder, 3)
     fused = run(make_plan(recipe), fused=True)
     assert differing(fused, in_memory(method, shared, states, recipe)) == []
-    if shared["density"] == 0:
+    if 0 in (shared.get("density"), shared.get("lambda"), shared.get("weight")):
         assert differing(fused, states["base"]) == []
 
 
@@ -318,14 +326,16 @@ def test_real_chunks_and_any_number_of_threads(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize(
+    ("dtype", "bad"), [("bfloat16", float("nan")), ("float16", float("inf")), ("float32", -float("inf"))]
+)
 @pytest.mark.parametrize("method", METHODS)
-def test_inputs_that_are_not_finite(tmp_path: Path, method: str, fused: bool) -> None:
-    shapes = {"a": (40, 50), "b": (9000,)}
-    for name, bad in (("base", None), ("expert0", float("nan")), ("expert1", None)):
-        state = {key: torch.ones(shape, dtype=torch.bfloat16) for key, shape in shapes.items()}
-        if bad is not None:
+def test_inputs_that_are_not_finite(tmp_path: Path, method: str, dtype: str, bad: float, fused: bool) -> None:
+    for name in ("base", "expert0", "expert1"):
+        state = {"a": torch.ones(40, 50), "b": torch.ones(9000)}
+        if name == "expert0":
             state["b"][8123] = bad
-        write(tmp_path / name, state)
+        write(tmp_path / name, {key: x.to(getattr(torch, dtype)) for key, x in state.items()})
     recipe = recipe_of(method, {"t": 0.5} if method == "slerp" else {}, tmp_path, 2)
     with pytest.raises(CheckpointError) as error:
         run(make_plan(recipe), fused=fused)

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -26,6 +27,9 @@ import pytest
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
+from mixmerge.checkpoint.hub import Snapshot, download
+from mixmerge.errors import CheckpointError
+
 CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "float32"}
 TOKENIZER = {"model": {"type": "BPE", "vocab": {"a": 0, "b": 1}}, "added_tokens": []}
 # What is never wanted of a repository that has safetensors.
@@ -36,22 +40,26 @@ DECOYS = (
 )  # fmt: skip
 Tensors = Mapping[str, NDArray[Any]]
 
-# Imports everything once, then makes a process for each command: their start would be most of the time.
+# Imports everything once, then makes a process for each command: their start would be most of the time. What
+# the client has read from the environment by then is set again where a command has another.
 STARTER = """
 import json, os, sys, traceback
-import rich.console, rich.progress, rich.table, tqdm.auto, yaml
+import huggingface_hub.file_download, huggingface_hub.hf_api, rich.console, rich.progress, rich.table
+from huggingface_hub import constants
 from mixmerge import cli
-import mixmerge.engine.merge, mixmerge.engine.kernels, mixmerge.engine.plain
+from mixmerge.engine.merge import merge
+merge(*sys.argv[1:])  # the kernels are loaded by a first merge
 for line in sys.stdin:
     asked = json.loads(line)
     child = os.fork()
     if child == 0:
-        os.environ.update(asked["env"])
+        constants.HF_HUB_OFFLINE = asked["offline"]
+        constants.ENDPOINT = asked["endpoint"]
         for stream, number in (("out", 1), ("err", 2)):
             os.dup2(os.open(asked[stream], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
         code = 0
         try:
-            if "code" in asked:
+            if asked["code"]:
                 exec(asked["code"], {})
             else:
                 sys.argv = ["mixmerge", *asked["arguments"]]
@@ -111,6 +119,11 @@ class Hub:
             if request.method == "GET" and request.file.endswith(suffix):
                 sums[request.file] = sums.get(request.file, 0) + request.sent
         return sums
+
+    def reset(self) -> None:
+        """Empty again, and in order."""
+        fresh = Hub(self.url)
+        self.__dict__.update(fresh.__dict__)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -207,9 +220,8 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(status, headers, part, length=length)
 
 
-@pytest.fixture
-def hub() -> Iterator[Hub]:
-    """An empty hub."""
+@pytest.fixture(scope="module")
+def server() -> Iterator[Hub]:
     made = Hub()
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Handler,), {"hub": made}))
     server.daemon_threads = True
@@ -253,6 +265,15 @@ def sharded(seed: int) -> dict[str, bytes]:
     return {**small(), **files, "model.safetensors.index.json": json.dumps({"weight_map": index}).encode()}
 
 
+def write(folder: Path, files: Mapping[str, bytes]) -> Path:
+    """The same model as a folder of one's own."""
+    folder.mkdir()
+    for file, content in files.items():
+        if "/" not in file:
+            (folder / file).write_bytes(content)
+    return folder
+
+
 def header_size(content: bytes) -> int:
     return 8 + int.from_bytes(content[:8], "little")
 
@@ -281,38 +302,37 @@ class Ran:
 
 @dataclass(frozen=True)
 class Shell:
-    """Commands in processes with a cache of their own, at a hub."""
+    """Commands in processes, at a hub and with an empty cache."""
 
     root: Path
+    env: Mapping[str, str]
     starter: subprocess.Popen[str]
-    hub: Hub
 
     @property
     def out(self) -> Path:
         return self.root / "out"
 
-    def env(self, **more: str) -> dict[str, str]:
-        return {
-            "HF_ENDPOINT": self.hub.url,
-            "HF_HOME": str(self.root / "huggingface"),
-            "HF_HUB_OFFLINE": "0",
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-            **more,
-        }
+    @property
+    def cache(self) -> Path:
+        return Path(self.env["HF_HOME"])
 
-    def ask(self, asked: Mapping[str, Any]) -> Ran:
+    def run(
+        self, *arguments: str | Path, code: str = "", offline: bool = False, endpoint: str | None = None
+    ) -> Ran:
         out, err = self.root / "stdout", self.root / "stderr"
-        assert self.starter.stdin is not None and self.starter.stdout is not None
-        self.starter.stdin.write(json.dumps({**asked, "out": str(out), "err": str(err)}) + "\n")
+        asked = {
+            "arguments": list(map(str, arguments)),
+            "code": code,
+            "offline": offline,
+            "endpoint": endpoint or self.env["HF_ENDPOINT"],
+            "out": str(out),
+            "err": str(err),
+        }
+        assert self.starter.stdin is not None
+        assert self.starter.stdout is not None
+        self.starter.stdin.write(json.dumps(asked) + "\n")
         self.starter.stdin.flush()
         return Ran(int(self.starter.stdout.readline()), out.read_text(), err.read_text())
-
-    def run(self, *arguments: str | Path, **env: str) -> Ran:
-        return self.ask({"arguments": list(map(str, arguments)), "env": self.env(**env)})
-
-    def execute(self, code: str, **env: str) -> Ran:
-        return self.ask({"code": code, "env": self.env(**env)})
 
     def recipe(self, *models: Path | str, method: str = "linear", **more: Any) -> Path:
         entries = [{"model": str(one), "parameters": {"weight": 1.0}} for one in models]
@@ -320,30 +340,46 @@ class Shell:
         path.write_text(json.dumps({"merge_method": method, "models": entries, **more}))
         return path
 
-    def folder(self, name: str, files: Mapping[str, bytes]) -> Path:
-        folder = self.root / name
-        folder.mkdir()
-        for file, content in files.items():
-            if "/" not in file:
-                (folder / file).write_bytes(content)
-        return folder
-
     def manifest(self) -> Any:
         return json.loads((self.out / "mixmerge_manifest.json").read_text())
 
 
 @pytest.fixture(scope="module")
-def starter() -> Iterator[subprocess.Popen[str]]:
-    command = [sys.executable, "-P", "-c", STARTER]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+def env(server: Hub, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return {
+        "HF_ENDPOINT": server.url,
+        "HF_HOME": str(tmp_path_factory.mktemp("cache") / "huggingface"),
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
+
+
+@pytest.fixture(scope="module")
+def starter(env: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[subprocess.Popen[str]]:
+    warm = tmp_path_factory.mktemp("warm")
+    entries = [{"model": str(write(warm / name, model(1))), "parameters": {"weight": 1.0}} for name in "ab"]
+    recipe = {"merge_method": "linear", "models": entries}
+    (warm / "recipe.yaml").write_text(json.dumps(recipe))
+    command = [sys.executable, "-P", "-c", STARTER, str(warm / "recipe.yaml"), str(warm / "out")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, env={**os.environ, **env}, text=True, **pipes) as process:
         yield process
         assert process.stdin is not None
         process.stdin.close()
 
 
 @pytest.fixture
-def shell(tmp_path: Path, starter: subprocess.Popen[str], hub: Hub) -> Shell:
-    return Shell(tmp_path, starter, hub)
+def hub(server: Hub) -> Hub:
+    """An empty hub."""
+    server.reset()
+    return server
+
+
+@pytest.fixture
+def shell(tmp_path: Path, env: dict[str, str], starter: subprocess.Popen[str], hub: Hub) -> Shell:
+    shutil.rmtree(env["HF_HOME"], ignore_errors=True)
+    return Shell(tmp_path, env, starter)
 
 
 # -- planning -------------------------------------------------------------------------------------------------
@@ -378,7 +414,7 @@ def test_a_plan_is_made_of_headers(shell: Shell, hub: Hub) -> None:
     assert [entry["commit"] for entry in planned["models"]] == commits
     table = shell.run("plan", shell.root / "recipe.yaml").out
     assert re.search(r"to download\D+[\d.]+ kB", table)
-    local = shell.recipe(shell.folder("one", one), shell.folder("two", two))
+    local = shell.recipe(write(shell.root / "one", one), write(shell.root / "two", two))
     as_folders = shell.run("plan", local, "--json").json()
     assert (as_folders["hash"], as_folders["tensors"][0]["shape"]) == (planned["hash"], [16, 64])
     assert as_folders["to_download"] == 0
@@ -409,7 +445,7 @@ def test_faults_are_found_before_anything_is_downloaded(shell: Shell, hub: Hub) 
     for files, label in ((one, "org/one"), (two, "org/two")):
         header = header_size(files["model.safetensors"])
         assert hub.sent(f"{label}/model.safetensors")[f"{label}/model.safetensors"] % header == 0
-        assert not list(shell.root.rglob("model.safetensors"))
+        assert not list(shell.cache.rglob("model.safetensors"))
 
 
 def test_remote_headers_are_checked_like_local_ones(shell: Shell, hub: Hub) -> None:
@@ -446,7 +482,8 @@ def test_a_merge_downloads_each_file_once(shell: Shell, hub: Hub) -> None:
     """The result is that of the same models in folders; from then on the cache is all it takes."""
     one, two = model(1, decoys=True), sharded(2)
     commits = [hub.put("org/one", one), hub.put("org/two", two)]
-    recipe = shell.recipe("org/one", "org/two", "org/one@main")
+    hub.branches["org/one"]["v1"] = commits[0]
+    recipe = shell.recipe("org/one", "org/two", "org/one@v1")
     merged = shell.run("merge", recipe, shell.out, "--json")
     sizes = {f"org/one/{file}": len(one[file]) for file in one if file == "model.safetensors"}
     sizes |= {f"org/two/{file}": len(two[file]) for file in two if file.endswith(".safetensors")}
@@ -458,12 +495,13 @@ def test_a_merge_downloads_each_file_once(shell: Shell, hub: Hub) -> None:
 
     asked = len(hub.requests)
     result = (shell.out / "model.safetensors").read_bytes()
-    for offline in ("0", "1"):
-        again = shell.run("merge", recipe, shell.out, "--overwrite", "--json", HF_HUB_OFFLINE=offline).json()
+    for offline in (False, True):
+        again = shell.run("merge", recipe, shell.out, "--overwrite", "--json", offline=offline).json()
         assert again["plan"] == merged.json()["plan"]
     assert len(hub.requests) == asked
-    folders = [shell.folder("one", one), shell.folder("two", two)]
-    assert shell.run("merge", shell.recipe(*folders, folders[0]), shell.out, "--overwrite").code == 0
+    folders = [write(shell.root / "one", one), write(shell.root / "two", two)]
+    recipe = shell.recipe(*folders, write(shell.root / "again", one))
+    assert shell.run("merge", recipe, shell.out, "--overwrite").code == 0
     assert (shell.out / "model.safetensors").read_bytes() == result
 
 
@@ -496,6 +534,8 @@ def test_an_adapter_is_downloaded_to_be_planned(shell: Shell, hub: Hub) -> None:
     assert (planned["models"][0]["commit"], planned["models"][0]["adapter_commit"]) == (base, adapter)
     assert planned["to_download"] == len(model(1)["model.safetensors"])
     assert {file for file in hub.sent() if "org/lora/" in file} == {f"org/lora/{file}" for file in files}
+    inspected = shell.run("inspect", "org/base+org/lora", "--json").json()
+    assert "lowrank" in json.dumps(inspected)
     assert shell.run("merge", recipe, shell.out).code == 0
     merged = np.frombuffer((shell.out / "model.safetensors").read_bytes()[-4 * 16 * 64 * 4 :], np.float32)
     wanted = weights(1)["model.layers.0.mlp.up_proj.weight"] + 2
@@ -506,7 +546,8 @@ def test_from_python(shell: Shell, hub: Hub) -> None:
     """``run`` takes no plan whose weights are elsewhere; ``merge`` downloads them and says how far it is."""
     hub.put("org/one", model(1))
     recipe = shell.recipe("org/one")
-    ran = shell.execute(f"""if True:
+    ran = shell.run(
+        code=f"""if True:
         from pathlib import Path
         import mixmerge
         from mixmerge.engine.merge import run
@@ -523,7 +564,8 @@ def test_from_python(shell: Shell, hub: Hub) -> None:
         local = make_plan({str(recipe)!r})
         assert not local.remote and local.hash == plan.hash and fetch(local) is local
         print("done")
-    """)
+    """
+    )
     assert ran.code == 0, ran.err
     assert "weights of org/one are still on the hub" in ran.out
     assert "fetch" in ran.out
@@ -556,7 +598,7 @@ def test_what_the_hub_refuses(shell: Shell, hub: Hub) -> None:
     for name, words in refusals.items():
         shell.run("merge", shell.recipe(name), shell.out).refused("models[0].model", *words)
     assert not shell.out.exists()
-    assert not list(shell.root.rglob("pytorch_model.bin"))
+    assert not list(shell.cache.rglob("pytorch_model.bin"))
 
 
 def test_an_unreachable_hub(shell: Shell, hub: Hub) -> None:
@@ -568,20 +610,20 @@ def test_an_unreachable_hub(shell: Shell, hub: Hub) -> None:
         hub.put("org/two", model(2))
         recipe = shell.recipe("org/one")
         assert shell.run("merge", recipe, shell.out).code == 0
-        assert shell.run("merge", recipe, shell.out, "--overwrite", HF_ENDPOINT=nobody).code == 0
-        refused = shell.run("merge", shell.recipe("org/two"), shell.out, "--overwrite", HF_ENDPOINT=nobody)
-        refused.refused("org/two cannot be had: the hub cannot be reached")
+        assert shell.run("merge", recipe, shell.out, "--overwrite", endpoint=nobody).code == 0
+        refused = shell.run("merge", shell.recipe("org/two"), shell.out, "--overwrite", endpoint=nobody)
+        refused.refused("org/two is not here, and the hub cannot be reached")
 
 
 def test_offline_asks_nobody(shell: Shell, hub: Hub) -> None:
     hub.put("org/one", sharded(1))
     recipe = shell.recipe("org/one@main")
-    offline = shell.run("merge", recipe, shell.out, HF_HUB_OFFLINE="1")
+    offline = shell.run("merge", recipe, shell.out, offline=True)
     offline.refused("neither a folder here nor", "hf download org/one --revision main")
     assert hub.requests == []
     shell.run("plan", recipe, "--json").json()
     asked = len(hub.requests)
-    partly = shell.run("merge", recipe, shell.out, HF_HUB_OFFLINE="1")
+    partly = shell.run("merge", recipe, shell.out, offline=True)
     partly.refused(
         "not whole in the Hugging Face cache", "lacks model-00001-of-00002.safetensors", "hf download"
     )
@@ -596,10 +638,10 @@ def test_a_model_cached_without_its_tokenizer(shell: Shell, hub: Hub) -> None:
         for file in ("config.json", "model.safetensors"):
             hf_hub_download("org/one", file)
     """
-    assert shell.execute(code).code == 0
+    assert shell.run(code=code).code == 0
     recipe = shell.recipe("org/one")
-    assert shell.run("merge", recipe, shell.out, HF_ENDPOINT="http://127.0.0.1:9").code == 0
-    assert shell.run("merge", recipe, shell.out, "--overwrite", HF_HUB_OFFLINE="1").code == 0
+    assert shell.run("merge", recipe, shell.out, endpoint="http://127.0.0.1:9").code == 0
+    assert shell.run("merge", recipe, shell.out, "--overwrite", offline=True).code == 0
     assert not (shell.out / "tokenizer.json").exists()
     assert shell.run("merge", recipe, shell.out, "--overwrite").code == 0
     assert (shell.out / "tokenizer.json").exists()
@@ -612,23 +654,31 @@ def test_a_cut_connection(shell: Shell, hub: Hub) -> None:
     hub.put("org/one", model(1))
     plan = shell.run("plan", shell.recipe("org/one", "org/two"), "--json")
     assert plan.code == 0
-    first, second = "org/two/model-00001-of-00002.safetensors", "org/two/model-00002-of-00002.safetensors"
+    first = "org/two/model-00001-of-00002.safetensors"
     # Two ranges are read for the plan; then the file is cut at half, and the hub is down.
     hub.broken[first] = [10**9, 10**9, 3000, -503]
     cut = shell.run("merge", shell.root / "recipe.yaml", shell.out)
     cut.refused(first, "it answered 503", "Run the same command again")
     assert not shell.out.exists()
-    assert not list(shell.root.rglob("*.incomplete"))
+    assert not list(shell.cache.rglob("*.incomplete"))
     asked = len(hub.requests)
+    kept = {path.name for path in shell.cache.rglob("snapshots/*/*.safetensors")}
     hub.broken[first] = [10**9, 10**9, 3000]
     assert shell.run("merge", shell.root / "recipe.yaml", shell.out).code == 0
-    again = [r for r in hub.requests[asked:] if r.sent and r.range in ("", "bytes=3000-")]
-    assert [(r.file, r.range) for r in again if r.file != second] == [(first, ""), (first, "bytes=3000-")]
-    hub.broken[first] = [0]
-    del hub.files["org/one"]
+    again = [r.sent for r in hub.requests[asked:] if r.file == first and not r.range]
+    assert again == [3000, len(sharded(2)["model-00001-of-00002.safetensors"])]
+    whole = {r.file.rpartition("/")[2] for r in hub.requests[asked:] if r.sent and not r.range}
+    assert not kept & whole
     hub.put("org/cut", sharded(3))
     hub.broken["org/cut/model-00001-of-00002.safetensors"] = [0]
     shell.run("plan", shell.recipe("org/cut")).refused("cut the connection", "org/cut")
+
+
+def test_a_disk_that_is_too_small(tmp_path: Path) -> None:
+    """Said before the first byte is asked for."""
+    absent = Snapshot("org/huge", "0" * 40, tmp_path, {"model.safetensors": 1 << 60}, ("model.safetensors",))
+    with pytest.raises(CheckpointError, match=r"the disk has [\d,.]+ MB free.*HF_HOME"):
+        download([absent, absent])
 
 
 def test_the_command_itself(shell: Shell, hub: Hub) -> None:
@@ -636,7 +686,7 @@ def test_the_command_itself(shell: Shell, hub: Hub) -> None:
     hub.put("org/one", model(1))
     command = [sys.executable, "-P", "-m", "mixmerge", "merge", str(shell.recipe("org/one")), str(shell.out)]
     ended = subprocess.run(
-        [*command, "--quiet"], env={**os.environ, **shell.env()}, capture_output=True, text=True, check=False
+        [*command, "--quiet"], env={**os.environ, **shell.env}, capture_output=True, text=True, check=False
     )
     assert ended.returncode == 0, ended.stderr
     assert ended.stderr == ""

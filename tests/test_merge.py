@@ -233,7 +233,7 @@ def test_integers_are_copied_and_must_agree(
 ) -> None:
     made = family("llama")
     folders = [clone(path) for path in (made.base, *made.experts)]
-    for number, folder in enumerate(folders):
+    for folder in folders:
         tensors = load_file(folder / "model.safetensors")
         tensors["model.steps"] = torch.arange(5)
         tensors["model.ready"] = torch.tensor([True, False])
@@ -255,10 +255,24 @@ def test_integers_are_copied_and_must_agree(
 # --- Python
 
 
+def test_public_names_stay_what_they_are() -> None:
+    """A subpackage of the same name would take the place of a function as soon as it is imported."""
+    code = """
+import mixmerge, types
+names = [name for name in mixmerge.__all__ if not name.startswith("_")]
+first = {name: getattr(mixmerge, name) for name in names}
+import mixmerge.cli, mixmerge.engine.merge, mixmerge.plan
+print([name for name in names if getattr(mixmerge, name) is not first[name]])
+print([name for name in names if isinstance(first[name], types.ModuleType)])
+"""
+    run = [sys.executable, "-P", "-c", code]
+    assert subprocess.run(run, capture_output=True, text=True, check=True).stdout == "[]\n[]\n"
+
+
 def test_the_python_interface(family: Any, tmp_path: Path) -> None:
     made = family("bert")
     recipe = recipe_of("linear", None, made.experts)
-    plan = mixmerge.plan(recipe)
+    plan = mixmerge.make_plan(recipe)
     seen: list[tuple[int, int]] = []
     done = mixmerge.merge(recipe, str(tmp_path / "out"), progress=lambda *now: seen.append(now))
     assert done.plan.hash == plan.hash

@@ -233,6 +233,23 @@ def test_untied_everywhere_stays_as_it_is(model: Any) -> None:
     assert silent.config["tie_word_embeddings"] is None
 
 
+def test_other_tensors_that_loaders_tie(model: Any) -> None:
+    """What old checkpoints store twice: taken from its partner where it is stored once."""
+    lean: Tensors = {"shared.weight": ("BF16", (20, 8)), "encoder.block.0.w": ("BF16", (8,))}
+    full = {
+        **lean,
+        "encoder.embed_tokens.weight": ("BF16", (20, 8)),
+        "decoder.embed_tokens.weight": ("BF16", (20, 8)),
+    }
+    plan = make_plan(
+        linear(model("a", lean, tie_word_embeddings=None), model("b", full, tie_word_embeddings=None))
+    )
+    made = {task.target.name: [source.tensor.name for source in task.sources] for task in plan.tasks}
+    for name in full.keys() - lean.keys():
+        assert made[name] == ["shared.weight", name]
+    assert plan.config["tie_word_embeddings"] is None
+
+
 def test_an_untied_model_without_its_head_is_not_whole(model: Any) -> None:
     (fault,) = faults_of(linear(model("a"), model("b", TIED)))
     assert "models[1].model" in fault

@@ -14,6 +14,7 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -207,8 +208,8 @@ def _delta_block(generator: np.random.Generator, n: int, columns: int) -> NDArra
     return values.reshape(-1)
 
 
-def _storage(dtype: str) -> type[np.generic]:
-    return {"bfloat16": np.uint16, "float16": np.float16, "float32": np.float32}[dtype]
+def _storage(dtype: str) -> np.dtype[Any]:
+    return np.dtype({"bfloat16": "uint16", "float16": "float16", "float32": "float32"}[dtype])
 
 
 def _decoded(stored: NDArray[np.generic]) -> NDArray[np.float32]:

@@ -20,9 +20,10 @@ def main() -> None:
     threads = int(sys.argv[2]) or None
     print(json.dumps({"seconds": time.perf_counter() - began}), flush=True)
     for line in sys.stdin:
-        began = time.perf_counter()
+        spent, began = time.process_time(), time.perf_counter()
         run(plan, Path(line.strip()), threads=threads)
-        print(json.dumps({"seconds": time.perf_counter() - began}), flush=True)
+        seconds, cpu = time.perf_counter() - began, time.process_time() - spent
+        print(json.dumps({"seconds": seconds, "cpu": cpu}), flush=True)
 
 
 if __name__ == "__main__":

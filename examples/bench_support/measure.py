@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -27,9 +28,13 @@ class Failed(RuntimeError):  # noqa: N818  said to a person as it is
 
 @dataclass(frozen=True)
 class Ran:
-    """One run: its time, the most memory it held, and what it wrote to stderr."""
+    """One run: its time, the time of all its threads, the most memory it held, and what it wrote to stderr.
+
+    Threads that wait for a core on a busy machine stretch ``seconds``, not ``cpu``.
+    """
 
     seconds: float
+    cpu: float
     peak: int
     said: str = ""
 
@@ -66,15 +71,24 @@ class PeakMemory:
             self._stop.wait(_EVERY)
 
 
-def run_process(command: Sequence[str], *, cwd: Path) -> Ran:
+def run_process(command: Sequence[str], *, cwd: Path, env: Mapping[str, str] | None = None) -> Ran:
     """A whole process, from its start to its end.
+
+    Args:
+        env: environment variables, unless ours has them.
 
     Raises:
         Failed: it ended with another code than 0.
     """
-    began = time.perf_counter()
+    spent, began = _spent_by_children(), time.perf_counter()
     process = subprocess.Popen(
-        command, cwd=cwd, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        cwd=cwd,
+        env={**(env or {}), **os.environ},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     with PeakMemory(process.pid) as memory:
         said, complained = process.communicate()
@@ -82,7 +96,13 @@ def run_process(command: Sequence[str], *, cwd: Path) -> Ran:
     if process.returncode:
         lines = (complained or said).strip().splitlines()
         raise Failed(f"exit code {process.returncode}: " + "\n".join(lines[-5:]))
-    return Ran(seconds, memory.peak, complained)
+    return Ran(seconds, _spent_by_children() - spent, memory.peak, complained)
+
+
+def _spent_by_children() -> float:
+    """CPU seconds of all children that have ended: one at a time does."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def imported(said: str) -> set[str]:
@@ -120,8 +140,8 @@ class Engine:
         with PeakMemory(self._process.pid) as memory:
             self._process.stdin.write(f"{out}\n")
             self._process.stdin.flush()
-            seconds = self._answer()["seconds"]
-        return Ran(seconds, memory.peak)
+            answer = self._answer()
+        return Ran(answer["seconds"], answer["cpu"], memory.peak)
 
     def _answer(self) -> dict[str, Any]:
         line = self._process.stdout.readline() if self._process.stdout else ""
@@ -132,10 +152,10 @@ class Engine:
         return answer
 
 
-def copy_bytes(inputs: Sequence[Path], output: Path, size: int) -> float:
-    """Seconds to read all inputs in step and write ``size`` bytes to a new file, synced; one thread, one buffer."""
+def copy_bytes(inputs: Sequence[Path], output: Path, size: int) -> Ran:
+    """Read all inputs in step and write ``size`` bytes to a new file, synced; one thread, one buffer."""
     buffer = memoryview(bytearray(_BLOCK))
-    began = time.perf_counter()
+    spent, began = time.process_time(), time.perf_counter()
     handles = [os.open(path, os.O_RDONLY) for path in inputs]
     target = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
     try:
@@ -147,7 +167,7 @@ def copy_bytes(inputs: Sequence[Path], output: Path, size: int) -> float:
     finally:
         for handle in (*handles, target):
             os.close(handle)
-    return time.perf_counter() - began
+    return Ran(time.perf_counter() - began, time.process_time() - spent, len(buffer))
 
 
 def warm(paths: Sequence[Path]) -> None:

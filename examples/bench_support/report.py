@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -137,8 +138,9 @@ Synthetic Llama checkpoints of {settings["parameters"] / 1e6:.0f} M parameters i
 more discarded; mergekit: {settings["mergekit_rounds"]}. Engine threads: {settings["threads"]}. All files in the page
 cache. *Copy* reads the inputs of that merge in step and writes a new file of the output's size, synced, one
 thread, one reused buffer of 1 MiB. *Engine* is `mixmerge.engine.merge.run` on a made plan with imports paid;
-*process* is all of `mixmerge merge`. mergekit does not sync what it writes; we do. Peaks are anonymous and
-shared memory of the whole process, the most of all rounds.
+*process* is all of `mixmerge merge`. mergekit does not sync what it writes; we do. It runs with
+`GOMP_SPINCOUNT=0`, which helps it where cores are shared. Peaks are anonymous and shared memory of the whole
+process, the most of all rounds.
 
 {machine}
 
@@ -156,7 +158,7 @@ def _markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> s
 
 
 def chart(report: Report, path: Path) -> None:
-    """Bars for every method: seconds on the left, peak memory on the right, both logarithmic."""
+    """Bars for every method: seconds on the left, on a logarithmic axis, and peak memory on the right."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -170,19 +172,29 @@ def chart(report: Report, path: Path) -> None:
     for order, (label, name, colour) in enumerate(_SERIES):
         places = [number + thickness * (order - (len(_SERIES) - 1) / 2) for number in range(len(methods))]
         runs: list[Runs] = [getattr(result, name) for result in report.results]
-        _bars(times, places, [one.median or 0 for one in runs], thickness, colour, label, "{:.2g}")
+        _bars(times, places, [one.median or 0 for one in runs], thickness, colour, label, "{:.3g}")
         if name in ("process", "mergekit"):
             sizes = [(one.peak or 0) / 1e6 for one in runs]
             _bars(peaks, places, sizes, thickness, colour, label, "{:,.0f}")
     times.set_yticks(range(len(methods)), methods)
-    times.invert_yaxis()
+    times.set_ylim(len(methods) - 0.5, -0.5)
     times.set(xscale="log", xlabel="seconds (median)")
-    peaks.set(xscale="log", xlabel="peak memory, MB")
-    times.legend(loc="upper center", bbox_to_anchor=(0.5, 1.0 + 0.9 / len(methods)), ncols=2, frameon=False)
+    times.margins(x=0.1)
+    peaks.set(xlabel="peak memory, MB")
+    peaks.margins(x=0.1)
+    figure.legend(*times.get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
 
 
-def _bars(axes, places, values, thickness, colour, label, form) -> None:  # type: ignore[no-untyped-def]
+def _bars(
+    axes: Any,
+    places: Sequence[float],
+    values: Sequence[float],
+    thickness: float,
+    colour: str,
+    label: str,
+    form: str,
+) -> None:
     drawn = axes.barh(places, values, height=thickness, color=colour, label=label)
     axes.bar_label(drawn, [form.format(value) if value else "" for value in values], fontsize=7, padding=2)

@@ -25,10 +25,12 @@ class Runs:
     """Repeated runs of one thing; a median of none is None."""
 
     seconds: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
     peaks: list[int] = field(default_factory=list)
 
     def add(self, ran: Ran) -> None:
         self.seconds.append(ran.seconds)
+        self.cpu.append(ran.cpu)
         self.peaks.append(ran.peak)
 
     @property
@@ -166,12 +168,17 @@ def as_json(report: Report) -> dict[str, Any]:
     made = asdict(report)
     for result, row in zip(report.results, made["results"], strict=True):
         for name in ("copy", "engine", "process", "mergekit"):
-            runs: Runs = getattr(result, name)
-            row[name] |= {"median": runs.median, "peak": runs.peak}
+            row[name] |= _summed_up(getattr(result, name))
         row |= {"engine_of_copy": result.of_copy, "times_faster_than_mergekit": result.faster}
     if report.many:
+        for name in ("copy", "process"):
+            made["many"][name] |= _summed_up(getattr(report.many, name))
         made["many"]["seconds_beyond_copy"] = report.many.beyond
     return made | {"bars": [asdict(verdict) for verdict in verdicts(report)]}
+
+
+def _summed_up(runs: Runs) -> dict[str, float | None]:
+    return {"median": runs.median, "peak": runs.peak}
 
 
 def describe_machine(work: Path) -> dict[str, str]:
@@ -189,7 +196,7 @@ def describe_machine(work: Path) -> dict[str, str]:
         "system": f"Linux {platform.release()}",
         "Python": platform.python_version(),
         "versions": ", ".join(_installed(_VERSIONS)),
-        "load before": " ".join(f"{value:.1f}" for value in os.getloadavg()),
+        "load before": f"{os.getloadavg()[0]:.1f}",
         "thread variables": " ".join(variables) or "none set",
     }
 

@@ -76,7 +76,7 @@ def find(name: str, revision: str | None, *, where: str, adapter: bool | None = 
         what = f"is not whole in the Hugging Face cache: {lacks}" if lacks else missing
         label = name if revision is None else f"{name}@{revision}"
         run = f"Unset it, or run: HF_HUB_OFFLINE=0 {_command(name, revision)}"
-        raise CheckpointError(Fault(where, f"{label} {what}", "HF_HUB_OFFLINE forbids to ask the hub", run))
+        raise CheckpointError(Fault(where, f"{label} {what}", "HF_HUB_OFFLINE forbids asking the hub", run))
     try:
         with asking(name, revision, where):
             return _ask(name, revision, where, adapter)

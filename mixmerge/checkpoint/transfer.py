@@ -138,7 +138,7 @@ def _fault(error: Any, name: str, revision: str | None, where: str) -> Fault:
         status = f"{error.response.status_code} {error.response.reason_phrase}".strip()
         return Fault(where, f"{name} cannot be had from the hub: it answered {status}", run=_AGAIN)
     if isinstance(error, errors.HTTPError | ConnectionError):
-        what = f"{name} cannot be had: the hub cannot be reached, or cut the connection ({said[0]})"
+        what = f"{name} is not here, and the hub cannot be reached or cut the connection ({said[0]})"
         return Fault(where, what, run=f"Check the network. {_AGAIN}")
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         run = "Free some space, or set HF_HOME to a folder on another disk, and run the same command again"

@@ -16,7 +16,7 @@ from mixmerge.engine.worker import Worker
 from mixmerge.kernels import select
 from mixmerge.kernels.cast import decode
 from mixmerge.kernels.combine import BLOCK, delta_block
-from mixmerge.plan import Plan, Task
+from mixmerge.plan import Task
 
 NEVER = 0xFFFFFFFF
 LAST = (1 << 62) - 1
@@ -42,7 +42,7 @@ NOTHING = Cut(NEVER, -1, NEVER, -1)
 Steps = Generator[Pass, list[Any], Any]
 
 # Runs of a tensor that the sample reads, and elements of a run.
-RUNS, RUN = 32, 2048
+RUNS, RUN = 16, 2048
 
 
 @dataclass
@@ -66,7 +66,7 @@ class _Found:
 
 
 def order_statistics(
-    plan: Plan, task: Task, wanted: list[tuple[int, int]], pieces: list[tuple[int, int]], length: int
+    task: Task, wanted: list[tuple[int, int]], pieces: list[tuple[int, int]]
 ) -> Generator[Pass, list[Any], list[Cut]]:
     """The cuts that drop the ``wanted[k][0]`` largest entries of expert k and keep the next ``wanted[k][1]``."""
     elements = math.prod(task.target.shape)
@@ -77,7 +77,7 @@ def order_statistics(
         if kept and dropped:
             asked.append(_Wanted(k, dropped))
     if asked:
-        if elements > 2 * RUNS * RUN:
+        if len(pieces) > 1:
             yield from _bracket(task, asked, elements)
         yield from _collect(task, asked, pieces)
         for one in asked:
@@ -145,21 +145,31 @@ def _collect(task: Task, asked: list[_Wanted], pieces: list[tuple[int, int]]) ->
         # A zero changes nothing, kept or not: that many ties need not be told apart.
         one.low = max(one.low, 1)
 
+    experts = np.array([one.expert + 1 for one in asked], np.int64)
+    low = np.array([one.low for one in asked], np.uint32)
+    high = np.array([one.high for one in asked], np.uint32)
+    # Crowds of one magnitude would need as much memory as the tensor: beyond this they are counted instead.
+    share = 1 if len(pieces) == 1 else 4
+
     def collect(worker: Worker, number: int, start: int, stop: int) -> list[_Found]:
         worker.load(task, start, stop)
-        bits = worker.extra("found_bits", (worker.length,), np.uint32)
-        index = worker.extra("found_index", (worker.length,), np.int64)
-        places = worker.extra("places", (BLOCK + 1,), np.uint32)
+        count = len(asked)
+        above, found = np.zeros(count, np.int64), np.zeros(count, np.int64)
+        room = (stop - start) // share + BLOCK
+        bits = worker.extra("found_bits", (count, worker.length + BLOCK), np.uint32)
+        places = worker.extra("found_places", (count, worker.length + BLOCK), np.uint32)
+        spare = worker.extra("places", (BLOCK + 1,), np.uint32)
+        select.collect_chunk(
+            worker.raw, worker.codes, worker.direct, stop - start, experts, low, high, above, found,
+            room, bits, places, worker.scratch, spare,
+        )  # fmt: skip
         results = []
-        for one in asked:
-            above, count = select.collect_chunk(
-                worker.raw, worker.codes, worker.direct, stop - start, start, one.expert + 1,
-                np.uint32(one.low), np.uint32(one.high), bits, index, worker.scratch, places,
-            )  # fmt: skip
-            # Crowds of one magnitude would need as much memory as the tensor: they are counted instead.
-            few = len(pieces) == 1 or count * 4 <= stop - start
-            kept = (bits[:count].copy(), index[:count].copy()) if few else (None, None)
-            results.append(_Found(above, count, *kept))
+        for j in range(count):
+            few = int(found[j]) <= room - BLOCK
+            kept = (
+                (bits[j, : found[j]].copy(), places[j, : found[j]] + np.int64(start)) if few else (None, None)
+            )
+            results.append(_Found(int(above[j]), int(found[j]), *kept))
         return results
 
     parts = yield Pass(collect, pieces)

@@ -178,7 +178,7 @@ def task_vectors(context: Context, task: Task) -> Job:
             densities = _numbers(task, "density")
             state.factors[:] = [1 / density if density else 1.0 for density in densities]
     elif method.parameter("density") is not None:
-        yield from _find_cuts(context, task, state, pieces, length)
+        yield from _find_cuts(context, task, state, pieces)
         if task.parameters.get("rescale"):
             yield from _restore_norms(task, state, pieces)
     yield _combine_pass(context, task, state, pieces, prepare)
@@ -214,9 +214,7 @@ def _combine_pass(
     return Pass(run, pieces)
 
 
-def _find_cuts(
-    context: Context, task: Task, state: _Deltas, pieces: list[tuple[int, int]], length: int
-) -> Job:
+def _find_cuts(context: Context, task: Task, state: _Deltas, pieces: list[tuple[int, int]]) -> Job:
     elements, count = math.prod(task.target.shape), len(task.sources)
     if context.cuts is not None:
         cuts = context.cuts[task.target.name]
@@ -224,7 +222,7 @@ def _find_cuts(
         density = _numbers(task, "density")
         gamma = _numbers(task, "gamma") if "gamma" in task.parameters else [0.0] * count
         wanted = [band(elements, density[k], gamma[k]) for k in range(count)]
-        cuts = yield from order_statistics(context.plan, task, wanted, pieces, length)
+        cuts = yield from order_statistics(task, wanted, pieces)
     for k, cut in enumerate(cuts):
         state.cuts[k] = cut
         state.keep[k] = combine.KEEP_ALL if cut == LOOSE else combine.KEEP_CUT

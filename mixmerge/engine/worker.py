@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -126,16 +127,16 @@ class Worker:
         self.scratch = np.empty((rows + 3, BLOCK), np.float32)
         self.values = np.empty(length, np.float32)
         self.loaded: tuple[int, int, int] | None = None
-        self._extra: dict[str, NDArray[np.generic]] = {}
+        self._extra: dict[str, NDArray[Any]] = {}
 
-    def extra(self, name: str, shape: tuple[int, ...], dtype: type) -> NDArray[np.generic]:
+    def extra(self, name: str, shape: tuple[int, ...], dtype: type) -> NDArray[Any]:
         """A buffer only some methods need, made at first use."""
         if name not in self._extra or self._extra[name].shape != shape:
             self._extra[name] = np.empty(shape, dtype)
         return self._extra[name]
 
     @property
-    def lanes(self) -> NDArray[np.generic]:
+    def lanes(self) -> NDArray[Any]:
         return self.extra("lanes", (4, BLOCKS), np.uint32)
 
     def load(self, task: Task, start: int, stop: int) -> None:

@@ -70,7 +70,7 @@ def make_plan(
     base = order[recipe.base_model] if recipe.base_model is not None else None
     entries = [order[entry.model] for entry in inputs(recipe, method)]
     needs_base = base if method.base == "required" else None
-    groups = _gather(models, entries, needs_base, agreement)
+    groups = _gather(models, entries, needs_base, agreement, deltas=method.takes == "deltas")
     wanted = [Wanted(name, *_output_form(group, recipe)) for name, group in groups.items()]
     targets, shards = lay_out(wanted, recipe.output.shard_size)
     tasks = _tasks(recipe, method, groups, targets, faults)
@@ -124,12 +124,13 @@ def _with_adapter(ref: ModelRef, place: Place, checkpoint: Checkpoint, commits: 
 
 
 def _gather(
-    models: Sequence[Model], entries: Sequence[int], base: int | None, agreement: Agreement
+    models: Sequence[Model], entries: Sequence[int], base: int | None, agreement: Agreement, *, deltas: bool
 ) -> dict[str, tuple[tuple[Source, ...], Source | None]]:
     groups = {}
     for name in agreement.names:
         root = _source(models, base, name, agreement, None) if base is not None else None
-        groups[name] = tuple(_source(models, number, name, agreement, root) for number in entries), root
+        ground = root if deltas else None
+        groups[name] = tuple(_source(models, number, name, agreement, ground) for number in entries), root
     return groups
 
 
@@ -140,10 +141,10 @@ def _source(
     header = model.tensors[agreement.stored_as.get((number, name), name)]
     # A tied head has a change of its own, or it goes on to follow the embedding that stands in for it.
     delta: AdapterDelta | None = model.deltas.get(name) or model.deltas.get(header.name)
-    same = base is not None and base.adapter is None and _same_bytes(base.tensor, header)
     # What replaces a tensor is stored whole; its difference to the base has to be taken.
     exact = delta is not None and delta.kind != "replace"
-    return Source(number, header, delta, delta_only=same and exact)
+    alone = exact and base is not None and base.adapter is None and _same_bytes(base.tensor, header)
+    return Source(number, header, delta, delta_only=alone)
 
 
 def _same_bytes(one: TensorHeader, other: TensorHeader) -> bool:

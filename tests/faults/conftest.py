@@ -19,7 +19,6 @@ from safetensors.numpy import save_file
 
 HERE = Path(__file__).resolve().parent
 CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "float32"}
-# Real text of shells and editors around it must not reach the tests.
 Tensors = Mapping[str, NDArray[Any]]
 
 
@@ -115,7 +114,8 @@ def kit(tmp_path: Path) -> Kit:
 
 def tree(folder: Path) -> dict[str, bytes]:
     """Every file of a folder."""
-    assert folder.is_dir() and not folder.is_symlink(), f"no folder {folder.name}"
+    assert folder.is_dir(), f"no folder {folder.name}"
+    assert not folder.is_symlink(), f"{folder.name} is a link"
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*"))}
 
 
@@ -155,6 +155,10 @@ def process(tmp_path: Path) -> Callable[..., Ran]:
     return run
 
 
+# A step by its number, by the start of its name, or so many after the first of a name.
+At = int | str | tuple[str, int]
+
+
 class Killable:
     """Processes that stop or die at a chosen step: see ``killable.py``."""
 
@@ -171,7 +175,8 @@ class Killable:
         self.logs = 0
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        assert self.server.stdin is not None and self.server.stdout is not None
+        assert self.server.stdin is not None
+        assert self.server.stdout is not None
         self.server.stdin.write(json.dumps(request) + "\n")
         self.server.stdin.flush()
         reply: dict[str, Any] = json.loads(self.server.stdout.readline())
@@ -183,20 +188,21 @@ class Killable:
     def warm(self, *arguments: str | Path) -> None:
         self._ask({"arguments": list(map(str, arguments)), "here": True})
 
-    def _start(self, arguments: tuple[str | Path, ...], at: int | str | None, name: str) -> dict[str, Any]:
+    def _start(self, arguments: tuple[str | Path, ...], at: At | None, name: str) -> dict[str, Any]:
         self.logs += 1
         folder = self.scratch / str(self.logs)
         folder.mkdir()
+        point = (at, 0) if isinstance(at, str) else at
         return self._ask(
-            {"arguments": list(map(str, arguments)), "folder": str(folder), "at": at, "signal": name}
+            {"arguments": list(map(str, arguments)), "folder": str(folder), "at": point, "signal": name}
         )
 
-    def run(self, *arguments: str | Path, die_at: int | str | None = None) -> Ran:
+    def run(self, *arguments: str | Path, die_at: At | None = None) -> Ran:
         """Run to the end, or to the step where it is killed (code -9)."""
         reply = self._start(arguments, die_at, "SIGKILL")
         return Ran(reply["code"], reply["out"], reply["err"])
 
-    def stop(self, *arguments: str | Path, at: int | str) -> int:
+    def stop(self, *arguments: str | Path, at: At) -> int:
         """Start, and stop at a step; the process's id."""
         reply = self._start(arguments, at, "SIGSTOP")
         assert reply["stopped"], reply

@@ -1,11 +1,11 @@
 """Real ``mixmerge`` processes that stop or die at a chosen step. Each is a fork, so it costs a tenth of a second.
 
 A step is a call that changes the disk: making, opening for writing, cutting, writing, syncing, renaming,
-removing. A process is sent the signal that was asked for before its step N, or before its first step of a name;
-in a write, when half of the bytes are written.
+removing. A process is sent the signal that was asked for before its step N, or before the N-th step after its first
+step of a name; in a write, when half of the bytes are written.
 
 Reads requests and writes answers, one JSON object a line each:
-    {"arguments": [...], "folder": where stdout and stderr go, "at": N, name or null, "signal": ...}
+    {"arguments": [...], "folder": where stdout and stderr go, "at": N, [name, N] or null, "signal": ...}
         -> {"pid": ..., "stopped": true}, or {"pid": ..., "stopped": false, "code": ..., "out": ..., "err": ...}
     {"pid": ...}: goes on with a stopped process, and answers when it has ended.
     {"flush": ...}: how many bytes are written between two notes in the journal, from now on.
@@ -14,6 +14,8 @@ Reads requests and writes answers, one JSON object a line each:
 from __future__ import annotations
 
 import contextlib
+import gc
+import itertools
 import json
 import os
 import signal
@@ -35,7 +37,7 @@ CALLS = ("pwrite", "write", "fdatasync", "fsync")
 class Steps:
     """Counts steps of this process, writes their names to a file, and sends the signal."""
 
-    def __init__(self, log: Path, at: int | str | None, number: int) -> None:
+    def __init__(self, log: Path, at: int | list[Any] | None, number: int) -> None:
         self.log = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         self.write, self.at, self.number = os.write, at, number
         self.count = 0
@@ -46,8 +48,8 @@ class Steps:
         with self.lock:
             self.count += 1
             self.write(self.log, f"{name}\n".encode())
-            if isinstance(self.at, str) and name.startswith(self.at):
-                self.at = self.count
+            if isinstance(self.at, list) and name.startswith(self.at[0]):
+                self.at = self.count + self.at[1]
             return self.count == self.at
 
     def fire(self) -> None:
@@ -58,16 +60,18 @@ class Steps:
         if not opened and event not in EVENTS:
             return
         # Compiled kernels and the like are kept elsewhere. What is removed by handle has a bare name.
-        paths = [Path(os.fsdecode(value)) for value in arguments[:2] if isinstance(value, str | bytes | Path)]
+        named = arguments[: 1 if opened else 2]
+        paths = [Path(os.fsdecode(value)) for value in named if isinstance(value, str | bytes | Path)]
         ours = any(".mixmerge-" in str(path) or not path.is_absolute() for path in paths)
         if (ours or not paths) and self.step(f"{event} {' '.join(path.name for path in paths)}"):
             self.fire()
 
     def wrap(self, name: str) -> None:
         call: Callable[..., Any] = getattr(os, name)
+        calls = itertools.count(1)
 
         def stepping(handle: int, *arguments: Any) -> Any:
-            if not self.step(name):
+            if not self.step(f"{name} {next(calls)}"):
                 return call(handle, *arguments)
             if arguments:
                 half = call(handle, arguments[0][: len(arguments[0]) // 2], *arguments[1:])
@@ -131,6 +135,7 @@ def serve() -> None:
                 main()
             reply = {}
         else:
+            gc.freeze()  # what the collector touches would be copied
             pid = os.fork()
             if pid == 0:
                 child(request)

@@ -55,7 +55,15 @@ def test_shards_are_as_good_as_one_file(kit: Any, recipe: Path, cli: Any, files_
 
 
 LEADING_OUT = [
-    *("../plain/model.safetensors", "..", ".", "", "/etc/passwd", "sub/model.safetensors", "./model.safetensors"),
+    *(
+        "../plain/model.safetensors",
+        "..",
+        ".",
+        "",
+        "/etc/passwd",
+        "sub/model.safetensors",
+        "./model.safetensors",
+    ),
     *("a\0b", "a\nb", "\ud800", "n" * 300, "ü" * 200),
 ]
 
@@ -77,7 +85,9 @@ def test_index_values_that_are_no_text(target: Any, kit: Any, sharded: Path, rec
     kit.clean()
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"weight_map": []}', '{"weight_map": {}}', "{", "\ud800"])
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"weight_map": []}', '{"weight_map": {}}', "{", "\ud800"]
+)
 def test_indexes_that_are_none(content: str, kit: Any, sharded: Path, recipe: Path, cli: Any) -> None:
     index = sharded / "model.safetensors.index.json"
     index.write_bytes(content.encode(errors="surrogatepass"))
@@ -133,9 +143,7 @@ def snapshot(kit: Any, folder: Path) -> Path:
     return target
 
 
-def test_the_layout_of_the_hub_cache(
-    kit: Any, sharded: Path, recipe: Path, cli: Any, files_of: Any
-) -> None:
+def test_the_layout_of_the_hub_cache(kit: Any, sharded: Path, recipe: Path, cli: Any, files_of: Any) -> None:
     assert cli("merge", recipe, kit.out).code == 0
     weights = files_of(kit.out)["model.safetensors"]
     cached = snapshot(kit, sharded)
@@ -199,7 +207,9 @@ def test_tokenizers_that_are_none(content: str, kit: Any, recipe: Path, sharded:
     kit.clean()
 
 
-@pytest.mark.parametrize("path", ["~nobody-here/model", "./" + "n" * 300, "n" * 5000, "./a\0b", "recipe.yaml"])
+@pytest.mark.parametrize(
+    "path", ["~nobody-here/model", "./" + "n" * 300, "n" * 5000, "./a\0b", "recipe.yaml"]
+)
 def test_paths_of_no_model(path: str, kit: Any, cli: Any, monkeypatch: Any) -> None:
     monkeypatch.chdir(kit.root)
     cli("merge", kit.recipe(kit.model("one", 1), path), kit.out).refused("models[1].model")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -62,28 +63,28 @@ def published(steps: list[str]) -> bool:
     return any(step.startswith("os.rename .out.mixmerge-partial") for step in steps[:-1])
 
 
+LATE = "open config.json"  # from here on, a merge takes the same steps every time
+KINDS = "os.mkdir open os.truncate pwrite write fdatasync fsync os.remove os.rename"
+
+
 @pytest.mark.slow
 def test_at_every_step(kit: Any, killable: Any, whole: Files, files_of: Any) -> None:
     merge, steps = command(kit), killable.steps
-    kinds = {step.split()[0] for step in steps}
-    assert kinds == {
-        *("os.mkdir", "open", "os.truncate", "pwrite", "write", "fdatasync", "fsync", "os.remove", "os.rename")
-    }
+    assert {step.split()[0] for step in steps} == set(KINDS.split())
+    late = steps.index(LATE)
+    places = [*range(1, late + 1), *((LATE, after) for after in range(len(steps) - late))]
     resumed = []
-    for at in range(1, len(steps) + 1):
-        killed = killable.run(*merge, die_at=at)
-        made = killable.steps
-        place = f"step {at}, {made[-1]}"
-        # The thread that syncs makes a step more or less in one run than in the next.
-        assert killed.code == KILLED or (killed.code == 0 and at > len(steps) - 6), f"{place}: {killed}"
-        if killed.code == KILLED and not published(made):
+    for at in places:
+        assert killable.run(*merge, die_at=at).code == KILLED, at
+        place = f"{at}, {killable.steps[-1]}"
+        if not published(killable.steps):
             assert not kit.out.exists(), f"a folder is there after a kill at {place}"
             resumed.append(killable.run(*merge).json()["resumed"])
         assert files_of(kit.out) == whole, f"differs after a kill at {place}"
         shutil.rmtree(kit.out)
         kit.clean()
-    assert len(resumed) >= 35
-    assert sum(count > 0 for count in resumed) >= 20
+    assert len(resumed) >= 30
+    assert sum(count > 0 for count in resumed) >= 12
     assert max(resumed) == TENSORS
 
 
@@ -93,18 +94,18 @@ def test_overwriting_at_every_late_step(kit: Any, killable: Any, whole: Files, f
     shutil.copytree(kit.root / "one", kit.out)
     before = files_of(kit.out)
     assert killable.run(*merge).code == 0
-    last, seen = len(killable.steps), set()
-    for at in range(last - 17, last + 1):
+    first = killable.steps.index(LATE)
+    seen = set()
+    for after in range(len(killable.steps) - first):
         shutil.rmtree(kit.out)
         shutil.copytree(kit.root / "one", kit.out)
-        killed = killable.run(*merge, die_at=at)
-        place = f"step {at}, {killable.steps[-1]}"
-        if killed.code == KILLED:
-            where = kit.out if kit.out.exists() else kit.old
-            files = files_of(where)
-            assert files == (whole if published(killable.steps) else before), f"lost by a kill at {place}"
-            seen.add((where.name, files == whole))
-            assert killable.run(*merge).code == 0, place
+        assert killable.run(*merge, die_at=(LATE, after)).code == KILLED
+        place = killable.steps[-1]
+        where = kit.out if kit.out.exists() else kit.old
+        files = files_of(where)
+        assert files == (whole if published(killable.steps) else before), f"lost by a kill at {place}"
+        seen.add((where.name, files == whole))
+        assert killable.run(*merge).code == 0, place
         assert files_of(kit.out) == whole, f"differs after a kill at {place}"
         assert not kit.partial.exists()
         assert not kit.old.exists()
@@ -129,7 +130,7 @@ def test_killed_between_the_renames(kit: Any, killable: Any, whole: Files, files
 
 def kill_late(kit: Any, killable: Any, merge: list[str]) -> None:
     """Leave a partial whose journal vouches for every tensor."""
-    assert killable.run(*merge, die_at="open config.json").code == KILLED
+    assert killable.run(*merge, die_at=LATE).code == KILLED
     lines = (kit.partial / "journal.jsonl").read_text().splitlines()
     assert len({name for line in lines[1:] for name in json.loads(line)}) == TENSORS
 
@@ -214,10 +215,7 @@ def test_damaged_partials(kit: Any, killable: Any, whole: Files, files_of: Any, 
 def test_ctrl_c_loses_nothing(kit: Any, killable: Any, whole: Files, files_of: Any) -> None:
     killable.flush_every(10**9)  # nothing is in the journal before
     merge = command(kit)
-    assert killable.run(*merge).code == 0
-    shutil.rmtree(kit.out)
-    writes = [at for at, step in enumerate(killable.steps, 1) if step == "pwrite"]
-    pid = killable.stop(*merge, at=writes[-2])
+    pid = killable.stop(*merge, at="pwrite 6")
     assert (kit.partial / "journal.jsonl").read_bytes().count(b"\n") == 1
     os.kill(pid, signal.SIGINT)
     assert killable.go_on(pid).code == 130
@@ -239,48 +237,42 @@ def moments(kit: Any) -> Iterator[tuple[str, Callable[[], bool], float]]:
     """When to kill: (name, what has to be there, seconds after that)."""
     journal = kit.partial / "journal.jsonl"
 
-    def noted() -> bool:
-        return journal.exists() and journal.read_bytes().count(b"\n") > 1
+    def noted(lines: int) -> bool:
+        return journal.exists() and journal.read_bytes().count(b"\n") > lines
 
-    for delay in (0.0, 0.1, 0.2, 0.4, 0.6):
+    for delay in (0.0, 0.1, 0.3, 0.6):
         yield "start", lambda: True, delay
-    for delay in (0.0, 0.05, 0.1, 0.2):
+    for delay in (0.0, 0.03, 0.1):
         yield "partial", kit.partial.exists, delay
-    for delay in (0.0, 0.0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1):
-        yield "journal", noted, delay
-    yield "card", (kit.partial / "README.md").exists, 0.0
+    for lines in (0, 1, 2, 4, 6):
+        yield "journal", functools.partial(noted, lines), 0.001 * lines
+    for name in ("config.json", "README.md"):
+        yield name, (kit.partial / name).exists, 0.0
 
 
 @pytest.mark.slow
 def test_python_m_mixmerge_killed_from_outside(kit: Any, killable: Any, files_of: Any) -> None:
-    """Processes of their own, killed by another one, each going on where the one before was killed."""
+    """Processes of their own, killed by another one at times that are not known beforehand."""
     merge = command(kit, rows=8192)  # 8 tensors of 2 MB
     killable.flush_every(2_000_000)
-    whole_run = killable.run(*merge)
-    assert whole_run.code == 0, whole_run
+    assert killable.run(*merge).code == 0
     whole = files_of(kit.out)
     shutil.rmtree(kit.out)
     plain = [sys.executable, "-P", "-m", "mixmerge", *merge]
     noting = [sys.executable, "-P", "-c", LAUNCH, *merge]
-    found = []
-    for number, (name, there, delay) in enumerate(moments(kit)):
-        arguments = plain if name == "start" or number % 2 else noting
-        if name == "journal":
-            arguments = noting
+    killed, resumed = 0, []
+    for name, there, delay in moments(kit):
+        arguments = plain if name in ("start", "partial") else noting
         running = subprocess.Popen(arguments, cwd=kit.root, stdout=subprocess.DEVNULL)
         while not there() and running.poll() is None:
             time.sleep(0.0005)
         time.sleep(delay)
         running.kill()
-        if running.wait() == 0:
-            assert files_of(kit.out) == whole
-            shutil.rmtree(kit.out)
-        elif kit.out.exists():
-            assert files_of(kit.out) == whole
-            shutil.rmtree(kit.out)
-        found.append((name, running.returncode, kit.partial.exists()))
-    print(found)
-    assert sum(code == KILLED for _, code, _ in found) >= 12
-    assert any(partial for _, _, partial in found)
-    assert killable.run(*merge).code == 0
-    assert files_of(kit.out) == whole
+        killed += running.wait() == KILLED
+        if not kit.out.exists():
+            resumed.append(killable.run(*merge).json()["resumed"])
+        assert files_of(kit.out) == whole, f"differs after a kill {delay} s after {name}"
+        shutil.rmtree(kit.out)
+        kit.clean()
+    assert killed >= 8
+    assert any(resumed), resumed

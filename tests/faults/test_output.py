@@ -235,7 +235,9 @@ def test_a_name_taken_meanwhile(kit: Any, recipe: Path, killable: Any, files_of:
 
 def test_two_merges_into_one_folder(kit: Any, recipe: Path, process: Any, killable: Any, cli: Any) -> None:
     """Two real processes: while one is in the middle, the other is refused and disturbs nothing."""
-    other = kit.recipe(kit.root / "two", kit.root / "one", method="ties", base=kit.root / "one", name="o.yaml")
+    other = kit.recipe(
+        kit.root / "two", kit.root / "one", method="ties", base=kit.root / "one", name="o.yaml"
+    )
     pid = killable.stop("merge", recipe, kit.out, "--quiet", "--json", at="fdatasync")
     before = everything(kit.root)
     link = kit.root / "link"

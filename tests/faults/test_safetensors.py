@@ -111,7 +111,9 @@ UNREADABLE: dict[str, Callable[[Path], None]] = {
     "link to nothing": lambda path: path.symlink_to("gone"),
     "link to itself": lambda path: path.symlink_to(path.name),
 }
-REASONS = re.compile("not a regular file|no such file|is a directory|too many levels of symbolic", re.IGNORECASE)
+REASONS = re.compile(
+    "not a regular file|no such file|is a directory|too many levels of symbolic", re.IGNORECASE
+)
 
 
 @pytest.mark.parametrize("kind", UNREADABLE)
@@ -162,8 +164,7 @@ def check(path: Path, content: bytes) -> bool:
     path.write_bytes(content)
     try:
         tensors = read_header(path)
-    except CheckpointError as error:
-        assert str(path) in str(error)
+    except CheckpointError:
         return False
     at = 8 + int.from_bytes(content[:8], "little")
     for name, tensor in tensors.items():
@@ -180,7 +181,8 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("fuzz") / "model.safetensors"
 
 
-GOOD = file_of({"__metadata__": {"format": "pt"}, "a": F32, "b": NEXT, "c": {**NEXT, "shape": [0], "data_offsets": [40, 40]}}, 40)  # fmt: skip
+EMPTY = {"dtype": "I64", "shape": [0, 3], "data_offsets": [40, 40]}
+GOOD = file_of({"__metadata__": {"format": "pt"}, "a": F32, "b": NEXT, "c": EMPTY}, 40)
 
 
 def test_the_good_one_is_good(scratch: Path) -> None:
@@ -202,8 +204,11 @@ def test_any_cut_and_tail(cut: int, tail: bytes, scratch: Path) -> None:
     assert check(scratch, GOOD[:cut] + tail) == (cut + len(tail) == len(GOOD) and cut > len(GOOD) - 40)
 
 
+ENTRIES = st.dictionaries(st.text(max_size=3), ENTRY | st.integers() | st.none(), max_size=4)
+
+
 @settings(max_examples=300)
-@given(entries=st.dictionaries(st.text(max_size=3), ENTRY | st.integers() | st.none(), max_size=4), data=st.integers(0, 80))  # fmt: skip
+@given(entries=ENTRIES, data=st.integers(0, 80))
 def test_any_entries(entries: dict[str, Any], data: int, scratch: Path) -> None:
     check(scratch, file_of(entries, data))
 

@@ -23,7 +23,15 @@ CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "task_arithmetic": (2, {"weight": 0.5}, {}),
     **{
         name: (2, {"weight": 0.5, **SPARSE}, {})
-        for name in ("ties", "dare_linear", "dare_ties", "breadcrumbs", "breadcrumbs_ties", "della", "della_linear")
+        for name in (
+            "ties",
+            "dare_linear",
+            "dare_ties",
+            "breadcrumbs",
+            "breadcrumbs_ties",
+            "della",
+            "della_linear",
+        )
     },
     "ties, whole model": (2, {"weight": 0.5, **SPARSE}, {"scope": "model"}),
     "ties, nothing kept": (2, {"weight": 0.5, "density": 0.0}, {}),
@@ -87,7 +95,7 @@ def test_inputs_that_are_not_finite_by_torch(flag: str, kit: Any, cli: Any) -> N
     good, bad = tensors(0, dtype=dtype), spoil(tensors(1, dtype=dtype), np.nan, 7)
     folders = [kit.model("good", good), kit.model("bad", bad)]
     ran = cli("merge", recipe_of(kit, "linear", folders), kit.out, *options)
-    ran.refused(f"{folders[1]}: tensor '{NAME}' has", "its file is")
+    ran.refused(f"{folders[1]}: tensor '{NAME}' has nan at element 7 of its data", "its file is")
     kit.clean()
 
 
@@ -123,6 +131,15 @@ def test_a_file_that_shrinks(kit: Any, killable: Any) -> None:
     shard = folders[1] / "model.safetensors"
     os.truncate(shard, 4_000_000)
     killable.go_on(pid).refused(f"{shard}: it ends at byte 4,000,000, inside tensor '{NAME}'", "changed")
+    kit.clean()
+
+
+def test_a_file_that_is_written_anew(kit: Any, killable: Any) -> None:
+    """Of the same size, so nothing but its time tells that the tensors are of two models."""
+    pid, folders = stopped(kit, killable)
+    shard = folders[1] / "model.safetensors"
+    shutil.copyfile(folders[0] / "model.safetensors", shard)
+    killable.go_on(pid).refused(f"{shard}: it was changed during the merge", "Run the same command again")
     kit.clean()
 
 

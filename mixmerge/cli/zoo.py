@@ -1,0 +1,144 @@
+"""``mixmerge zoo``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mixmerge.cli.show import emit_json
+
+if TYPE_CHECKING:
+    from mixmerge.evaluate import ScoreTable
+    from mixmerge.zoo import Spec
+    from mixmerge.zoo.build import Progress
+
+app = typer.Typer(help="Tiny real experts to try things on, trained here.", no_args_is_help=True)
+
+Variant = Annotated[str, typer.Option(help="Architecture and tokenizer: llama or gpt2.")]
+Seed = Annotated[int, typer.Option(help="Another seed makes another zoo.")]
+Tasks = Annotated[
+    str | None, typer.Option(help="Names with commas between; all by default.", show_default=False)
+]
+Effort = Annotated[
+    float, typer.Option(help="Share of the training steps; below 1 only to try the mechanics.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print as JSON.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
+
+
+def _names(tasks: str | None) -> tuple[str, ...] | None:
+    return tuple(name.strip() for name in tasks.split(",")) if tasks is not None else None
+
+
+def _spec(variant: str, seed: int, tasks: str | None, effort: float) -> Spec:
+    from mixmerge.zoo import TASKS, Spec
+
+    return Spec(variant, seed, _names(tasks) or tuple(TASKS), effort)
+
+
+@app.command()
+def build(
+    folder: Annotated[
+        Path | None, typer.Argument(help="Copy the zoo here; else it stays in the cache.", show_default=False)
+    ] = None,
+    variant: Variant = "llama",
+    seed: Seed = 0,
+    tasks: Tasks = None,
+    effort: Effort = 1.0,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train base and experts, about a minute; at once if the cache has them. Prints their folder and scores."""
+    from mixmerge import zoo as library
+
+    spec = _spec(variant, seed, tasks, effort)
+    with step_progress(quiet=quiet) as progress:
+        zoo = library.build(spec, progress=progress)
+    if folder is not None:
+        zoo = library.copy_to(zoo, folder)
+    table = library.built_scores(zoo)
+    if json:
+        emit_json({"folder": str(zoo.folder), **table.as_dict()})
+        return
+    print(zoo.folder)
+    show_scores(table, "held-out score in % (share of its own expert's)")
+
+
+@app.command()
+def path(variant: Variant = "llama", seed: Seed = 0, tasks: Tasks = None, effort: Effort = 1.0) -> None:
+    """Print the folder of a zoo that has been built."""
+    from mixmerge.zoo import find
+
+    print(find(_spec(variant, seed, tasks, effort)).folder)
+
+
+@app.command("eval")
+def evaluate(
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Folders, hub ids or BASE+ADAPTER; the zoo's base and experts by default.",
+            show_default=False,
+        ),
+    ] = None,
+    zoo: Annotated[
+        Path | None, typer.Option(help="A zoo's folder; the cached one by default.", show_default=False)
+    ] = None,
+    variant: Variant = "llama",
+    seed: Seed = 0,
+    tasks: Tasks = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Held-out questions of each task.", min=1, show_default=False)
+    ] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Ask models the zoo's held-out questions."""
+    from mixmerge import zoo as library
+
+    found = library.Zoo.open(zoo) if zoo is not None else library.find(_spec(variant, seed, None, 1.0))
+    names = models or [str(found.base), *(str(found.expert(task)) for task in found.tasks)]
+    with step_progress(quiet=quiet) as progress:
+        table = library.score_models(
+            found, {name: name for name in names}, tasks=_names(tasks), limit=limit, progress=progress
+        )
+    if json:
+        emit_json(table.as_dict())
+    else:
+        show_scores(table, "held-out score in % (share of its own expert's)")
+
+
+def show_scores(table: ScoreTable, title: str) -> None:
+    """The table on stdout, not folded where nobody looks at a terminal."""
+    from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=200)
+    console.print(table.render(title))
+
+
+@contextmanager
+def step_progress(*, quiet: bool) -> Iterator[Progress | None]:
+    """A bar for each part on stderr; None when nobody is there to see it."""
+    import sys
+
+    if quiet or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import Progress as Bars
+
+    with Bars(console=Console(stderr=True), transient=True) as bars:
+        shown = {}
+
+        def update(part: str, done: int, steps: int) -> None:
+            if part not in shown:
+                shown[part] = bars.add_task(part, total=steps)
+            bars.update(shown[part], completed=done)
+
+        yield update
