@@ -77,7 +77,7 @@ def order_statistics(
         if kept and dropped:
             asked.append(_Wanted(k, dropped))
     if asked:
-        if len(pieces) > 1:
+        if len(pieces) > 1 and elements >= RUNS * RUN:
             yield from _bracket(task, asked, elements)
         yield from _collect(task, asked, pieces)
         for one in asked:

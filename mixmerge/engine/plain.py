@@ -6,6 +6,7 @@ much memory as one tensor of every input in float32, on the device and on the ho
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -37,11 +38,17 @@ def plain(context: Context, task: Task, *, files: Files, adapters: Adapters, dev
         import torch
 
         if not torch.isfinite(merged).all():
-            _refuse(context, task, files, adapters, device)
+            raise CheckpointError(
+                Fault(
+                    f"tensor {task.target.name!r}",
+                    f"the merged values do not fit {task.target.dtype}",
+                    run="Set out_dtype: bfloat16 or float32, or smaller weights",
+                )
+            )
         data = merged.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         context.write(task, 0, data.data)
 
-    yield Pass(run, [(0, int(np.prod(task.target.shape, dtype=np.int64)))])
+    yield Pass(run, [(0, math.prod(task.target.shape))])
 
 
 def _merged(context: Context, task: Task, files: Files, adapters: Adapters, device: str) -> torch.Tensor:
@@ -51,10 +58,12 @@ def _merged(context: Context, task: Task, files: Files, adapters: Adapters, devi
 
     method, plan = context.plan.method, context.plan
     work = torch.float64 if wide(task) else torch.float32
-    base = read_tensor(task.base, files, adapters, work, device) if task.base else None
+    base = None
+    if task.base:
+        base = _finite(read_tensor(task.base, files, adapters, work, device), task.base, context)
     tensors = []
     for source in task.sources:
-        value = read_tensor(source, files, adapters, work, device)
+        value = _finite(read_tensor(source, files, adapters, work, device), source, context)
         if method.takes == "deltas" and base is not None and not source.delta_only:
             value = value - base
         elif method.takes == "experts" and source.delta_only and base is not None:
@@ -89,6 +98,8 @@ def read_tensor(
     import torch
 
     header = source.tensor
+    if header.elements == 0:
+        return torch.zeros(header.shape, dtype=work, device=device)
     data = np.empty(header.nbytes, np.uint8)
     files.read(header, 0, data.data)
     stored = torch.from_numpy(data).view(getattr(torch, _TORCH[header.dtype])).reshape(header.shape)
@@ -104,23 +115,18 @@ def read_tensor(
     return value.to(device)
 
 
-def _refuse(context: Context, task: Task, files: Files, adapters: Adapters, device: str) -> None:
+def _finite(value: torch.Tensor, source: Source, context: Context) -> torch.Tensor:
+    """The value, unless it has NaN or Inf: a mask might drop them, and the model would still be broken."""
     import torch
 
-    for source in (*((task.base,) if task.base else ()), *task.sources):
-        value = read_tensor(source, files, adapters, torch.float64, "cpu")
-        if not torch.isfinite(value).all():
-            raise CheckpointError(
-                Fault(
-                    str(context.plan.models[source.model].ref),
-                    f"tensor {source.tensor.name!r} has NaN or Inf",
-                    run=f"The model is broken; its file is {source.tensor.file}",
-                )
+    wrong = torch.flatten(~torch.isfinite(value)).nonzero()
+    if len(wrong):
+        at = int(wrong[0])
+        raise CheckpointError(
+            Fault(
+                str(context.plan.models[source.model].ref),
+                f"tensor {source.tensor.name!r} has {float(value.reshape(-1)[at])} at element {at:,} of its data",
+                run=f"The model is broken; its file is {source.tensor.file}",
             )
-    raise CheckpointError(
-        Fault(
-            f"tensor {task.target.name!r}",
-            f"the merged values do not fit {task.target.dtype}",
-            run="Set out_dtype: bfloat16 or float32, or smaller weights",
         )
-    )
+    return value

@@ -73,7 +73,8 @@ def _is_balanced(line: str) -> bool:
 
 def _capped(questions: list[Question], count: int, rng: random.Random) -> list[Question]:
     rng.shuffle(questions)
-    most, seen, kept = max(1, count // 5), Counter[str](), []
+    most, seen = max(1, count // 5), Counter[str]()
+    kept: list[Question] = []
     for question in {question.prompt: question for question in questions}.values():
         if seen[question.answer] < most and len(kept) < count:
             seen[question.answer] += 1

@@ -46,7 +46,7 @@ def score_models(
     if faults:
         raise MixmergeError(faults)
     questions = {task: zoo.questions(task)[:limit] for task in tasks}
-    scores = {}
+    scores: dict[str, dict[str, float]] = {}
     for name, model in models.items():
         answerer = load(model)
         scores[name] = {}

@@ -144,7 +144,7 @@ class Zoo:
 
     def expert_score(self, task: str, limit: int | None = None) -> float:
         """Mean score of a task's own expert on the first held-out questions, measured when it was built."""
-        right = self.manifest["right"][task][task][:limit]
+        right: str = self.manifest["right"][task][task][:limit]
         return right.count("1") / len(right)
 
 

@@ -77,7 +77,7 @@ def _backward(model: Any, batch: Batch) -> None:
     loss = torch.nn.functional.cross_entropy(
         logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=_NOT_LEARNED
     )
-    loss.backward()
+    torch.autograd.backward(loss)
 
 
 def _pace(step: int, steps: int) -> float:
@@ -181,7 +181,7 @@ class Muon:
 def _orthogonal(matrices: Tensor) -> Tensor:
     """(batch, rows, columns): singular values moved to about 1 by five Newton-Schulz steps."""
     tall = matrices.shape[-2] > matrices.shape[-1]
-    x = matrices.mT if tall else matrices
+    x: Tensor = matrices.mT if tall else matrices
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(5):
         gram = x @ x.mT

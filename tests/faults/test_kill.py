@@ -238,7 +238,10 @@ def moments(kit: Any) -> Iterator[tuple[str, Callable[[], bool], float]]:
     journal = kit.partial / "journal.jsonl"
 
     def noted(lines: int) -> bool:
-        return journal.exists() and journal.read_bytes().count(b"\n") > lines
+        try:
+            return journal.read_bytes().count(b"\n") > lines
+        except FileNotFoundError:  # not yet, or no more
+            return False
 
     for delay in (0.0, 0.1, 0.3, 0.6):
         yield "start", lambda: True, delay
