@@ -198,16 +198,16 @@ def _tensors(
     adapters = Adapters()
     ranked = plan.method.parameter("epsilon") is not None
     tasks = [task for task in plan.tasks if not task.copied]
-    length = max(
-        [CHUNK, *(chunk_length(task, rows_whole=ranked) for task in tasks if fused and not wide(task))]
-    )
+    whole_model = bool(tasks) and tasks[0].parameters.get("scope") == "model"
+    chunked = [task for task in tasks if (fused or whole_model) and not wide(task)]
+    length = max([CHUNK, *(chunk_length(task, rows_whole=ranked) for task in chunked)])
     workers = [Worker(plan, files, adapters, length) for _ in range(threads if device == "cpu" else 1)]
 
     def write(task: Task, start: int, data: memoryview) -> None:
         output.write(task, start * WIDTHS.get(task.target.dtype, 8), data)
 
     cuts = None
-    if tasks and tasks[0].parameters.get("scope") == "model":
+    if whole_model:
         from mixmerge.engine.model_scope import model_cuts
 
         cuts = model_cuts(tasks, workers)
