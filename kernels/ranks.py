@@ -277,7 +277,8 @@ def inverse_chunk(
     _draws(stream, first, draws, lanes)
     if row <= 1 or epsilon == 0.0:
         for i in range(n):
-            delta[i] = delta[i] * F32(1 / density) if F64(draws[i]) < density * 4294967296.0 else F32(0)
+            kept = F64(draws[i]) < density * 4294967296.0
+            delta[i] = delta[i] * F32(1 / density) if kept else delta[i] - delta[i]
         return
     low, span = density - epsilon, 2 * epsilon / (row - 1)
     counts, order, spare = np.empty(RADIX, np.uint32), np.empty(row, np.uint32), np.empty(row, np.uint32)
@@ -286,4 +287,5 @@ def inverse_chunk(
         sort_row(part.view(np.uint32), counts, order, spare)
         for r in range(row):
             i, p = order[r], low + span * r
-            part[i] = part[i] * F32(1 / p) if F64(draws[s + i]) < p * 4294967296.0 else F32(0)
+            # x - x is 0, or NaN where the input is not finite: the pass that writes has to see it.
+            part[i] = part[i] * F32(1 / p) if F64(draws[s + i]) < p * 4294967296.0 else part[i] - part[i]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mixmerge.checkpoint.header import TensorHeader
-from mixmerge.checkpoint.reader import Checkpoint, read_json
+from mixmerge.checkpoint.reader import read_json
 from mixmerge.errors import CheckpointError, Fault
 
 SAMPLE = 4096
@@ -89,12 +89,6 @@ def digest(files: Iterable[Path]) -> str:
         except OSError as error:
             raise _unreadable(file, error) from error
     return state.hexdigest()
-
-
-def stamp(checkpoint: Checkpoint) -> dict[str, tuple[int, int]]:
-    """Size and modification time (ns) of every weight file: a resumed merge wants them unchanged."""
-    stats = {file.name: file.stat() for file in checkpoint.files}
-    return {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
 
 
 _VOCABULARY_FILES = ("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")

@@ -70,6 +70,7 @@ def _finish(context: Context, worker: Worker, task: Task, start: int, stop: int)
 
 def _refuse(plan: Plan, worker: Worker, task: Task, start: int, stop: int) -> None:
     inputs = (*((task.base,) if task.base else ()), *task.sources)
+    worker.load(task, start, stop)  # what a method made of them in place is not what the files hold
     values = np.empty(stop - start, np.float32)
     for row, source in enumerate(inputs):
         decode(worker.codes[row], worker.raw[row], 0, values)
@@ -236,7 +237,9 @@ def band(elements: int, density: float, gamma: float) -> tuple[int, int]:
 
 
 def _restored(every: float, kept: float) -> np.float32:
-    return np.float32(every / kept if every >= TINY_L1 and kept >= TINY_L1 else 1.0)
+    # Not finite: an input is not, and the pass that writes its chunk, no other, has to say so.
+    usable = TINY_L1 <= every < math.inf and TINY_L1 <= kept < math.inf
+    return np.float32(every / kept if usable else 1.0)
 
 
 def _restore_norms(task: Task, state: _Deltas, pieces: list[tuple[int, int]]) -> Job:

@@ -20,7 +20,6 @@ from mixmerge.engine.worker import Adapters, Files, Worker, chunk_length, opened
 from mixmerge.errors import CheckpointError, DependencyError, Fault, MethodError
 from mixmerge.kernels.cast import WIDTHS
 from mixmerge.plan import Plan, Task, fetch, make_plan
-from mixmerge.plan.model import Model
 from mixmerge.plan.report import CHUNK
 from mixmerge.recipe import Recipe
 from mixmerge.registry import find
@@ -140,24 +139,16 @@ def run(
     count = threads or default_threads()
     if count < 1:
         raise MethodError(Fault("threads", f"is {count}", "1 or more is allowed"))
+    stamps = _stamps(plan)
     fingerprints = input_fingerprints(plan, every_byte=verify_inputs)
-    identity = canonical_hash(
-        [
-            __version__,
-            plan.hash,
-            plan.text,
-            fingerprints,
-            [_stamps(model) for model in plan.models],
-            device,
-            kernels,
-        ]
-    )
+    identity = canonical_hash([__version__, plan.hash, plan.text, fingerprints, stamps, device, kernels])
     fused = kernels and device == "cpu" and bool(plan.method.kernel)
     with Output(plan, out, identity=identity, overwrite=overwrite) as output, opened() as files:
         resumed = len(output.finished)
         if resumed < len(plan.tasks):
             _tensors(plan, output, files, fused=fused, device=device, threads=count, progress=progress)
         output.flush()
+        _check_unchanged(stamps, _stamps(plan))
         add_files(output, plan, fingerprints)
         verify(output.partial, plan)
         output.publish()
@@ -178,9 +169,24 @@ def _check_device(device: str) -> None:
         ) from error
 
 
-def _stamps(model: Model) -> dict[str, tuple[int, int]]:
-    stats = {str(file): file.stat() for file in model.files}
-    return {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
+def _stamps(plan: Plan) -> list[tuple[str, int, int]]:
+    """Path, size and time of every input file."""
+    stamps = []
+    for file in (file for model in plan.models for file in model.files):
+        try:
+            facts = file.stat()
+        except OSError as error:
+            raise CheckpointError(Fault(str(file), f"cannot be read: {error.strerror}")) from error
+        stamps.append((str(file), facts.st_size, facts.st_mtime_ns))
+    return stamps
+
+
+def _check_unchanged(before: list[tuple[str, int, int]], after: list[tuple[str, int, int]]) -> None:
+    changed = sorted(name for name, _, _ in set(before) - set(after))
+    if changed:
+        raise CheckpointError(
+            Fault(changed[0], "it was changed during the merge", run="Run the same command again")
+        )
 
 
 def _tensors(

@@ -42,7 +42,8 @@ class Files:
             while buffer:
                 count = os.preadv(handle, [buffer], at)
                 if count == 0:
-                    what = f"it ends at byte {at:,}, inside tensor {header.name!r}: it was changed during the merge"
+                    end = os.fstat(handle).st_size
+                    what = f"it ends at byte {end:,}, inside tensor {header.name!r}: it was changed during the merge"
                     raise CheckpointError(Fault(str(header.file), what))
                 at += count
                 buffer = buffer[count:]
