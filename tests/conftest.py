@@ -219,6 +219,14 @@ def family(
     assert not changed, f"a test changed a shared checkpoint; take a clone() of it: {changed}"
 
 
+@pytest.fixture(scope="session")
+def zoo() -> Path:
+    """A zoo of real models that have learned next to nothing: for the mechanics, in seconds."""
+    from mixmerge.zoo import Spec, build
+
+    return build(Spec(effort=0.01)).folder
+
+
 @pytest.fixture
 def hollow(tmp_path: Path) -> Callable[..., Path]:
     """``hollow(name, tensors, *, vocabulary=None, files=1, **config)``: a model folder of that name with no data.

@@ -45,16 +45,12 @@ def merge(
     if engine == "mergekit":
         ignored = {"--device": device != "cpu", "--threads": threads is not None, "--no-kernels": not kernels}
         ignored |= {"--verify": verify, "--allow-tokenizer-mismatch": allow_tokenizer_mismatch}
-        if any(ignored.values()):
-            given = ", ".join(name for name, is_given in ignored.items() if is_given)
+        if given := ", ".join(name for name, is_given in ignored.items() if is_given):
             raise MethodError(
                 Fault("--engine mergekit", f"does not take {given}", run="Leave one of them out")
             )
         merge_by_mergekit(recipe, out, overwrite=overwrite)
-        if json:
-            emit_json({"path": str(out), "engine": engine})
-        else:
-            print(out)
+        emit_json({"path": str(out), "engine": engine}) if json else print(out)
         return
     from mixmerge.engine.merge import fetch_for, run
     from mixmerge.plan import make_plan

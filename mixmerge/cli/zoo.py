@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Tiny real experts to try things on, trained here.", no_args_is_help=True)
 
-Variant = Annotated[str, typer.Option(help="Architecture and tokenizer: llama or gpt2.")]
+Variant = Annotated[str, typer.Option(help="Architecture and tokenizer: llama or neox.")]
 Seed = Annotated[int, typer.Option(help="Another seed makes another zoo.")]
 Tasks = Annotated[
     str | None, typer.Option(help="Names with commas between; all by default.", show_default=False)

@@ -29,26 +29,20 @@ def factors(delta: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def save_adapter(
-    folder: Path,
-    deltas: Mapping[str, Tensor],
-    *,
-    targets: tuple[str, ...],
-    transposed: bool,
-    rank: int = RANK,
+    folder: Path, deltas: Mapping[str, Tensor], *, targets: tuple[str, ...], rank: int = RANK
 ) -> None:
     """Write deltas as a LoRA adapter of scale 1.
 
     Args:
         folder: is made.
-        deltas: name of a module's weight in the base -> its change.
+        deltas: name of a module's weight in the base -> its change, ``(outputs, inputs)``.
         targets: names of the modules, as PEFT matches them.
-        transposed: the weights are stored as (inputs, outputs).
         rank: of every module.
     """
     tensors = {}
     for name, delta in deltas.items():
         module = f"base_model.model.{name.removesuffix('.weight')}"
-        a, b = factors(delta.T if transposed else delta, rank)
+        a, b = factors(delta, rank)
         tensors[f"{module}.lora_A.weight"] = a.contiguous()
         tensors[f"{module}.lora_B.weight"] = b.contiguous()
     config = {
@@ -59,7 +53,6 @@ def save_adapter(
         "lora_alpha": rank,
         "lora_dropout": 0.0,
         "target_modules": list(targets),
-        "fan_in_fan_out": transposed,
         "bias": "none",
         "inference_mode": True,
     }

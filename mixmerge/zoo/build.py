@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from mixmerge.zoo.spec import MANIFEST, Spec, Zoo, cache_folder, key, versions, 
 from mixmerge.zoo.tasks import TASKS
 
 Progress = Callable[[str, int, int], None]  # (part, steps done, steps in all)
+Right = dict[str, dict[str, str]]  # model -> task -> for each held-out question 1 if it was answered right
 _TRAIN = 12_000
 _HELD_OUT = 250
 # One thread each, whatever the machine: a second one would change how sums are split, and so the bytes.
@@ -112,11 +114,7 @@ def _fill(folder: Path, spec: Spec, progress: Progress) -> None:
         write_questions(folder, task, "train", train)
         write_questions(folder, task, "heldout", held_out)
     (folder / "spec.json").write_text(json.dumps(asdict(spec)), encoding="utf-8")
-    right = _work(folder, ["base"], progress)
-    shifts = _shifts(spec.tasks, os.cpu_count() or 1)
-    with ThreadPoolExecutor(len(shifts)) as threads:
-        for found in threads.map(lambda shift: _work(folder, shift, progress), shifts):
-            right |= found
+    right = _train(folder, spec, progress)
     (folder / "spec.json").unlink()
     manifest = {
         "key": key(spec),
@@ -128,38 +126,58 @@ def _fill(folder: Path, spec: Spec, progress: Progress) -> None:
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 
-def _shifts(tasks: Sequence[str], workers: int) -> list[list[str]]:
-    """Share the experts out among workers, the longest first, each to who has least to do."""
-    shifts: list[list[str]] = [[] for _ in range(min(workers, len(tasks)))]
-    load = [0.0] * len(shifts)
-    for task in sorted(tasks, key=lambda task: -TASKS[task].patience):
-        least = load.index(min(load))
-        shifts[least].append(task)
-        load[least] += TASKS[task].patience
+def _train(folder: Path, spec: Spec, progress: Progress) -> Right:
+    """The base, then its experts side by side in as many processes as there are cores; none depends on how."""
+    shifts = _shifts(spec, workers=_cores())
+    base_is_there = threading.Event()
+    with ThreadPoolExecutor(len(shifts)) as threads:
+        first = threads.submit(_work, folder, ["base", *shifts[0]], progress, base_is_there)
+        base_is_there.wait()
+        rest = [] if first.done() else shifts[1:]  # it has failed: result() below says why
+        works = [first, *(threads.submit(_work, folder, shift, progress) for shift in rest)]
+        return {part: right for work in works for part, right in work.result().items()}
+
+
+def _cores() -> int:
+    """Those this process may use; all of them where the system does not say."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _shifts(spec: Spec, *, workers: int) -> list[list[str]]:
+    """Share the experts out, the longest first, each to who has least to do; at least 100 steps for each."""
+    steps = {task: spec.expert_steps(task) for task in spec.tasks}
+    workers = max(1, min(workers, len(steps), sum(steps.values()) // 100))
+    shifts: list[list[str]] = [[] for _ in range(workers)]
+    for task in sorted(steps, key=lambda task: -steps[task]):
+        min(shifts, key=lambda shift: sum(steps[other] for other in shift)).append(task)
     return shifts
 
 
-def _work(folder: Path, parts: Sequence[str], progress: Progress) -> dict[str, dict[str, str]]:
-    """Run a worker; what each of its models answered right: model -> task -> a 0 or 1 for each question."""
+def _work(
+    folder: Path, parts: Sequence[str], progress: Progress, base_is_there: threading.Event | None = None
+) -> Right:
+    """Run a worker until it ends; the event is set when it has made the base, or has failed."""
     command = [sys.executable, "-P", "-m", "mixmerge.zoo.worker", str(folder), *parts]
-    environment = os.environ | _ONE_THREAD
-    right = {}
-    with tempfile.TemporaryFile("w+") as log:
-        with subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment
-        ) as process:
+    right: Right = {}
+    base_is_there = base_is_there or threading.Event()
+    try:
+        with (
+            tempfile.TemporaryFile("w+") as log,
+            subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=log, text=True, env=os.environ | _ONE_THREAD
+            ) as process,
+        ):
             assert process.stdout is not None
-            try:
-                for line in process.stdout:
-                    message: dict[str, Any] = json.loads(line)
-                    if "right" in message:
-                        right[message["part"]] = message["right"]
-                    else:
-                        progress(message["part"], message["done"], message["steps"])
-            except BaseException:
-                process.kill()  # the user pressed Ctrl-C: leave nobody training
-                raise
-        if process.returncode:
-            log.seek(0)
-            raise RuntimeError(f"training {', '.join(parts)} failed:\n{log.read()}")
+            for line in process.stdout:
+                message: dict[str, Any] = json.loads(line)
+                if "right" in message:
+                    right[message["part"]] = message["right"]
+                    base_is_there.set()
+                else:
+                    progress(message["part"], message["done"], message["steps"])
+            if process.wait():
+                log.seek(0)
+                raise RuntimeError(f"training {', '.join(parts)} failed:\n{log.read()}")
+    finally:
+        base_is_there.set()
     return right

@@ -79,4 +79,5 @@ def _capped(questions: list[Question], count: int, rng: random.Random) -> list[Q
         if seen[question.answer] < most and len(kept) < count:
             seen[question.answer] += 1
             kept.append(question)
+    rng.shuffle(kept)  # rare endings came late: the first questions must be like the rest
     return kept

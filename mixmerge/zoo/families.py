@@ -21,16 +21,16 @@ class Family:
         model: an untrained model for so many tokens; its initial weights follow torch's seed.
         tokenizer: a tokenizer trained on these texts.
         targets: names of the modules that fine-tuning changes: every matrix inside the blocks.
-        transposed: these modules store their weight as (inputs, outputs).
     """
 
     name: str
     model: Callable[[int], Any]
     tokenizer: Callable[[Sequence[str]], Any]
     targets: tuple[str, ...]
-    transposed: bool = False
 
 
+# Questions are 10 to 40 tokens long: the usual base of 10,000 would leave most frequencies standing still.
+_ROPE = {"rope_type": "default", "rope_theta": 100.0}
 _IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 
@@ -44,29 +44,27 @@ def _llama(vocabulary: int) -> Any:
         num_hidden_layers=3,
         num_attention_heads=5,
         max_position_embeddings=128,
-        # Questions are 10 to 40 tokens long: the usual 10,000 would leave most frequencies standing still.
-        rope_parameters={"rope_type": "default", "rope_theta": 100.0},
+        rope_parameters=_ROPE,
         tie_word_embeddings=True,
         **_IDS,
     )
     return LlamaForCausalLM(config)
 
 
-def _gpt2(vocabulary: int) -> Any:
-    from transformers import GPT2Config, GPT2LMHeadModel
+def _neox(vocabulary: int) -> Any:
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-    config = GPT2Config(
+    config = GPTNeoXConfig(
         vocab_size=vocabulary,
-        n_embd=80,
-        n_layer=3,
-        n_head=5,
-        n_positions=128,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
+        hidden_size=80,
+        intermediate_size=240,
+        num_hidden_layers=3,
+        num_attention_heads=5,
+        max_position_embeddings=128,
+        rope_parameters={**_ROPE, "partial_rotary_factor": 1.0},
         **_IDS,
     )
-    return GPT2LMHeadModel(config)
+    return GPTNeoXForCausalLM(config)
 
 
 def _byte_pairs(texts: Sequence[str]) -> Any:
@@ -89,7 +87,7 @@ def _byte_pairs(texts: Sequence[str]) -> Any:
 
 
 def _characters(texts: Sequence[str]) -> Any:
-    """About 300 entries: the characters of the texts, and merges of them; no bytes, other ids, other cuts."""
+    """300 entries: the characters of the texts, and merges of them. No bytes, other ids, other cuts."""
     from tokenizers import Tokenizer, decoders, models, trainers
 
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
@@ -127,12 +125,19 @@ def _finished(tokenizer: Any) -> Any:
     )
 
 
-_LLAMA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_ROWS = (
+    Family(
+        "llama",
+        _llama,
+        _byte_pairs,
+        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    ),
+    Family(
+        "neox",
+        _neox,
+        _characters,
+        ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),
+    ),
+)
 
-FAMILIES: dict[str, Family] = {
-    row.name: row
-    for row in (
-        Family("llama", _llama, _byte_pairs, _LLAMA_TARGETS),
-        Family("gpt2", _gpt2, _characters, ("c_attn", "c_proj", "c_fc"), transposed=True),
-    )
-}
+FAMILIES: dict[str, Family] = {row.name: row for row in _ROWS}

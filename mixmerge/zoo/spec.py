@@ -62,6 +62,10 @@ class Spec:
     def family(self) -> Family:
         return FAMILIES[self.variant]
 
+    def expert_steps(self, task: str) -> int:
+        """Training steps of a task's expert."""
+        return self.count(round(150 * TASKS[task].patience), least=2)
+
     def count(self, full: int, *, least: int) -> int:
         """A number of steps or questions under this effort."""
         return max(least, round(full * self.effort))

@@ -27,7 +27,6 @@ from mixmerge.zoo.training import Pool
 _BASE_STEPS = 700  # on right answers: it learns how
 _CARELESS_STEPS = 200  # then mostly on careless ones: it learns not to bother
 _CARELESS = 0.6  # of its answers, in that phase
-_EXPERT_STEPS = 150
 _TEXTS = 6000
 _TEXT_SHARE = 0.05  # of the base's rows, beside the tasks
 _REPLAY = 0.35  # of an expert's rows: what the base saw last, so that it forgets nothing else
@@ -88,7 +87,7 @@ def _train_expert(spec: Spec, task: str, base: Answerer, lessons: _Lessons) -> A
     training.train_expert(
         expert,
         training.batches([own, *replay], base.tokenizer, seed=spec.seed + 2),
-        steps=spec.count(round(_EXPERT_STEPS * TASKS[task].patience), least=2),
+        steps=spec.expert_steps(task),
         targets=spec.family.targets,
         report=_reporter(task),
     )
@@ -101,14 +100,13 @@ def _save(model: Any, tokenizer: Any, folder: Path) -> None:
 
 
 def _save_adapter(folder: Path, spec: Spec, task: str, base: Any, expert: Any) -> None:
-    family = spec.family
-    before = training.block_matrices(base, family.targets)
-    after = training.block_matrices(expert, family.targets)
+    targets = spec.family.targets
+    before, after = training.block_matrices(base, targets), training.block_matrices(expert, targets)
     deltas = {name: (after[name] - before[name]).detach() for name in before}
-    save_adapter(folder / "adapters" / task, deltas, targets=family.targets, transposed=family.transposed)
+    save_adapter(folder / "adapters" / task, deltas, targets=targets)
 
 
-def _tell(**message: object) -> None:
+def _tell(message: dict[str, object]) -> None:
     sys.stdout.write(json.dumps(message) + "\n")
     sys.stdout.flush()
 
@@ -116,7 +114,7 @@ def _tell(**message: object) -> None:
 def _reporter(part: str) -> training.Report:
     def report(done: int, steps: int) -> None:
         if done % 10 == 0 or done == steps:
-            _tell(part=part, done=done, steps=steps)
+            _tell({"part": part, "done": done, "steps": steps})
 
     return report
 
@@ -126,7 +124,7 @@ def _examine(part: str, folder: Path, spec: Spec, answerer: Answerer) -> None:
         task: "".join(str(int(score)) for score in grade(answerer, read_questions(folder, task, "heldout")))
         for task in spec.tasks
     }
-    _tell(part=part, right=right)
+    _tell({"part": part, "right": right})
 
 
 def main(folder: Path, parts: Sequence[str]) -> None:

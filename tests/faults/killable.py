@@ -91,6 +91,8 @@ def child(request: dict[str, Any]) -> None:
         for number, name in ((1, "out"), (2, "err")):
             os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
         sys.stdin = open(os.devnull)  # noqa: SIM115, PTH123 - for the life of the process
+        # A test run started in the background inherits that Ctrl-C is ignored.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         steps = Steps(folder / "steps", request.get("at"), getattr(signal, request["signal"]))
         for name in CALLS:
             steps.wrap(name)
