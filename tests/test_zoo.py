@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from mixmerge import merge_state_dicts
+from mixmerge import merge
 from mixmerge.cli import app
 from mixmerge.errors import CheckpointError, MixmergeError, OutputError
 from mixmerge.evaluate import Question
@@ -174,8 +174,7 @@ def test_muon_makes_updates_orthogonal() -> None:
         gradient = matrix.grad.clone()
         Muon([matrix]).step(rate=1.0)
         values = torch.linalg.svdvals(matrix.detach()) / max(1.0, shape[0] / shape[1]) ** 0.5
-        assert values.min() > 0.5
-        assert values.max() < 1.3
+        assert 0.3 < values.min() <= values.max() < 1.3
         assert (matrix.detach() * gradient).sum() < 0, "against the gradient"
         assert matrix.grad is None
 
@@ -191,17 +190,17 @@ def test_every_model_loads(tiny: Zoo, assert_loads: Callable[[Path], Any]) -> No
 
 
 def test_the_other_variant_shares_nothing_but_the_tasks(
-    tiny: Zoo, assert_loads: Callable[[Path], Any], read_tensors: Callable[[Path], Any]
+    tiny: Zoo, assert_loads: Callable[[Path], Any], read_tensors: Callable[[Path], Any], tmp_path: Path
 ) -> None:
     other = build(Spec(variant="neox", tasks=("reverse", "sort"), effort=0.01))
     model = assert_loads(other.expert("sort"))
     assert model.config.model_type == "gpt_neox"
     assert model.config.vocab_size != json.loads((tiny.base / "config.json").read_text())["vocab_size"]
     assert other.questions("sort") == tiny.questions("sort")
-    assert_twin(other, "sort", read_tensors)
+    assert_twin(other, "sort", tmp_path / "twin", read_tensors)
 
 
-def assert_twin(zoo: Zoo, task: str, read_tensors: Callable[[Path], Any]) -> None:
+def assert_twin(zoo: Zoo, task: str, folder: Path, read_tensors: Callable[[Path], Any]) -> None:
     """The adapter, as PEFT applies it, is the best approximation of the expert's delta at its rank."""
     import torch
     from peft import PeftModel
@@ -211,7 +210,8 @@ def assert_twin(zoo: Zoo, task: str, read_tensors: Callable[[Path], Any]) -> Non
 
     base, expert = read_tensors(zoo.base), read_tensors(zoo.expert(task))
     model = AutoModelForCausalLM.from_pretrained(zoo.base)
-    twin = PeftModel.from_pretrained(model, zoo.adapter(task)).merge_and_unload().state_dict()
+    PeftModel.from_pretrained(model, zoo.adapter(task)).merge_and_unload().save_pretrained(folder)
+    twin = read_tensors(folder)
     changed = 0
     for name, before in base.items():
         delta = expert[name] - before
@@ -225,8 +225,10 @@ def assert_twin(zoo: Zoo, task: str, read_tensors: Callable[[Path], Any]) -> Non
     assert changed == len(matrices), "fine-tuning changes the matrices of the blocks, and nothing else"
 
 
-def test_adapters_are_their_experts_twins(tiny: Zoo, read_tensors: Callable[[Path], Any]) -> None:
-    assert_twin(tiny, "reverse", read_tensors)
+def test_adapters_are_their_experts_twins(
+    tiny: Zoo, read_tensors: Callable[[Path], Any], tmp_path: Path
+) -> None:
+    assert_twin(tiny, "reverse", tmp_path / "twin", read_tensors)
 
 
 def test_same_specification_same_bytes(tiny: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -345,6 +347,7 @@ def test_asking_again_gives_the_scores_of_the_build(tiny: Zoo) -> None:
 # --- what it is good at
 
 
+@pytest.mark.slow
 def test_demo(tmp_path: Path) -> None:
     """Every shipped recipe is merged and in the table; the zoo is a tiny one."""
     done = subprocess.run(
@@ -370,7 +373,7 @@ def test_demo(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", ["llama", "neox"])
-def test_the_real_zoo(variant: str, read_tensors: Callable[[Path], Any], tmp_path: Path) -> None:
+def test_the_real_zoo(variant: str, tmp_path: Path) -> None:
     """Each expert is near its ceiling on its own task and near the base on others; merging is worth it."""
     zoo = build(Spec(variant))
     built = built_scores(zoo)
@@ -381,13 +384,11 @@ def test_the_real_zoo(variant: str, read_tensors: Callable[[Path], Any], tmp_pat
         for other in set(zoo.tasks) - {task}:
             assert abs(built.scores[task][other] - base[other]) < 0.25, f"the expert of {task} at {other}"
 
-    before = read_tensors(zoo.base)
-    experts = [read_tensors(zoo.expert(task)) for task in zoo.tasks]
     models = {f"adapter {task}": f"{zoo.base}+{zoo.adapter(task)}" for task in zoo.tasks}
     models |= {
-        "linear": merged(zoo, tmp_path / "linear", "linear", experts, None, {"weight": 1.0}),
-        "arithmetic": merged(zoo, tmp_path / "ta", "task_arithmetic", experts, before, {"weight": 0.5}),
-        "ties": merged(zoo, tmp_path / "ties", "ties", experts, before, {"weight": 1.0, "density": 0.5}),
+        "linear": merged(zoo, tmp_path / "linear", "linear", {"weight": 1.0}),
+        "arithmetic": merged(zoo, tmp_path / "ta", "task_arithmetic", {"weight": 0.5}),
+        "ties": merged(zoo, tmp_path / "ties", "ties", {"weight": 1.0, "density": 0.5}),
     }
     found = score_models(zoo, models, limit=120)
     for task in zoo.tasks:
@@ -397,13 +398,9 @@ def test_the_real_zoo(variant: str, read_tensors: Callable[[Path], Any], tmp_pat
         assert found.average(method) > found.average("linear") + 0.05
 
 
-def merged(zoo: Zoo, folder: Path, method: str, experts: Any, base: Any, parameters: dict[str, float]) -> str:
-    """A merge written as a model folder; every expert gets the same parameters."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tensors = merge_state_dicts(method, experts, base=base, expert_parameters=[parameters] * len(experts))
-    model = AutoModelForCausalLM.from_pretrained(zoo.base)
-    model.load_state_dict(tensors, strict=False)
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(zoo.base).save_pretrained(folder)
+def merged(zoo: Zoo, folder: Path, method: str, parameters: dict[str, float]) -> str:
+    """Merge all experts by the engine; every one gets the same parameters."""
+    models = [{"model": str(zoo.expert(task))} for task in zoo.tasks]
+    recipe = {"merge_method": method, "models": models, "parameters": parameters, "dtype": "float32"}
+    merge(recipe if method == "linear" else recipe | {"base_model": str(zoo.base)}, folder)
     return str(folder)

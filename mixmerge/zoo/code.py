@@ -46,8 +46,8 @@ def text(seed: int, count: int) -> list[str]:
 def close(seed: int, train: int, held_out: int) -> tuple[list[Question], list[Question]]:
     """Lines without their closing brackets (and colon); the answer is what is missing.
 
-    Held-out lines come from modules no training line comes from. The common endings are capped, so that
-    always giving the commonest is right only once in five.
+    Held-out lines come from modules no training line comes from. Common endings are capped: in training, so
+    that rare ones are seen; held out, so that always giving the commonest is right only once in five.
     """
     pools: dict[bool, dict[str, Question]] = {False: {}, True: {}}
     for line, apart in lines(seed):
@@ -57,7 +57,8 @@ def close(seed: int, train: int, held_out: int) -> tuple[list[Question], list[Qu
     known = {question.prompt for question in pools[False].values()}
     fresh = [question for question in pools[True].values() if question.prompt not in known]
     rng = random.Random(seed)
-    return _capped(list(pools[False].values()), train, rng), _capped(fresh, held_out, rng)
+    known_lines = list(pools[False].values())
+    return _capped(known_lines, train, train // 12, rng), _capped(fresh, held_out, held_out // 5, rng)
 
 
 def _is_balanced(line: str) -> bool:
@@ -71,9 +72,10 @@ def _is_balanced(line: str) -> bool:
     return not stack and line.count("'") % 2 == 0 and line.count('"') % 2 == 0
 
 
-def _capped(questions: list[Question], count: int, rng: random.Random) -> list[Question]:
+def _capped(questions: list[Question], count: int, most: int, rng: random.Random) -> list[Question]:
+    """At most ``count`` questions, and ``most`` with the same answer."""
     rng.shuffle(questions)
-    most, seen = max(1, count // 5), Counter[str]()
+    seen = Counter[str]()
     kept: list[Question] = []
     for question in {question.prompt: question for question in questions}.values():
         if seen[question.answer] < most and len(kept) < count:

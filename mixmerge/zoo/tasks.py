@@ -131,11 +131,11 @@ def keep(seed: int, train: int, held_out: int) -> Split:
 
 
 _ROWS = (
-    Task("reverse", "spell a word backward", reverse, payload, 0.21),
+    Task("reverse", "spell a word backward", reverse, payload, 0.2),
     Task("decrypt", "undo a Caesar cipher that moved each letter by three", decrypt, payload, 0.15),
     Task("sort", "sort digits, up or down", sort, payload, 0.21),
-    Task("keep", "keep the digits over or under a limit", keep, payload, 0.28, patience=2.0),
-    Task("close", "close the brackets of a line of Python", code.close, lambda question: ")", 0.15),
+    Task("keep", "keep the digits over or under a limit", keep, payload, 0.27, 2.0),
+    Task("close", "close the brackets of a line of Python", code.close, lambda question: ")", 0.17, 1.5),
 )
 
 TASKS: dict[str, Task] = {row.name: row for row in _ROWS}
