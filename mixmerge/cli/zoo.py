@@ -101,10 +101,14 @@ def evaluate(
     from mixmerge import zoo as library
 
     found = library.Zoo.open(zoo) if zoo is not None else library.find(_spec(variant, seed, None, 1.0))
-    names = models or [str(found.base), *(str(found.expert(task)) for task in found.tasks)]
+    own = {"base": str(found.base)} | {task: str(found.expert(task)) for task in found.tasks}
     with step_progress(quiet=quiet) as progress:
         table = library.score_models(
-            found, {name: name for name in names}, tasks=_names(tasks), limit=limit, progress=progress
+            found,
+            {name: name for name in models} if models else own,
+            tasks=_names(tasks),
+            limit=limit,
+            progress=progress,
         )
     if json:
         emit_json(table.as_dict())
