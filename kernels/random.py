@@ -9,12 +9,12 @@ U32, U64 = np.uint32, np.uint64
 _M0, _M1 = U64(0xD2511F53), U64(0xCD9E8D57)
 _W0, _W1 = U32(0x9E3779B9), U32(0xBB67AE85)
 
-# Blocks of four draws made at a time; the scratch of ``draw_block`` is (4, BLOCKS).
+# Blocks of four draws made at a time; the scratch of ``draw_block`` holds the 4 * BLOCKS draws of them.
 BLOCKS = 2048
 
 
 @njit(nogil=True, cache=True)
-def _rounds(first, count, stream, lane0, lane1, lane2, lane3):
+def _rounds(first, count, stream, words):
     high = U32(first >> U64(32)) | (stream[2] << U32(16))
     low = U32(first & U64(0xFFFFFFFF))
     k0, k1, n0, n1 = stream[0], stream[1], stream[3], stream[4]
@@ -28,29 +28,20 @@ def _rounds(first, count, stream, lane0, lane1, lane2, lane3):
             x1, x3 = U32(p1 & U64(0xFFFFFFFF)), U32(p0 & U64(0xFFFFFFFF))
             x0, x2 = y0, y2
             a, b = U32(a + _W0), U32(b + _W1)
-        lane0[i], lane1[i], lane2[i], lane3[i] = x0, x1, x2, x3
+        words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3] = x0, x1, x2, x3
 
 
 @njit(nogil=True, cache=True)
-def _spread(source, draws):
-    """Every fourth of ``draws``, from the first, is the next of ``source``."""
-    for i in range(min(source.size, (draws.size + 3) // 4)):
-        draws[4 * i] = source[i]
-
-
-@njit(nogil=True, cache=True)
-def draw_block(stream, start, draws, lanes):
+def draw_block(stream, start, draws, words):
     """The draws of elements ``start`` to ``start + n`` into ``draws`` (uint32, n).
 
-    ``stream`` is (seed low, seed high, expert, name low, name high), ``lanes`` scratch (4, BLOCKS) with
+    ``stream`` is (seed low, seed high, expert, name low, name high), ``words`` scratch (4 * BLOCKS) with
     n <= 4 * BLOCKS - 8. The low counter word may not wrap inside one call: callers' blocks are aligned.
     """
     n = draws.size
     first = start // 4
-    count = (start + n + 3) // 4 - first
     skip = start - 4 * first
-    _rounds(U64(first), count, stream, lanes[0], lanes[1], lanes[2], lanes[3])
-    for lane in range(4):
-        source = lanes[lane]
-        begin = 1 if lane < skip else 0
-        _spread(source[begin:count], draws[min(4 * begin + lane - skip, n) :])
+    _rounds(U64(first), (start + n + 3) // 4 - first, stream, words)
+    wanted = words[skip : skip + n]
+    for i in range(n):
+        draws[i] = wanted[i]

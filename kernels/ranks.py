@@ -3,8 +3,8 @@
 A row's entries are ranked by (|delta|, -index), ascending from 0; entry of rank r is kept when its draw is below
     2**32 * ((density - epsilon) + 2 * epsilon * r / (n - 1)).
 Whether a draw decides depends on the exact rank only when the thresholds of the lowest and the highest rank an
-entry can have, given a histogram of the row, lie on both sides of it. Those few are ranked by counting; a row
-with many of them (few distinct magnitudes) is sorted.
+entry can have, given a histogram of the row, lie on both sides of it. Those few are ranked by counting, within their
+bins where they are more than a few; a row of crowds (few distinct magnitudes) is sorted.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 from numba import njit
 
 from mixmerge.kernels.cast import decode
-from mixmerge.kernels.combine import BLOCK, LANES, _add_magnitudes, _sum_lanes, delta_block
+from mixmerge.kernels.combine import BLOCK, LANES, _sum_lanes, delta_block
 from mixmerge.kernels.random import draw_block
 
 U8, U32, U64, F32, F64 = np.uint8, np.uint32, np.uint64, np.float32, np.float64
@@ -22,9 +22,12 @@ _ABS = U32(0x7FFFFFFF)
 # Bins of a row's histogram: one for about 16 entries. Finer ones cost more to clear and to sum than they
 # save: what is left to rank one by one is mostly ties.
 MIN_BINS, MAX_BINS, PER_BIN = 128, 512, 16
-# Up to this many entries of a row are ranked by counting, one by one; with more, the row is sorted.
-MANY = 192
+# Up to FEW entries of a row are ranked against the whole row, more against their own bins; with more than MOST
+# comparisons an entry of the row on average, the row is sorted.
+FEW, MOST = 6, 8
 RADIX = 1 << 11
+# Entries worked on at a time.
+PIECE = 1 << 14
 _DIGIT = U32(RADIX - 1)
 
 
@@ -38,9 +41,9 @@ def _deltas(raw, codes, direct, expert, start, delta, base):
 
 
 @njit(nogil=True, cache=True)
-def _draws(stream, start, draws, lanes):
+def _draws(stream, start, draws, words):
     for s in range(0, draws.size, BLOCK):
-        draw_block(stream, start + s, draws[s : s + min(BLOCK, draws.size - s)], lanes)
+        draw_block(stream, start + s, draws[s : s + min(BLOCK, draws.size - s)], words)
 
 
 @njit(nogil=True, cache=True)
@@ -87,21 +90,20 @@ def _as_float(bits):
 @njit(nogil=True, cache=True)
 def _count(keys, even, odd, starts):
     """``starts[b]`` entries have a key below b. Two histograms keep equal neighbours from waiting."""
-    bins = even.size
-    for b in range(bins):
-        even[b] = 0
-        odd[b] = 0
+    for b in range(even.size):
+        even[b] = U32(0)
+        odd[b] = U32(0)
     half = keys.size // 2
     for i in range(half):
-        even[keys[2 * i]] += 1
-        odd[keys[2 * i + 1]] += 1
+        even[keys[2 * i]] += U32(1)
+        odd[keys[2 * i + 1]] += U32(1)
     if keys.size & 1:
-        even[keys[keys.size - 1]] += 1
-    total = np.int32(0)
-    for b in range(bins):
+        even[keys[keys.size - 1]] += U32(1)
+    total = U32(0)
+    for b in range(even.size):
         starts[b] = total
-        total += even[b] + odd[b]
-    starts[bins] = total
+        total += U32(even[b] + odd[b])
+    starts[even.size] = total
 
 
 @njit(nogil=True, cache=True)
@@ -176,10 +178,36 @@ def sort_row(bits, counts, order, spare):
 
 
 @njit(nogil=True, cache=True)
-def _keep_ranked(
-    values, draws, density, epsilon, keep, keys, even, odd, starts, least, most, places, open_, counts
-):
+def _group(keys, starts, ends, order):
+    """Indices by bin, rising within each: those of bin b are ``order[starts[b]:starts[b + 1]]``."""
+    for b in range(ends.size):
+        ends[b] = starts[b]
+    for i in range(keys.size):
+        key = keys[i]
+        at = ends[key]
+        order[at] = U32(i)
+        ends[key] = U32(at + U32(1))
+
+
+@njit(nogil=True, cache=True)
+def _rank_in(bits, members, i):
+    """Entries of one bin that are below its entry ``i``."""
+    mine, rank = bits[i] & _ABS, U64(0)
+    for m in range(members.size):
+        j = members[m]
+        other = bits[j] & _ABS
+        rank += U64((other < mine) | ((other == mine) & (j > i)))
+    return rank
+
+
+@njit(nogil=True, cache=True)
+def _keep_ranked(values, draws, density, epsilon, keep, entries, bins, limits, counts):
+    """One row. ``entries`` (3, n + 1) uint32, ``bins`` (3, B + 1) uint32 and ``limits`` (2, B) int64 are scratch
+    for B bins, ``counts`` (RADIX) uint32 for the sort."""
     n, bits = values.size, values.view(np.uint32)
+    keys, places, unsure = entries[0][:n], entries[1], entries[2]
+    starts, even, odd = bins[0], bins[1][:-1], bins[2][:-1]
+    least, most = limits[0], limits[1]
     low, span = (density - epsilon) * 4294967296.0, 2 * epsilon * 4294967296.0 / (n - 1)
     if not _bin_rows(bits, values, even.size, keys):
         for i in range(n):
@@ -188,23 +216,33 @@ def _keep_ranked(
     _count(keys, even, odd, starts)
     _bounds(starts, low, span, least, most)
     asked = _undecided(draws, np.int64(np.ceil(low)), np.int64(np.ceil(low + span * (n - 1))), keep, places)
-    unsure = U64(0)
+    left, work = U64(0), U64(0)
     for j in range(np.int64(asked)):
         i = places[j]
         u, b = np.int64(draws[i]), keys[i]
         keep[i] = U8(u < least[b])
-        open_[unsure] = i
+        unsure[left] = i
         # Zeros add nothing, so which of them are kept need not be known.
-        unsure += U64((u >= least[b]) & (u < most[b]) & ((bits[i] & _ABS) != U32(0)))
-    if unsure <= MANY:
-        for j in range(np.int64(unsure)):
-            i = np.int64(open_[j])
+        open_ = U64((u >= least[b]) & (u < most[b]) & ((bits[i] & _ABS) != U32(0)))
+        left += open_
+        work += open_ * U64(starts[b + U32(1)] - starts[b])
+    if left <= FEW:
+        for j in range(np.int64(left)):
+            i = np.int64(unsure[j])
             keep[i] = U8(F64(draws[i]) < low + span * _rank(bits, i))
-        return
-    order = open_[:n]
-    sort_row(bits, counts, order, places[:n])
-    for r in range(n):
-        keep[order[r]] = U8(F64(draws[order[r]]) < low + span * r)
+    elif work <= U64(MOST * n):
+        order = places[:n]
+        _group(keys, starts, even, order)
+        for j in range(np.int64(left)):
+            i = unsure[j]
+            first = starts[keys[i]]
+            rank = first + _rank_in(bits, order[first : starts[keys[i] + U32(1)]], i)
+            keep[i] = U8(F64(draws[i]) < low + span * rank)
+    else:
+        order = unsure[:n]
+        sort_row(bits, counts, order, places[:n])
+        for r in range(n):
+            keep[order[r]] = U8(F64(draws[order[r]]) < low + span * r)
 
 
 @njit(nogil=True, cache=True)
@@ -223,58 +261,73 @@ def _pack(keep, mask):
 
 
 @njit(nogil=True, cache=True)
-def _mask_rows(delta, draws, row, density, epsilon, keep):
-    bins = MIN_BINS
-    while bins < MAX_BINS and bins * PER_BIN < row:
-        bins *= 2
-    keys, even, odd = np.empty(row, np.uint32), np.empty(bins, np.int32), np.empty(bins, np.int32)
-    starts, least, most = np.empty(bins + 1, np.int32), np.empty(bins, np.int64), np.empty(bins, np.int64)
-    places, open_ = np.empty(row + 1, np.uint32), np.empty(row + 1, np.uint32)
-    counts = np.empty(RADIX, np.uint32)
-    for s in range(0, delta.size, row):
-        e = s + row
-        if row == 1 or epsilon == 0.0:
-            _keep_random(draws[s:e], _limit(density), keep[s:e])
-        else:
-            _keep_ranked(
-                delta[s:e], draws[s:e], density, epsilon, keep[s:e], keys, even, odd, starts, least, most,
-                places, open_, counts,
-            )  # fmt: skip
+def _bin_count(row):
+    count = MIN_BINS
+    while count < MAX_BINS and count * PER_BIN < row:
+        count *= 2
+    return count
+
+
+@njit(nogil=True, cache=True)
+def _add_kept(values, keep, every, kept):
+    """Add |value| to ``every``, and to ``kept`` where it is kept, in lanes."""
+    whole = values.size // LANES * LANES
+    for s in range(0, whole, LANES):
+        part, flags = values[s : s + LANES], keep[s : s + LANES]
+        for i in range(LANES):
+            magnitude = F64(abs(part[i]))
+            every[i] += magnitude
+            kept[i] += magnitude if flags[i] else F64(0)
+    for i in range(whole, values.size):
+        every[i - whole] += F64(abs(values[i]))
+        kept[i - whole] += F64(abs(values[i])) if keep[i] else F64(0)
 
 
 @njit(nogil=True, cache=True)
 def mask_chunk(
-    raw, codes, direct, n, first, row, expert, stream, density, epsilon, mask, delta, draws, keep, base, lanes
+    raw, codes, direct, n, first, row, expert, stream, density, epsilon, mask, delta, draws, keep, base, words
 ):
     """Draw the keep-mask of one expert's chunk into ``mask`` (bits) and sum |delta|: (all, kept).
 
     ``row`` is the length of a row for ranked masks (it divides n), or 0 for one probability everywhere.
     ``delta`` (n) float32, ``draws`` (n) uint32, ``keep`` (n) uint8 and ``base`` (B) are scratch.
     """
-    delta, draws, keep = delta[:n], draws[:n], keep[:n]
-    _deltas(raw, codes, direct, expert, 0, delta, base)
-    _draws(stream, first, draws, lanes)
-    if row == 0 or epsilon == 0.0:
-        _keep_random(draws, _limit(density), keep)
-    else:
-        _mask_rows(delta, draws, row, density, epsilon, keep)
-    _pack(keep, mask)
+    ranked = row > 1 and epsilon > 0.0
+    length = row if ranked else 1
+    count = _bin_count(length)
+    entries, bins = np.empty((3, length + 1), np.uint32), np.empty((3, count + 1), np.uint32)
+    limits, counts = np.empty((2, count), np.int64), np.empty(RADIX, np.uint32)
     every, kept = np.zeros(LANES), np.zeros(LANES)
-    _add_magnitudes(delta, every)
-    for i in range(n):
-        delta[i] = delta[i] if keep[i] else F32(0)
-    _add_magnitudes(delta, kept)
+    # Whole rows and whole bytes of the mask, few enough to stay in the cache from draw to sum.
+    step = length * max(1, PIECE // length)
+    if step % 8:
+        step *= 8
+    for s in range(0, n, step):
+        m = min(step, n - s)
+        part, drawn, flags = delta[:m], draws[:m], keep[:m]
+        _deltas(raw, codes, direct, expert, s, part, base)
+        _draws(stream, first + s, drawn, words)
+        if ranked:
+            for r in range(0, m, row):
+                e = r + row
+                _keep_ranked(
+                    part[r:e], drawn[r:e], density, epsilon, flags[r:e], entries, bins, limits, counts
+                )
+        else:
+            _keep_random(drawn, _limit(density), flags)
+        _pack(flags, mask[s // 8 :])
+        _add_kept(part, flags, every, kept)
     return _sum_lanes(every), _sum_lanes(kept)
 
 
 @njit(nogil=True, cache=True)
 def inverse_chunk(
-    raw, codes, direct, n, first, row, expert, stream, density, epsilon, draws, base, lanes, delta
+    raw, codes, direct, n, first, row, expert, stream, density, epsilon, draws, base, words, delta
 ):
     """Sparsify one expert's chunk into ``delta`` (n), what is kept over its own keep-probability."""
     delta, draws = delta[:n], draws[:n]
     _deltas(raw, codes, direct, expert, 0, delta, base)
-    _draws(stream, first, draws, lanes)
+    _draws(stream, first, draws, words)
     if row <= 1 or epsilon == 0.0:
         for i in range(n):
             kept = F64(draws[i]) < density * 4294967296.0

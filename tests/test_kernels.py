@@ -105,7 +105,7 @@ def test_draws_are_the_plain_ones(start: int, length: int) -> None:
         length = 2**34 - start  # the low counter word wraps between calls, never inside one
     draw, lanes, found = (
         Draw(2**64 - 5, "a.weight"),
-        np.empty((4, BLOCKS), np.uint32),
+        np.empty(4 * BLOCKS, np.uint32),
         np.empty(length, np.uint32),
     )
     stream = np.array([*draw.key, 65_535, *draw.name_words], np.uint32)
@@ -202,7 +202,7 @@ def drawn_mask(
     every, kept = ranks.mask_chunk(
         raw, np.array([2, 2]), np.array([False, True]), n, first, row, 1,
         np.array([*draw.key, 3, *draw.name_words], np.uint32), density, epsilon, mask, np.empty(n, np.float32),
-        np.empty(n, np.uint32), np.empty(n, np.uint8), np.empty(BLOCK, np.float32), np.empty((4, BLOCKS), np.uint32),
+        np.empty(n, np.uint32), np.empty(n, np.uint8), np.empty(BLOCK, np.float32), np.empty(4 * BLOCKS, np.uint32),
     )  # fmt: skip
     return np.unpackbits(mask, bitorder="little")[:n].astype(np.bool_), every, kept
 
@@ -262,7 +262,7 @@ def test_each_entry_over_its_own_chance(kind: str, density: float, epsilon: floa
         found = np.empty(n, np.float32)
         ranks.inverse_chunk(
             raw, np.array([2, 2]), np.array([False, True]), n, 0, row, 1, stream, density, epsilon,
-            np.empty(n, np.uint32), np.empty(BLOCK, np.float32), np.empty((4, BLOCKS), np.uint32), found,
+            np.empty(n, np.uint32), np.empty(BLOCK, np.float32), np.empty(4 * BLOCKS, np.uint32), found,
         )  # fmt: skip
         tensor = torch.from_numpy(delta)
         chance = sp.ranked(tensor, density, epsilon)

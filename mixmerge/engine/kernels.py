@@ -299,7 +299,7 @@ def _draw_masks(
                 ranks.mask_chunk(
                     worker.raw, worker.codes, worker.direct, stop - start, start, row, k + 1, streams[k],
                     density, epsilon, state.masks[number, k], worker.values, draws, keep,
-                    worker.scratch[0], worker.lanes,
+                    worker.scratch[0], worker.words,
                 )
             )  # fmt: skip
         return sums
@@ -323,7 +323,7 @@ def _inverse_ranked(context: Context, task: Task) -> Callable[[Worker, int, int]
             row, density, epsilon = _chance(task, k)
             ranks.inverse_chunk(
                 worker.raw, worker.codes, worker.direct, stop - start, start, row, k + 1, streams[k],
-                density, epsilon, draws, worker.scratch[0], worker.lanes, worker.values,
+                density, epsilon, draws, worker.scratch[0], worker.words, worker.values,
             )  # fmt: skip
             worker.raw[k + 1].view(np.float32)[: stop - start] = worker.values[: stop - start]
             worker.codes[k + 1], worker.direct[k + 1] = CODES["F32"], True

@@ -137,8 +137,8 @@ class Worker:
         return self._extra[name]
 
     @property
-    def lanes(self) -> NDArray[Any]:
-        return self.extra("lanes", (4, BLOCKS), np.uint32)
+    def words(self) -> NDArray[Any]:
+        return self.extra("words", (4 * BLOCKS,), np.uint32)
 
     def load(self, task: Task, start: int, stop: int) -> None:
         """Read elements ``start`` to ``stop`` of every input, unless they are the ones last read."""
