@@ -11,6 +11,7 @@ import numpy as np
 from numba import njit
 
 from mixmerge.kernels.cast import decode, encode
+from mixmerge.kernels.stored import add_kept, minus, number, plus, times
 
 U8, U32, F32, F64 = np.uint8, np.uint32, np.float32, np.float64
 
@@ -27,33 +28,10 @@ _SPREAD = np.ascontiguousarray(_SPREAD).view(np.uint64).reshape(-1)
 
 
 @njit(nogil=True, cache=True)
-def _assign(target, factor, values):
-    for i in range(target.size):
-        target[i] = factor * values[i]
-
-
-@njit(nogil=True, cache=True)
-def _add(target, factor, values):
-    for i in range(target.size):
-        target[i] += factor * values[i]
-
-
-@njit(nogil=True, cache=True)
-def _add_plain(target, values):
-    for i in range(target.size):
-        target[i] += values[i]
-
-
-@njit(nogil=True, cache=True)
-def _subtract(target, values):
-    for i in range(target.size):
-        target[i] -= values[i]
-
-
-@njit(nogil=True, cache=True)
-def _scale(target, factor):
-    for i in range(target.size):
-        target[i] *= factor
+def _scale_and_add(delta, factor, weight, total):
+    for i in range(delta.size):
+        delta[i] = (delta[i] * factor) * weight
+        total[i] += delta[i]
 
 
 @njit(nogil=True, cache=True)
@@ -70,11 +48,11 @@ def linear_chunk(raw, codes, n, factors, out, out_code, scratch, seen):
         m = min(BLOCK, n - s)
         total, values = scratch[0][:m], scratch[1][:m]
         for e in range(codes.size):
-            seen[e] = max(seen[e], decode(codes[e], raw[e], s, values))
             if e == 0:
-                _assign(total, factors[0], values)
+                top = times(codes[e], raw[e], s, factors[e], total)
             else:
-                _add(total, factors[e], values)
+                top = plus(codes[e], raw[e], s, factors[e], total, values)
+            seen[e] = max(seen[e], top)
         seen[codes.size] = max(seen[codes.size], encode(out_code, total, out, s))
 
 
@@ -82,10 +60,9 @@ def linear_chunk(raw, codes, n, factors, out, out_code, scratch, seen):
 def delta_block(raw, codes, direct, e, s, base, delta):
     """The delta of expert ``e`` (a row of ``raw``) for one block; ``direct`` rows already hold deltas.
     Returns the largest magnitude's bits of what was read."""
-    top = decode(codes[e], raw[e], s, delta)
-    if not direct[e]:
-        _subtract(delta, base)
-    return top
+    if direct[e]:
+        return decode(codes[e], raw[e], s, delta)
+    return minus(codes[e], raw[e], s, base, delta)
 
 
 @njit(nogil=True, cache=True)
@@ -96,22 +73,29 @@ def keep_cut(delta, first, cut):
     and below (high bits, high index). ``first`` is the index of ``delta[0]`` in the tensor.
     """
     bits = delta.view(np.uint32)
-    last = first + delta.size - 1
-    low_bits, low_index, high_bits, high_index = cut[0], cut[1], cut[2], cut[3]
-    if first <= low_index < last or first <= high_index < last:
+    plain, low, high = _limits(first, delta.size, cut)
+    if plain:
         for i in range(delta.size):
-            b = np.int64(bits[i] & U32(0x7FFFFFFF))
-            above_low = b > low_bits or (b == low_bits and first + i <= low_index)
-            above_high = b > high_bits or (b == high_bits and first + i <= high_index)
-            if above_high or not above_low:
-                delta[i] = F32(0)
+            b = bits[i] & U32(0x7FFFFFFF)
+            delta[i] = delta[i] if (b >= low) & (b < high) else F32(0)
         return
-    # All entries of the block are on one side of the ties' index limits: plain thresholds do.
+    low_bits, low_index, high_bits, high_index = cut[0], cut[1], cut[2], cut[3]
+    for i in range(delta.size):
+        b = np.int64(bits[i] & U32(0x7FFFFFFF))
+        above_low = b > low_bits or (b == low_bits and first + i <= low_index)
+        above_high = b > high_bits or (b == high_bits and first + i <= high_index)
+        if above_high or not above_low:
+            delta[i] = F32(0)
+
+
+@njit(nogil=True, cache=True)
+def _limits(first, size, cut):
+    """Whether plain thresholds do for a block, for all of it is on one side of the ties' index limits; those."""
+    last = first + size - 1
+    low_bits, low_index, high_bits, high_index = cut[0], cut[1], cut[2], cut[3]
     low = U32(low_bits if last <= low_index else min(low_bits + 1, 0xFFFFFFFF))
     high = U32(high_bits if last <= high_index else min(high_bits + 1, 0xFFFFFFFF))
-    for i in range(delta.size):
-        b = bits[i] & U32(0x7FFFFFFF)
-        delta[i] = delta[i] if (b >= low) & (b < high) else F32(0)
+    return not (first <= low_index < last or first <= high_index < last), low, high
 
 
 @njit(nogil=True, cache=True)
@@ -134,16 +118,14 @@ def keep_bits(delta, mask, s):
 
 @njit(nogil=True, cache=True)
 def _elect(deltas, experts, weights, normalize, total, agreed):
-    """Sum of the weighted deltas that agree in sign with their sum; over their weights if ``normalize``."""
+    """``total``, the sum of the weighted deltas, becomes the sum of those that agree with it in sign; over their
+    weights if ``normalize``."""
     m = total.size
-    _zero(total)
-    _zero(agreed)
-    for k in range(experts):
-        _add_plain(total, deltas[k + 1][:m])
     sign = deltas[experts + 1][:m]
     for i in range(m):
         sign[i] = F32(1) if total[i] >= F32(0) else F32(-1)
     _zero(total)
+    _zero(agreed)
     for k in range(experts):
         delta, weight = deltas[k + 1][:m], weights[k]
         for i in range(m):
@@ -170,27 +152,28 @@ def combine_chunk(
         m = min(BLOCK, n - s)
         base = scratch[0][:m]
         seen[0] = max(seen[0], decode(codes[0], raw[0], s, base))
+        total, spare = scratch[experts + 2][:m], scratch[experts + 3][:m]
+        _zero(total)
         for k in range(experts):
-            delta = scratch[k + 1][:m]
-            top = delta_block(raw, codes, direct, k + 1, s, base, delta)
+            delta = scratch[k + 1][:m] if elect else spare
+            plain, low, high = _limits(first + s, m, cuts[k])
+            if plain and not direct[k + 1] and keep[k] != KEEP_BITS:
+                top = add_kept(
+                    codes[k + 1], raw[k + 1], s, base, low, high, factors[k], weights[k], delta, total
+                )
+            else:
+                top = delta_block(raw, codes, direct, k + 1, s, base, delta)
+                if keep[k] == KEEP_CUT:
+                    keep_cut(delta, first + s, cuts[k])
+                elif keep[k] == KEEP_BITS:
+                    keep_bits(delta, masks[k], s)
+                _scale_and_add(delta, factors[k], weights[k], total)
             seen[k + 1] = max(seen[k + 1], top)
-            if keep[k] == KEEP_CUT:
-                keep_cut(delta, first + s, cuts[k])
-            elif keep[k] == KEEP_BITS:
-                keep_bits(delta, masks[k], s)
-            if factors[k] != F32(1):
-                _scale(delta, factors[k])
-            _scale(delta, weights[k])
-        total = scratch[experts + 2][:m]
         if elect:
-            _elect(scratch, experts, weights, normalize, total, scratch[experts + 3][:m])
-        else:
-            _assign(total, F32(1), scratch[1][:m])
-            for k in range(1, experts):
-                _add_plain(total, scratch[k + 1][:m])
-            if normalize:
-                for i in range(m):
-                    total[i] /= divisor
+            _elect(scratch, experts, weights, normalize, total, spare)
+        elif normalize:
+            for i in range(m):
+                total[i] /= divisor
         for i in range(m):
             total[i] = base[i] + scale * total[i]
         seen[experts + 1] = max(seen[experts + 1], encode(out_code, total, out, s))
@@ -245,16 +228,39 @@ def _add_products(a, b, lanes):
         lanes[i - whole] += F64(a[i]) * F64(b[i])
 
 
+# Products of two float32 are exact in float64, so contraction changes no bit.
+@njit(nogil=True, cache=True, fastmath={"contract"})
+def _add_three(a, b, aa, bb, ab):
+    whole = a.size // (4 * LANES) * (4 * LANES)
+    for s in range(0, whole, 4 * LANES):
+        t, u, v, w = s + LANES, s + 2 * LANES, s + 3 * LANES, s + 4 * LANES
+        a0, a1, a2, a3 = a[s:t], a[t:u], a[u:v], a[v:w]
+        b0, b1, b2, b3 = b[s:t], b[t:u], b[u:v], b[v:w]
+        for i in range(LANES):
+            x0, x1, x2, x3 = F64(number(a0[i])), F64(number(a1[i])), F64(number(a2[i])), F64(number(a3[i]))
+            y0, y1, y2, y3 = F64(number(b0[i])), F64(number(b1[i])), F64(number(b2[i])), F64(number(b3[i]))
+            aa[i] += (x0 * x0 + x1 * x1) + (x2 * x2 + x3 * x3)
+            bb[i] += (y0 * y0 + y1 * y1) + (y2 * y2 + y3 * y3)
+            ab[i] += (x0 * y0 + x1 * y1) + (x2 * y2 + x3 * y3)
+    for i in range(whole, a.size):
+        x, y = F64(number(a[i])), F64(number(b[i]))
+        aa[0] += x * x
+        bb[0] += y * y
+        ab[0] += x * y
+
+
 @njit(nogil=True, cache=True)
 def products_chunk(raw, codes, n, scratch):
     """<a, a>, <b, b> and <a, b> of two inputs in float64. ``scratch`` (2, B)."""
     aa, bb, ab = np.zeros(LANES), np.zeros(LANES), np.zeros(LANES)
     for s in range(0, n, BLOCK):
         m = min(BLOCK, n - s)
-        a, b = scratch[0][:m], scratch[1][:m]
-        decode(codes[0], raw[0], s, a)
-        decode(codes[1], raw[1], s, b)
-        _add_products(a, a, aa)
-        _add_products(b, b, bb)
-        _add_products(a, b, ab)
+        if codes[0] == 0 and codes[1] == 0:
+            halves = raw[0].view(np.uint16)[s : s + m], raw[1].view(np.uint16)[s : s + m]
+            _add_three(halves[0], halves[1], aa, bb, ab)
+        else:
+            a, b = scratch[0][:m], scratch[1][:m]
+            decode(codes[0], raw[0], s, a)
+            decode(codes[1], raw[1], s, b)
+            _add_three(a.view(np.uint32), b.view(np.uint32), aa, bb, ab)
     return _sum_lanes(aa), _sum_lanes(bb), _sum_lanes(ab)

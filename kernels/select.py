@@ -11,12 +11,12 @@ from numba import njit
 
 from mixmerge.kernels.cast import decode
 from mixmerge.kernels.combine import BLOCK, delta_block
+from mixmerge.kernels.stored import lowest_bit
 
-U32, I64 = np.uint32, np.int64
+U8, U32, U64, I64 = np.uint8, np.uint32, np.uint64, np.int64
 _ABS = U32(0x7FFFFFFF)
 
 # A magnitude's 31 bits are counted in two steps: the high 16, then the low 15 under one high value.
-LOOK = 16  # entries per group of ``_between``
 HIGH_BINS, LOW_BINS, LOW_SHIFT = 1 << 16, 1 << 15, 15
 
 
@@ -30,55 +30,94 @@ def _count_above(bits, high):
 
 
 @njit(nogil=True, cache=True)
-def _between(bits, low, high, places):
-    # Few are inside: whole groups of lanes are looked at first, and only those with a hit one by one.
-    found, span = np.uint64(0), high - low
-    whole = bits.size // LOOK * LOOK
-    for s in range(0, whole, LOOK):
-        part = bits[s : s + LOOK]
-        hits = U32(0)
-        for i in range(LOOK):
-            hits |= U32(((part[i] & _ABS) - low) <= span)
-        if hits:
-            for i in range(LOOK):
-                places[found] = U32(s + i)
-                found += np.uint64(((part[i] & _ABS) - low) <= span)
-    for i in range(whole, bits.size):
-        places[found] = U32(i)
-        found += np.uint64(((bits[i] & _ABS) - low) <= span)
+def _flag(bits, low, span, flags):
+    for i in range(bits.size):
+        flags[i] = U8(((bits[i] & _ABS) - low) <= span)
+
+
+@njit(nogil=True, cache=True)
+def _count_flags(words):
+    found = U64(0)
+    for j in range(words.size):
+        # The eight flags of a word add up in its top byte.
+        found += (words[j] * U64(0x0101010101010101)) >> U64(56)
+    return I64(found)
+
+
+@njit(nogil=True, cache=True, fastmath={"reassoc"})
+def _count_crowd(bits, crowd, flags):
+    found = np.float32(0)
+    for i in range(bits.size):
+        other = (bits[i] & _ABS) != crowd
+        found += np.float32(0) if other else np.float32(1)
+        flags[i] &= U8(other)
+    return I64(found)
+
+
+@njit(nogil=True, cache=True)
+def _gather(words, values, s, bits, places):
+    # Few are inside: words without a flag cost one look.
+    found = U64(0)
+    for j in range(words.size):
+        word = words[j]
+        while word:
+            i = (U64(j) << U64(3)) + (lowest_bit(word) >> U64(3))
+            bits[found] = values[i] & _ABS
+            places[found] = U32(s) + U32(i)
+            found += U64(1)
+            word &= word - U64(1)
     return I64(found)
 
 
 @njit(nogil=True, cache=True)
 def collect_chunk(
-    raw, codes, direct, n, experts, low, high, above, found, room, bits, places, scratch, spare
-):
-    """Count the magnitudes above every bracket, and gather what is inside, with their offsets in the chunk.
+    raw, codes, direct, n, experts, low, high, crowds, sizes, above, counted, found, room, bits, places,
+    scratch, flags,
+):  # fmt: skip
+    """Count the magnitudes above every bracket and in its crowds, and gather the rest of what is inside.
 
-    J brackets: of the deltas ``experts`` (J, rising), from ``low`` to ``high`` (J). Filled in are ``above`` and
-    ``found`` (J), and of ``bits`` and ``places`` (J, n or more) the first ``room`` at most; ``found`` may say more.
-    ``scratch`` (2, B), ``spare`` (B + 1) uint32.
+    J brackets: of the deltas ``experts`` (J, rising), from ``low`` to ``high`` (J); the first ``sizes`` (J) of
+    ``crowds`` (J, C) are magnitudes inside that are only counted. Filled in are ``above`` and ``found`` (J),
+    ``counted`` (J, C), and ``bits`` and ``places`` (offsets in the chunk; J, ``room`` + B) until there is no room
+    for another block; ``found`` may say more. ``scratch`` (2, B), ``flags`` (B) uint8.
     """
     for s in range(0, n, BLOCK):
         m = min(BLOCK, n - s)
         base, delta = scratch[0][:m], scratch[1][:m]
+        words = flags[: (m + 7) // 8 * 8].view(np.uint64)
+        words[-1] = U64(0)
         decode(codes[0], raw[0], s, base)
         for j in range(experts.size):
             if j == 0 or experts[j] != experts[j - 1]:
                 delta_block(raw, codes, direct, experts[j], s, base, delta)
-            values = delta.view(np.uint32)
+            values, at = delta.view(np.uint32), found[j]
             above[j] += _count_above(values, high[j])
-            more, at = _between(values, low[j], high[j], spare), found[j]
-            if at + more <= room:
-                _gather(values, spare[:more], s, bits[j][at : at + more], places[j][at : at + more])
-            found[j] += more
+            _flag(values, low[j], high[j] - low[j], flags[:m])
+            for c in range(sizes[j]):
+                counted[j, c] += _count_crowd(values, crowds[j, c], flags[:m])
+            if at <= room:
+                found[j] += _gather(words, values, s, bits[j][at:], places[j][at:])
+            else:
+                found[j] += _count_flags(words)
 
 
 @njit(nogil=True, cache=True)
-def _gather(values, spare, s, bits, places):
-    for i in range(spare.size):
-        bits[i] = values[spare[i]] & _ABS
-        places[i] = U32(s) + spare[i]
+def count_steps(bits, low, shift, bins):
+    """Add magnitudes to ``bins`` (int64) by (bits - low) >> shift."""
+    for i in range(bits.size):
+        bins[(bits[i] - low) >> shift] += 1
+
+
+@njit(nogil=True, cache=True)
+def gather_step(bits, places, low, shift, step, to_bits, to_places):
+    """Copy the entries of one bin of ``count_steps``; returns how many."""
+    found = 0
+    for i in range(bits.size):
+        if (bits[i] - low) >> shift == step:
+            to_bits[found] = bits[i]
+            to_places[found] = places[i]
+            found += 1
+    return found
 
 
 @njit(nogil=True, cache=True)

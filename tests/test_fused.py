@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mixmerge.checkpoint.files import opened
 from mixmerge.engine import worker
 from mixmerge.engine.merge import _tensors
-from mixmerge.engine.worker import opened
 from mixmerge.errors import CheckpointError
 from mixmerge.methods import METHODS
 from mixmerge.methods.memory import merge_state_dicts

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mixmerge.engine import cuts
-from mixmerge.kernels import combine, ranks
+from mixmerge.kernels import combine, masks
 from mixmerge.kernels.cast import CODES, decode, encode
 from mixmerge.kernels.combine import BLOCK
 from mixmerge.kernels.philox import Draw, draws
@@ -121,10 +121,14 @@ def test_draws_are_the_plain_ones(start: int, length: int) -> None:
 def test_norms_and_products(n: int) -> None:
     rng = np.random.default_rng(n)
     a, b = rng.standard_normal((2, n)).astype(np.float32)
-    raw, codes, scratch = np.stack([a, b]).view(np.uint8), np.array([2, 2]), np.empty((2, BLOCK), np.float32)
-    wide, other = a.astype(np.float64), b.astype(np.float64)
-    found = combine.products_chunk(raw, codes, n, scratch)
-    assert found == pytest.approx((wide @ wide, other @ other, wide @ other), rel=1e-12, abs=1e-12 * n)
+    scratch = np.empty((2, BLOCK), np.float32)
+    for dtype in CODES:
+        pair = [torch.from_numpy(values).to(TORCH[dtype]) for values in (a, b)]
+        wide, other = (tensor.double().numpy() for tensor in pair)
+        stored = np.stack([raw_bytes(tensor) for tensor in pair])
+        found = combine.products_chunk(stored, np.array([CODES[dtype]] * 2), n, scratch)
+        assert found == pytest.approx((wide @ wide, other @ other, wide @ other), rel=1e-12, abs=1e-12 * n)
+    raw, codes = np.stack([a, b]).view(np.uint8), np.array([2, 2])
     median = float(np.median(np.abs(b - a)))
     cut = np.array(cuts.Cut(int(np.float32(median).view(np.uint32)), cuts.LAST, cuts.NEVER, -1), np.int64)
     every, kept = combine.magnitudes_chunk(
@@ -165,6 +169,7 @@ def rows_of(kind: str, rows: int, row: int) -> Floats:
     made = {
         "plain": plain,
         "tied": np.round(plain),  # a handful of distinct magnitudes
+        "crowds": np.where(plain > 0.3, np.round(plain * 3), plain),  # some bins of one magnitude, some mixed
         "signs": np.sign(plain),
         "zeros": np.zeros((rows, row)),
         "outlier": np.where(np.arange(row) == row // 2, 1e6, plain),  # all others fall into the lowest bin
@@ -180,6 +185,7 @@ def rows_of(kind: str, rows: int, row: int) -> Floats:
 KINDS = (
     "plain",
     "tied",
+    "crowds",
     "signs",
     "zeros",
     "outlier",
@@ -199,7 +205,7 @@ def drawn_mask(
     n, draw = delta.size, Draw(9, "w")
     raw = np.stack([np.zeros(n, np.float32), delta.reshape(-1)]).view(np.uint8)
     mask = np.zeros((n + 7) // 8 + 1, np.uint8)
-    every, kept = ranks.mask_chunk(
+    every, kept = masks.mask_chunk(
         raw, np.array([2, 2]), np.array([False, True]), n, first, row, 1,
         np.array([*draw.key, 3, *draw.name_words], np.uint32), density, epsilon, mask, np.empty(n, np.float32),
         np.empty(n, np.uint32), np.empty(n, np.uint8), np.empty(BLOCK, np.float32), np.empty(4 * BLOCKS, np.uint32),
@@ -260,7 +266,7 @@ def test_each_entry_over_its_own_chance(kind: str, density: float, epsilon: floa
         delta, n = rows_of(kind, rows, row), rows * row
         raw = np.stack([np.zeros(n, np.float32), delta.reshape(-1)]).view(np.uint8)
         found = np.empty(n, np.float32)
-        ranks.inverse_chunk(
+        masks.inverse_chunk(
             raw, np.array([2, 2]), np.array([False, True]), n, 0, row, 1, stream, density, epsilon,
             np.empty(n, np.uint32), np.empty(BLOCK, np.float32), np.empty(4 * BLOCKS, np.uint32), found,
         )  # fmt: skip

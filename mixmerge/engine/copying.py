@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from mixmerge.checkpoint.files import Files
 from mixmerge.engine.output import Output
 from mixmerge.engine.schedule import Job, Pass
-from mixmerge.engine.worker import Files, Worker
+from mixmerge.engine.worker import Worker
 from mixmerge.errors import CheckpointError, Fault
 from mixmerge.plan import Plan, Task
 

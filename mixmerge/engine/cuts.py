@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixmerge.engine.schedule import Pass
-from mixmerge.engine.worker import Worker
+from mixmerge.engine.worker import Worker, inputs_of
 from mixmerge.kernels import select
 from mixmerge.kernels.cast import decode
 from mixmerge.kernels.combine import BLOCK, delta_block
@@ -41,8 +41,14 @@ NOTHING = Cut(NEVER, -1, NEVER, -1)
 
 Steps = Generator[Pass, list[Any], Any]
 
-# Runs of a tensor that the sample reads, and elements of a run.
-RUNS, RUN = 16, 2048
+# Runs of a tensor that the sample reads, and elements of a run: rows differ, so many short runs say most.
+RUNS, RUN = 256, 128
+# The same where an adapter gives whole rows only; of a row, no more elements than this.
+ROWS, ROW = 32, 1024
+# Magnitudes that hold this share of the sample are counted, not gathered: bfloat16 deltas have few values.
+CROWD, CROWDS = 1 / 64, 8
+# Bins that find the wanted entry among those a bracket holds.
+STEPS = 12
 
 
 @dataclass
@@ -53,16 +59,23 @@ class _Wanted:
     rank: int
     low: int = 0
     high: int = _TOP
+    crowds: tuple[int, ...] = ()
     bits: int = -1
     index: int = -1
 
 
 @dataclass(frozen=True)
 class _Found:
+    """One chunk's share of a bracket: how many are above it, how many of each crowd, and all others in it.
+
+    ``bits`` and ``places`` (offsets in the chunk) are None where they are too many.
+    """
+
+    start: int
     above: int
-    count: int
+    crowds: tuple[int, ...]
     bits: NDArray[np.uint32] | None
-    index: NDArray[np.int64] | None
+    places: NDArray[np.uint32] | None
 
 
 def order_statistics(
@@ -93,39 +106,38 @@ def order_statistics(
 
 
 def _bracket(task: Task, asked: list[_Wanted], elements: int) -> Steps:
-    """Guess bounds from a few runs spread over the tensor; a wrong guess costs time, never the result."""
+    """Guess bounds from a sample; a wrong guess costs time, never the result."""
     experts = sorted({one.expert for one in asked})
-
-    def sample(worker: Worker, number: int, start: int, stop: int) -> dict[int, NDArray[np.uint32]]:
-        kept: dict[int, list[NDArray[np.uint32]]] = {k: [] for k in experts}
-        unit = _run_unit(task)
-        for run in range(RUNS):
-            first = (elements - unit) * run // (RUNS - 1) // unit * unit
-            worker.load(task, first, first + unit)
-            for k in experts:
-                kept[k].append(_magnitudes(worker, k + 1, min(unit, RUN)))
-        return {k: np.sort(np.concatenate(parts)) for k, parts in kept.items()}
-
-    (samples,) = yield Pass(sample, [(0, 0)])
+    (samples,) = yield Pass(lambda worker, *_: _sample(worker, task, experts, elements), [(0, 0)])
+    ordered = {k: np.sort(bits, axis=None) for k, bits in samples.items()}
     for one in asked:
-        bits = samples[one.expert]
-        size = len(bits)
-        share = one.rank / elements
-        # Runs are rows of a matrix, and rows differ: wider than independent draws would need.
-        margin = 4 * math.sqrt(share * (1 - share) / size) + 0.002
-        low = int((1 - share - margin) * size)
-        high = int((1 - share + margin) * size)
-        one.low = int(bits[low]) if low >= 0 else 0
+        bits, runs = ordered[one.expert], samples[one.expert]
+        size, share = len(bits), 1 - one.rank / elements
+        middle = bits[min(size - 1, int(share * size))]
+        # Entries of a run may be alike: what tells the error is how much the runs' shares differ.
+        spread = float((runs < middle).mean(axis=1).std()) / math.sqrt(len(runs))
+        margin = 3.5 * max(spread, math.sqrt(share * (1 - share) / size)) + 0.0005
+        low, high = int((share - margin) * size), int((share + margin) * size)
+        one.low = int(bits[low]) if share > margin else 0
         one.high = int(bits[high]) if high < size else _TOP
+        values, counts = np.unique(bits[(bits >= one.low) & (bits <= one.high)], return_counts=True)
+        largest = np.argsort(counts, kind="stable")[::-1][:CROWDS]
+        one.crowds = tuple(sorted(int(values[i]) for i in largest if counts[i] >= CROWD * size and values[i]))
 
 
-def _run_unit(task: Task) -> int:
-    """Elements of one run, or whole rows where an adapter gives rows only."""
-    inputs = (*task.sources, *((task.base,) if task.base else ()))
-    if not any(source.adapter for source in inputs):
-        return RUN
+def _sample(worker: Worker, task: Task, experts: list[int], elements: int) -> dict[int, NDArray[np.uint32]]:
+    """Magnitudes of every expert, a row for each run."""
+    if not any(source.adapter for source in inputs_of(task)):
+        worker.sample(task, [(elements - RUN) * run // (RUNS - 1) for run in range(RUNS)], RUN)
+        return {k: _magnitudes(worker, k + 1, RUNS * RUN).reshape(RUNS, RUN) for k in experts}
+    kept: dict[int, list[NDArray[np.uint32]]] = {k: [] for k in experts}
     row = math.prod(task.target.shape[1:])
-    return row * max(1, RUN // row)
+    for run in range(ROWS):
+        first = (elements - row) * run // (ROWS - 1) // row * row
+        worker.load(task, first, first + row)
+        for k in experts:
+            kept[k].append(_magnitudes(worker, k + 1, min(row, ROW)))
+    return {k: np.stack(parts) for k, parts in kept.items()}
 
 
 def _magnitudes(worker: Worker, row: int, n: int) -> NDArray[np.uint32]:
@@ -140,57 +152,102 @@ def _magnitudes(worker: Worker, row: int, n: int) -> NDArray[np.uint32]:
 
 
 def _collect(task: Task, asked: list[_Wanted], pieces: list[tuple[int, int]]) -> Steps:
-    """Count above every bracket and gather what is inside."""
+    """Count above every bracket and in its crowds, and gather the rest of what is inside."""
     for one in asked:
         # A zero changes nothing, kept or not: that many ties need not be told apart.
         one.low = max(one.low, 1)
-
     experts = np.array([one.expert + 1 for one in asked], np.int64)
     low = np.array([one.low for one in asked], np.uint32)
     high = np.array([one.high for one in asked], np.uint32)
-    # Crowds of one magnitude would need as much memory as the tensor: beyond this they are counted instead.
-    share = 1 if len(pieces) == 1 else 4
+    sizes = np.array([len(one.crowds) for one in asked], np.int64)
+    crowds = np.zeros((len(asked), CROWDS), np.uint32)
+    for at, one in enumerate(asked):
+        crowds[at, : sizes[at]] = one.crowds
+    # Where the sample misled, what is gathered could be the tensor: beyond this it is counted instead.
+    share = 1 if len(pieces) == 1 else 8
 
     def collect(worker: Worker, number: int, start: int, stop: int) -> list[_Found]:
         worker.load(task, start, stop)
-        count = len(asked)
+        count, room = len(asked), (stop - start) // share
         above, found = np.zeros(count, np.int64), np.zeros(count, np.int64)
-        room = (stop - start) // share + BLOCK
+        counted = np.zeros((count, CROWDS), np.int64)
         bits = worker.extra("found_bits", (count, worker.length + BLOCK), np.uint32)
         places = worker.extra("found_places", (count, worker.length + BLOCK), np.uint32)
-        spare = worker.extra("places", (BLOCK + 1,), np.uint32)
+        flags = worker.extra("flags", (BLOCK,), np.uint8)
         select.collect_chunk(
-            worker.raw, worker.codes, worker.direct, stop - start, experts, low, high, above, found,
-            room, bits, places, worker.scratch, spare,
+            worker.raw, worker.codes, worker.direct, stop - start, experts, low, high, crowds, sizes,
+            above, counted, found, room, bits, places, worker.scratch, flags,
         )  # fmt: skip
         results = []
-        for j in range(count):
-            few = int(found[j]) <= room - BLOCK
-            kept = (
-                (bits[j, : found[j]].copy(), places[j, : found[j]] + np.int64(start)) if few else (None, None)
-            )
-            results.append(_Found(int(above[j]), int(found[j]), *kept))
+        for j, size in enumerate(map(int, found)):
+            few = (bits[j, :size].copy(), places[j, :size].copy()) if size <= room else (None, None)
+            results.append(_Found(start, int(above[j]), tuple(map(int, counted[j, : sizes[j]])), *few))
         return results
 
     parts = yield Pass(collect, pieces)
     for at, one in enumerate(asked):
-        _settle(one, [part[at] for part in parts])
+        yield from _settle(task, one, [part[at] for part in parts], pieces)
 
 
-def _settle(one: _Wanted, found: list[_Found]) -> None:
+def _settle(task: Task, one: _Wanted, found: list[_Found], pieces: list[tuple[int, int]]) -> Steps:
+    """The bits and index that are wanted, if the bracket holds them and all of it was gathered."""
+    gathered = [
+        (part.start, part.bits, part.places)
+        for part in found
+        if part.bits is not None and part.places is not None
+    ]
+    if len(gathered) < len(found):
+        return
+    low, shift = np.uint32(one.low), np.uint32(max(0, (one.high - one.low).bit_length() - STEPS))
+    bins = np.zeros(1 << STEPS, np.int64)
+    for _, bits, _ in gathered:
+        select.count_steps(bits, low, shift, bins)
+    for at, crowd in enumerate(one.crowds):
+        bins[(crowd - one.low) >> int(shift)] += sum(part.crowds[at] for part in found)
     rank = one.rank - sum(part.above for part in found)
-    total = sum(part.count for part in found)
-    if rank > total and one.low <= 1:
+    if rank > bins.sum() and one.low <= 1:
         one.bits, one.index = 0, LAST
         return
-    if not 1 <= rank <= total or any(part.bits is None for part in found):
+    if not 1 <= rank <= bins.sum():
         return
-    bits = np.concatenate([part.bits for part in found if part.bits is not None])
-    index = np.concatenate([part.index for part in found if part.index is not None])
-    value = np.partition(bits, total - rank)[total - rank]
-    ties = index[bits == value]  # in rising order: chunks and blocks are
-    one.bits = int(value)
-    one.index = int(ties[rank - 1 - int((bits > value).sum())])
+    step, above = select.locate(bins, rank)
+    values, index = _of_step(gathered, low, shift, step, int(bins[step]))
+    crowds = {
+        crowd: [part.crowds[at] for part in found]
+        for at, crowd in enumerate(one.crowds)
+        if (crowd - one.low) >> int(shift) == step
+    }
+    rank -= above
+    for value in sorted({*map(int, values), *crowds}, reverse=True):
+        ties = index[values == value]  # in rising order: chunks and blocks are
+        count = sum(crowds[value]) if value in crowds else len(ties)
+        if rank <= count:
+            one.bits = value
+            if value not in crowds:
+                one.index = int(ties[rank - 1])
+            elif rank == count:
+                one.index = LAST
+            else:
+                counts = [(count, -1) for count in crowds[value]]
+                one.index = yield from tie_index(task, one.expert, value, rank, counts, pieces)
+            return
+        rank -= count
+
+
+def _of_step(
+    gathered: list[tuple[int, NDArray[np.uint32], NDArray[np.uint32]]],
+    low: np.uint32,
+    shift: np.uint32,
+    step: int,
+    most: int,
+) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
+    """Bits and indices in the tensor of what one bin of the bracket holds."""
+    values, index, at = np.empty(most, np.uint32), np.empty(most, np.int64), 0
+    for start, bits, places in gathered:
+        more = select.gather_step(bits, places, low, shift, step, values[at:], index[at:])
+        index[at : at + more] += start
+        at += more
+    return values[:at], index[:at]
 
 
 def _by_histogram(task: Task, one: _Wanted, pieces: list[tuple[int, int]]) -> Steps:
@@ -230,7 +287,7 @@ def histogram_pass(
     """Add one expert's magnitudes to ``bins``, under ``lock``; see ``select.histogram_chunk``."""
 
     def count(worker: Worker, number: int, start: int, stop: int) -> None:
-        worker.load(task, start, stop)
+        worker.load(task, start, stop, expert=expert)
         mine = np.zeros(len(bins), np.int64)
         select.histogram_chunk(
             worker.raw, worker.codes, worker.direct, stop - start, expert + 1, prefix, mine, worker.scratch
@@ -245,7 +302,7 @@ def ties_pass(task: Task, expert: int, bits: int, wanted: list[int], pieces: lis
     """How many magnitudes equal ``bits`` in every chunk, and where the ``wanted``-th of each is."""
 
     def count(worker: Worker, number: int, start: int, stop: int) -> tuple[int, int]:
-        worker.load(task, start, stop)
+        worker.load(task, start, stop, expert=expert)
         result: tuple[int, int] = select.ties_chunk(
             worker.raw, worker.codes, worker.direct, stop - start, expert + 1, bits, wanted[number],
             worker.scratch,

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from mixmerge.engine.cuts import LOOSE, Cut, order_statistics
 from mixmerge.engine.schedule import Job, Pass
-from mixmerge.engine.worker import Worker, chunk_length, chunks
+from mixmerge.engine.worker import Worker, chunk_length, chunks, inputs_of
 from mixmerge.errors import CheckpointError, Fault
-from mixmerge.kernels import combine, ranks
+from mixmerge.kernels import combine, masks
 from mixmerge.kernels.cast import CODES, WIDTHS, decode
 from mixmerge.kernels.philox import Draw
 from mixmerge.plan import Plan, Task
@@ -60,7 +60,7 @@ def _added(values: list[float]) -> float:
 
 def _finish(context: Context, worker: Worker, task: Task, start: int, stop: int) -> None:
     """Refuse what is not finite, then write."""
-    inputs = (*((task.base,) if task.base else ()), *task.sources)
+    inputs = inputs_of(task)
     seen = worker.seen[: len(inputs) + 1]
     if seen.max() >= _INF:
         _refuse(context.plan, worker, task, start, stop)
@@ -69,7 +69,7 @@ def _finish(context: Context, worker: Worker, task: Task, start: int, stop: int)
 
 
 def _refuse(plan: Plan, worker: Worker, task: Task, start: int, stop: int) -> None:
-    inputs = (*((task.base,) if task.base else ()), *task.sources)
+    inputs = inputs_of(task)
     worker.load(task, start, stop)  # what a method made of them in place is not what the files hold
     values = np.empty(stop - start, np.float32)
     for row, source in enumerate(inputs):
@@ -296,7 +296,7 @@ def _draw_masks(
         for k in drawn:
             row, density, epsilon = chances[k]
             sums.append(
-                ranks.mask_chunk(
+                masks.mask_chunk(
                     worker.raw, worker.codes, worker.direct, stop - start, start, row, k + 1, streams[k],
                     density, epsilon, state.masks[number, k], worker.values, draws, keep,
                     worker.scratch[0], worker.words,
@@ -321,7 +321,7 @@ def _inverse_ranked(context: Context, task: Task) -> Callable[[Worker, int, int]
         draws = worker.extra("draws", (worker.length,), np.uint32)
         for k in range(count):
             row, density, epsilon = _chance(task, k)
-            ranks.inverse_chunk(
+            masks.inverse_chunk(
                 worker.raw, worker.codes, worker.direct, stop - start, start, row, k + 1, streams[k],
                 density, epsilon, draws, worker.scratch[0], worker.words, worker.values,
             )  # fmt: skip

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from mixmerge import __version__
+from mixmerge.checkpoint.files import Files, opened
 from mixmerge.checkpoint.identity import canonical_hash
 from mixmerge.engine.copying import copy
 from mixmerge.engine.finish import add_files, input_fingerprints, verify
 from mixmerge.engine.kernels import Context
 from mixmerge.engine.output import Output, check_target
 from mixmerge.engine.schedule import Job, Schedule
-from mixmerge.engine.worker import Adapters, Files, Worker, chunk_length, opened
+from mixmerge.engine.worker import Adapters, Worker, chunk_length
 from mixmerge.errors import CheckpointError, DependencyError, Fault, MethodError
 from mixmerge.kernels.cast import WIDTHS
 from mixmerge.plan import Plan, Task, fetch, make_plan

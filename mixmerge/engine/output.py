@@ -22,7 +22,7 @@ from mixmerge.plan import Plan, Shard, Task
 
 _JOURNAL = "journal.jsonl"
 # Bytes written between two calls of fdatasync: what a kill can cost, and how early the disk starts.
-FLUSH_BYTES = 256_000_000
+FLUSH_BYTES = 64_000_000
 _WEIGHTS = ("*.safetensors", "*.bin", "*.index.json")
 
 

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mixmerge.checkpoint.files import Files
 from mixmerge.engine.kernels import Context
 from mixmerge.engine.schedule import Job, Pass
-from mixmerge.engine.worker import Adapters, Files, Worker
+from mixmerge.engine.worker import Adapters, Worker
 from mixmerge.errors import CheckpointError, Fault
 from mixmerge.kernels.philox import Draw
 from mixmerge.plan import Source, Task

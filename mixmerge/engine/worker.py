@@ -3,66 +3,20 @@
 from __future__ import annotations
 
 import math
-import os
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mixmerge.checkpoint.adapter import AdapterDelta, LoadedDelta
-from mixmerge.checkpoint.header import TensorHeader
-from mixmerge.errors import CheckpointError, Fault
+from mixmerge.checkpoint.files import Files
 from mixmerge.kernels.cast import CODES, WIDTHS, decode
 from mixmerge.kernels.combine import BLOCK
 from mixmerge.kernels.random import BLOCKS
 from mixmerge.plan import Plan, Source, Task
 from mixmerge.plan.report import CHUNK, task_rows
-
-
-class Files:
-    """Open input files, shared by all threads; every read is positioned."""
-
-    def __init__(self) -> None:
-        self._handles: dict[Path, int] = {}
-        self._lock = threading.Lock()
-
-    def read(self, header: TensorHeader, start: int, buffer: memoryview) -> None:
-        """Fill ``buffer`` from byte ``start`` of a tensor.
-
-        Raises:
-            CheckpointError: the disk or the file does not give the bytes; names file and byte.
-        """
-        at = header.offset + start
-        try:
-            handle = self._handle(header.file)
-            while buffer:
-                count = os.preadv(handle, [buffer], at)
-                if count == 0:
-                    end = os.fstat(handle).st_size
-                    what = f"it ends at byte {end:,}, inside tensor {header.name!r}: it was changed during the merge"
-                    raise CheckpointError(Fault(str(header.file), what))
-                at += count
-                buffer = buffer[count:]
-        except OSError as error:
-            what = f"cannot be read at byte {at:,} (tensor {header.name!r}): {error.strerror}"
-            raise CheckpointError(
-                Fault(str(header.file), what, run="Check the disk, or copy the file again")
-            ) from error
-
-    def _handle(self, path: Path) -> int:
-        with self._lock:
-            if path not in self._handles:
-                self._handles[path] = os.open(path, os.O_RDONLY)
-            return self._handles[path]
-
-    def close(self) -> None:
-        for handle in self._handles.values():
-            os.close(handle)
-        self._handles.clear()
 
 
 class Adapters:
@@ -79,15 +33,6 @@ class Adapters:
             return self._loaded[id(delta)]
 
 
-@contextmanager
-def opened() -> Iterator[Files]:
-    files = Files()
-    try:
-        yield files
-    finally:
-        files.close()
-
-
 def chunk_length(task: Task, *, rows_whole: bool) -> int:
     """Elements of a chunk: a fixed function of the task, so that no result depends on threads.
 
@@ -97,7 +42,7 @@ def chunk_length(task: Task, *, rows_whole: bool) -> int:
     """
     shape, elements = task.target.shape, max(1, math.prod(task.target.shape))
     unit = 1
-    if any(source.adapter for source in (*task.sources, *((task.base,) if task.base else ()))):
+    if any(source.adapter for source in inputs_of(task)):
         unit = elements // max(1, shape[0])
     if rows_whole:
         unit = max(unit, shape[-1] if shape else 1)
@@ -107,6 +52,11 @@ def chunk_length(task: Task, *, rows_whole: bool) -> int:
 def chunks(task: Task, length: int) -> list[tuple[int, int]]:
     elements = math.prod(task.target.shape)
     return [(start, min(start + length, elements)) for start in range(0, elements, length)]
+
+
+def inputs_of(task: Task) -> tuple[Source, ...]:
+    """The base where there is one, then the experts: the rows of a worker's buffers."""
+    return (*((task.base,) if task.base else ()), *task.sources)
 
 
 class Worker:
@@ -140,16 +90,28 @@ class Worker:
     def words(self) -> NDArray[Any]:
         return self.extra("words", (4 * BLOCKS,), np.uint32)
 
-    def load(self, task: Task, start: int, stop: int) -> None:
-        """Read elements ``start`` to ``stop`` of every input, unless they are the ones last read."""
+    def load(self, task: Task, start: int, stop: int, *, expert: int | None = None) -> None:
+        """Read elements ``start`` to ``stop`` of every input, unless they are the ones last read.
+
+        With ``expert``, the base and that one expert are enough: the others' rows keep what was in them.
+        """
         key = id(task), start, stop
         if self.loaded == key:
             return
         self.loaded = None
-        sources: Sequence[Source] = (*((task.base,) if task.base else ()), *task.sources)
-        for row, source in enumerate(sources):
-            self._load_row(row, source, start, stop)
-        self.loaded = key
+        for row, source in enumerate(inputs_of(task)):
+            if expert is None or row in (0, expert + 1):
+                self._load_row(row, source, start, stop)
+        self.loaded = key if expert is None else None
+
+    def sample(self, task: Task, starts: Sequence[int], length: int) -> None:
+        """Read the ``length`` elements from each of ``starts``, of every input, as if they were one chunk."""
+        self.loaded = None
+        for row, source in enumerate(inputs_of(task)):
+            width = WIDTHS[source.tensor.dtype]
+            self.codes[row], self.direct[row] = CODES[source.tensor.dtype], False
+            places = [start * width for start in starts]
+            self._files.read_runs(source.tensor, places, length * width, self.raw[row].data)
 
     def _load_row(self, row: int, source: Source, start: int, stop: int) -> None:
         self.codes[row], self.direct[row] = CODES[source.tensor.dtype], False

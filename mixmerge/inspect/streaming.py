@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from queue import SimpleQueue
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mixmerge.checkpoint.adapter import LoadedDelta
+from mixmerge.checkpoint.files import Files, opened
 from mixmerge.checkpoint.header import DTYPE_BYTES, TensorHeader
 from mixmerge.errors import CheckpointError, Fault
 from mixmerge.inspect.matching import Matched, Source
@@ -81,38 +80,10 @@ class _Job:
             yield self, start, min(start + self.length, self.tensor.elements)
 
 
-class _Files:
-    """Open files, shared by all threads; every read is positioned."""
-
-    def __init__(self, paths: Sequence[Path], stack: ExitStack) -> None:
-        self._handles: dict[Path, int] = {}
-        for path in paths:
-            try:
-                self._handles[path] = os.open(path, os.O_RDONLY)
-            except OSError as error:
-                raise CheckpointError(Fault(str(path), f"cannot be read: {error.strerror}")) from error
-            stack.callback(os.close, self._handles[path])
-
-    def read(self, header: TensorHeader, start: int, buffer: memoryview) -> None:
-        """Fill ``buffer`` from byte ``start`` of a tensor."""
-        at = header.offset + start
-        while buffer:
-            try:
-                count = os.preadv(self._handles[header.file], [buffer], at)
-            except OSError as error:
-                what = f"cannot be read at byte {at:,} (tensor {header.name!r}): {error.strerror}"
-                run = "Check the disk, or copy the file again"
-                raise CheckpointError(Fault(str(header.file), what, run=run)) from error
-            if count == 0:
-                what = f"it ends at byte {at:,}, inside tensor {header.name!r}: it was changed meanwhile"
-                raise CheckpointError(Fault(str(header.file), what))
-            at, buffer = at + count, buffer[count:]
-
-
 class _Worker:
     """Buffers of one thread: a row for the base and one for each expert."""
 
-    def __init__(self, files: _Files, rows: int, length: int) -> None:
+    def __init__(self, files: Files, rows: int, length: int) -> None:
         self._files = files
         self._raw = np.empty((rows, 4 * length), np.uint8)
         self._weight = np.empty(length, np.float32)
@@ -232,11 +203,10 @@ def sum_tensors(
     """
     experts = len(tensors[0].sources) - 1
     jobs = [_Job(tensor) for tensor in tensors]
-    paths = dict.fromkeys(source.header.file for tensor in tensors for source in tensor.sources)
     results = {tensor.name: Sums.none(experts) for tensor in tensors}
     total, done = sum(tensor.nbytes for tensor in tensors), 0
     with ExitStack() as stack:
-        files = _Files(list(paths), stack)
+        files = stack.enter_context(opened())
         length = max(job.length for job in jobs)
         idle: SimpleQueue[_Worker] = SimpleQueue()
         for _ in range(threads):
