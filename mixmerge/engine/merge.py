@@ -140,6 +140,7 @@ def run(
     count = threads or default_threads()
     if count < 1:
         raise MethodError(Fault("threads", f"is {count}", "1 or more is allowed"))
+    check_target(plan, out, overwrite=overwrite)
     stamps = _stamps(plan)
     fingerprints = input_fingerprints(plan, every_byte=verify_inputs)
     identity = canonical_hash([__version__, plan.hash, plan.text, fingerprints, stamps, device, kernels])

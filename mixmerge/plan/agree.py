@@ -100,9 +100,10 @@ def agree(models: Sequence[Model], donor: int, faults: list[Fault]) -> Agreement
     stored_as, untied = _settle_heads(models, stored, dropped)
     # What the donor lacks comes last: a fault, or a head that is tied in the donor.
     names = tuple(dict.fromkeys([*stored[donor], *(name for keep in stored for name in keep), *untied]))
-    _presence(models, stored, stored_as, names, faults)
-    _shapes(models, stored, stored_as, names, donor, faults)
-    _dtypes(models, stored, stored_as, names, donor, faults)
+    inputs = _Inputs(models, stored, stored_as, names, donor)
+    _presence(inputs, faults)
+    _shapes(inputs, faults)
+    _dtypes(inputs, faults)
     _adapted(models, names, faults)
     return Agreement(names, stored_as, tuple(dropped), untied)
 
@@ -138,40 +139,45 @@ def _settle_heads(
     return stored_as, tuple(untied)
 
 
-def _presence(
-    models: Sequence[Model],
-    stored: list[dict[str, TensorHeader]],
-    stored_as: dict[tuple[int, str], str],
-    names: tuple[str, ...],
-    faults: list[Fault],
-) -> None:
-    for number, keep in enumerate(stored):
-        missing = [name for name in names if stored_as.get((number, name), name) not in keep]
+@dataclass(frozen=True)
+class _Inputs:
+    """What is compared; fields as in ``Agreement``, ``stored`` the tensors of every model that count."""
+
+    models: Sequence[Model]
+    stored: Sequence[dict[str, TensorHeader]]
+    stored_as: dict[tuple[int, str], str]
+    names: tuple[str, ...]
+    donor: int
+
+    def own(self, number: int, name: str) -> TensorHeader | None:
+        """A model's tensor for an output name."""
+        return self.stored[number].get(self.stored_as.get((number, name), name))
+
+
+def _presence(inputs: _Inputs, faults: list[Fault]) -> None:
+    for number in range(len(inputs.models)):
+        missing = [name for name in inputs.names if inputs.own(number, name) is None]
         if missing:
-            having = [str(models[other].ref) for other in range(len(models)) if missing[0] in stored[other]]
+            having = [
+                str(model.ref)
+                for model, theirs in zip(inputs.models, inputs.stored, strict=True)
+                if missing[0] in theirs
+            ]
             faults.append(
                 Fault(
-                    str(models[number]),
-                    f"it lacks {len(missing)} of {len(names)} tensors: {some(missing)}",
+                    str(inputs.models[number]),
+                    f"it lacks {len(missing)} of {len(inputs.names)} tensors: {some(missing)}",
                     f"{some(having)} has {missing[0]}",
                     "Merge models of one architecture with the same heads and biases, or save them alike first",
                 )
             )
 
 
-def _shapes(
-    models: Sequence[Model],
-    stored: list[dict[str, TensorHeader]],
-    stored_as: dict[tuple[int, str], str],
-    names: tuple[str, ...],
-    donor: int,
-    faults: list[Fault],
-) -> None:
-    for number, keep in enumerate(stored):
+def _shapes(inputs: _Inputs, faults: list[Fault]) -> None:
+    for number in range(len(inputs.models)):
         different = []
-        for name in names:
-            mine = keep.get(stored_as.get((number, name), name))
-            other = stored[donor].get(stored_as.get((donor, name), name))
+        for name in inputs.names:
+            mine, other = inputs.own(number, name), inputs.own(inputs.donor, name)
             if mine and other and mine.shape != other.shape:
                 different.append((name, mine.shape, other.shape))
         if not different:
@@ -185,8 +191,8 @@ def _shapes(
         )
         faults.append(
             Fault(
-                str(models[number]),
-                f"{len(different)} tensors have other shapes than in {models[donor].ref}: {name} is "
+                str(inputs.models[number]),
+                f"{len(different)} tensors have other shapes than in {inputs.models[inputs.donor].ref}: {name} is "
                 f"{list(mine_shape)}, there {list(other_shape)}"
                 + (f"; also {some(n for n, _, _ in different[1:])}" if len(different) > 1 else ""),
                 run=advice,
@@ -194,15 +200,8 @@ def _shapes(
         )
 
 
-def _dtypes(
-    models: Sequence[Model],
-    stored: list[dict[str, TensorHeader]],
-    stored_as: dict[tuple[int, str], str],
-    names: tuple[str, ...],
-    donor: int,
-    faults: list[Fault],
-) -> None:
-    for number, keep in enumerate(stored):
+def _dtypes(inputs: _Inputs, faults: list[Fault]) -> None:
+    for number, keep in enumerate(inputs.stored):
         odd = [
             f"{name} ({header.dtype})"
             for name, header in keep.items()
@@ -211,23 +210,22 @@ def _dtypes(
         if odd:
             faults.append(
                 Fault(
-                    str(models[number]),
+                    str(inputs.models[number]),
                     f"dtype not supported: {some(odd)}",
                     f"Supported: {', '.join(FLOATS)}; integers and booleans are copied",
                     "Save the model in bfloat16 first",
                 )
             )
         kinds = []
-        for name in names:
-            mine = keep.get(stored_as.get((number, name), name))
-            other = stored[donor].get(stored_as.get((donor, name), name))
+        for name in inputs.names:
+            mine, other = inputs.own(number, name), inputs.own(inputs.donor, name)
             if mine and other and mine.dtype != other.dtype and {mine.dtype, other.dtype} & set(_WHOLE):
                 kinds.append(f"{name} ({mine.dtype}, there {other.dtype})")
         if kinds:
             faults.append(
                 Fault(
-                    str(models[number]),
-                    f"stored as another kind of number than in {models[donor].ref}: {some(kinds)}",
+                    str(inputs.models[number]),
+                    f"stored as another kind of number than in {inputs.models[inputs.donor].ref}: {some(kinds)}",
                     "Integers and booleans are copied, so every input must have the same",
                     "Save that tensor alike in every input first",
                 )
