@@ -53,7 +53,11 @@ class Steps:
             return self.count == self.at
 
     def fire(self) -> None:
-        os.kill(os.getpid(), self.number)
+        if self.number == signal.SIGSTOP:
+            # Sent to the process, it may reach another thread, and this one writes on for a while.
+            signal.pthread_kill(threading.get_ident(), self.number)
+        else:
+            os.kill(os.getpid(), self.number)
 
     def audit(self, event: str, arguments: tuple[Any, ...]) -> None:
         opened = event == "open" and isinstance(arguments[2], int) and arguments[2] & WRITES
