@@ -156,6 +156,7 @@ def _collect(task: Task, asked: list[_Wanted], pieces: list[tuple[int, int]]) ->
     for one in asked:
         # A zero changes nothing, kept or not: that many ties need not be told apart.
         one.low = max(one.low, 1)
+        one.high = max(one.high, one.low)
     experts = np.array([one.expert + 1 for one in asked], np.int64)
     low = np.array([one.low for one in asked], np.uint32)
     high = np.array([one.high for one in asked], np.uint32)
