@@ -20,6 +20,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from mixmerge.checkpoint.header import DTYPE_BYTES
+from mixmerge.machine import cache_root
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,6 +28,11 @@ if TYPE_CHECKING:
 
 _CACHE = Path(tempfile.mkdtemp(prefix="mixmerge-tests-"))
 atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
+# Compiled loops are kept by the hash of their source, and take a minute to make: the user's are as good.
+_KERNELS = cache_root() / "kernels"
+_KERNELS.mkdir(parents=True, exist_ok=True)
+(_CACHE / "mixmerge").mkdir()
+(_CACHE / "mixmerge" / "kernels").symlink_to(_KERNELS.resolve())
 os.environ.update(
     GOMP_SPINCOUNT="0",  # two OpenMP threads that spin on shared cores are 5 to 10 times slower
     OMP_NUM_THREADS="1",

@@ -98,13 +98,14 @@ def expected(base: Mapping[str, Any], experts: list[Mapping[str, Any]], names: l
 @pytest.mark.parametrize("experts", [1, 2, 5])
 @pytest.mark.parametrize("n", [1, 7, 2016, 5000])
 def test_the_kernel_is_its_reference(experts: int, n: int) -> None:
-    from mixmerge.kernels.cast import CODES, decode
-    from mixmerge.kernels.compare import BLOCK, compare_chunk, compare_reference
+    from mixmerge.kernels.compare import compare_reference
+    from mixmerge.kernels.layout import CODES, COMPARE_BLOCK, LANES
+    from mixmerge.kernels.loops import compare_chunk, decode
 
     random = np.random.default_rng(n + experts)
     raw = np.zeros((experts + 1, 4 * n), np.uint8)
     codes = np.array([CODES[("BF16", "F16", "F32")[row % 3]] for row in range(experts + 1)])
-    direct = np.array([row == 3 for row in range(experts + 1)])
+    direct = np.array([row == 3 for row in range(experts + 1)], np.uint8)
     values = np.empty((experts + 1, n), np.float32)
     for row, code in enumerate(codes):
         exact = random.choice([-0.0, 0.0, 0.5, -0.5, 1e-3, 3.0], size=n).astype(np.float32)
@@ -115,16 +116,16 @@ def test_the_kernel_is_its_reference(experts: int, n: int) -> None:
         decode(code, raw[row], 0, values[row])
     deltas = np.stack([values[row] - (0 if direct[row] else values[0]) for row in range(1, experts + 1)])
     products, counts = np.ones((experts, experts)), np.ones((experts, experts), np.int64)
-    seen = np.zeros(experts + 1, np.uint32)
-    square, conflicts = compare_chunk(
-        raw, codes, direct, n, np.empty((experts + 1, BLOCK), np.float32),
-        np.empty((experts + 1, BLOCK), np.uint8), products, counts, seen,
+    totals, seen = np.empty(2), np.zeros(experts + 1, np.uint32)
+    compare_chunk(
+        raw, codes, direct, n, np.empty((experts + 1, COMPARE_BLOCK), np.float32),
+        np.empty((experts + 1, COMPARE_BLOCK), np.uint8), np.empty((experts**2 + 1, LANES)), products, counts,
+        totals, seen,
     )  # fmt: skip
     reference = compare_reference(values[0], deltas)
     np.testing.assert_allclose(np.triu(products), reference[0], rtol=1e-12, atol=1e-12)
     assert np.array_equal(np.triu(counts), reference[1])
-    assert square == pytest.approx(reference[2], rel=1e-12)
-    assert conflicts == reference[3]
+    assert tuple(totals) == (pytest.approx(reference[2], rel=1e-12), reference[3])
 
 
 # -- names ------------------------------------------------------------------------------------------------

@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mixmerge.engine import cuts
-from mixmerge.kernels import combine, masks
-from mixmerge.kernels.cast import CODES, decode, encode
-from mixmerge.kernels.combine import BLOCK
+from mixmerge.kernels import loops
+from mixmerge.kernels.compiled import combine
+from mixmerge.kernels.layout import BLOCK, CODES, DRAW_BLOCKS, KEEP_CUT, LANES, bin_count, rank_words
+from mixmerge.kernels.loops import decode, draw_block, encode
 from mixmerge.kernels.philox import Draw, draws
-from mixmerge.kernels.random import BLOCKS, draw_block
 from mixmerge.methods import sparsify as sp
 
 Floats = NDArray[np.float32]
@@ -105,7 +105,7 @@ def test_draws_are_the_plain_ones(start: int, length: int) -> None:
         length = 2**34 - start  # the low counter word wraps between calls, never inside one
     draw, lanes, found = (
         Draw(2**64 - 5, "a.weight"),
-        np.empty(4 * BLOCKS, np.uint32),
+        np.empty(4 * DRAW_BLOCKS, np.uint32),
         np.empty(length, np.uint32),
     )
     stream = np.array([*draw.key, 65_535, *draw.name_words], np.uint32)
@@ -121,22 +121,24 @@ def test_draws_are_the_plain_ones(start: int, length: int) -> None:
 def test_norms_and_products(n: int) -> None:
     rng = np.random.default_rng(n)
     a, b = rng.standard_normal((2, n)).astype(np.float32)
-    scratch = np.empty((2, BLOCK), np.float32)
+    scratch, lanes, sums = np.empty((3, BLOCK), np.float32), np.empty((3, LANES)), np.empty(3)
     for dtype in CODES:
         pair = [torch.from_numpy(values).to(TORCH[dtype]) for values in (a, b)]
         wide, other = (tensor.double().numpy() for tensor in pair)
         stored = np.stack([raw_bytes(tensor) for tensor in pair])
-        found = combine.products_chunk(stored, np.array([CODES[dtype]] * 2), n, scratch)
-        assert found == pytest.approx((wide @ wide, other @ other, wide @ other), rel=1e-12, abs=1e-12 * n)
+        loops.products_chunk(stored, np.array([CODES[dtype]] * 2), n, scratch, lanes, sums)
+        assert tuple(sums) == pytest.approx(
+            (wide @ wide, other @ other, wide @ other), rel=1e-12, abs=1e-12 * n
+        )
     raw, codes = np.stack([a, b]).view(np.uint8), np.array([2, 2])
     median = float(np.median(np.abs(b - a)))
     cut = np.array(cuts.Cut(int(np.float32(median).view(np.uint32)), cuts.LAST, cuts.NEVER, -1), np.int64)
-    every, kept = combine.magnitudes_chunk(
-        raw, codes, np.array([False, False]), n, 0, 1, combine.KEEP_CUT, cut, np.zeros(1, np.uint8), scratch
+    loops.magnitudes_chunk(
+        raw, codes, np.zeros(2, np.uint8), n, 0, 1, KEEP_CUT, cut, np.zeros(1, np.uint8), scratch, lanes, sums
     )
     size = np.abs(b - a).astype(np.float64)
-    assert every == pytest.approx(size.sum(), rel=1e-12)
-    assert kept == pytest.approx(size[size >= np.float32(median)].sum(), rel=1e-12)
+    assert sums[0] == pytest.approx(size.sum(), rel=1e-12)
+    assert sums[1] == pytest.approx(size[size >= np.float32(median)].sum(), rel=1e-12)
 
 
 # --- masks as bits
@@ -150,7 +152,7 @@ def test_bits_of_a_mask(mask: list[bool], start: int) -> None:
     keep = np.array(mask, np.uint8)
     bits = np.concatenate([np.zeros(start // 8, np.uint8), np.packbits(keep, bitorder="little")])
     delta = np.arange(1, len(mask) + 1, dtype=np.float32)
-    combine.keep_bits(delta, bits, start)
+    combine.keep_bits(delta, bits, start, np.empty(BLOCK, np.float32))
     assert np.array_equal(delta != 0, keep.astype(np.bool_))
 
 
@@ -205,12 +207,14 @@ def drawn_mask(
     n, draw = delta.size, Draw(9, "w")
     raw = np.stack([np.zeros(n, np.float32), delta.reshape(-1)]).view(np.uint8)
     mask = np.zeros((n + 7) // 8 + 1, np.uint8)
-    every, kept = masks.mask_chunk(
-        raw, np.array([2, 2]), np.array([False, True]), n, first, row, 1,
-        np.array([*draw.key, 3, *draw.name_words], np.uint32), density, epsilon, mask, np.empty(n, np.float32),
-        np.empty(n, np.uint32), np.empty(n, np.uint8), np.empty(BLOCK, np.float32), np.empty(4 * BLOCKS, np.uint32),
+    stream, sums = np.array([*draw.key, 3, *draw.name_words], np.uint32), np.empty(2)
+    loops.mask_chunk(
+        raw, np.array([2, 2]), np.array([0, 1], np.uint8), n, first, row, 1, stream, density, epsilon, mask,
+        np.empty(n, np.float32), np.empty(n, np.uint32), np.empty(n, np.uint8), np.empty(BLOCK, np.float32),
+        np.empty(4 * DRAW_BLOCKS, np.uint32), bin_count(row), np.empty(rank_words(row), np.uint32),
+        np.empty((2, LANES)), sums,
     )  # fmt: skip
-    return np.unpackbits(mask, bitorder="little")[:n].astype(np.bool_), every, kept
+    return np.unpackbits(mask, bitorder="little")[:n].astype(np.bool_), *map(float, sums)
 
 
 def check_mask(delta: Floats, density: float, epsilon: float, *, first: int = 0) -> None:
@@ -266,9 +270,10 @@ def test_each_entry_over_its_own_chance(kind: str, density: float, epsilon: floa
         delta, n = rows_of(kind, rows, row), rows * row
         raw = np.stack([np.zeros(n, np.float32), delta.reshape(-1)]).view(np.uint8)
         found = np.empty(n, np.float32)
-        masks.inverse_chunk(
-            raw, np.array([2, 2]), np.array([False, True]), n, 0, row, 1, stream, density, epsilon,
-            np.empty(n, np.uint32), np.empty(BLOCK, np.float32), np.empty(4 * BLOCKS, np.uint32), found,
+        loops.inverse_chunk(
+            raw, np.array([2, 2]), np.array([0, 1], np.uint8), n, 0, row, 1, stream, density, epsilon,
+            np.empty(n, np.uint32), np.empty(BLOCK, np.float32), np.empty(4 * DRAW_BLOCKS, np.uint32),
+            np.empty(rank_words(row), np.uint32), found,
         )  # fmt: skip
         tensor = torch.from_numpy(delta)
         chance = sp.ranked(tensor, density, epsilon)

@@ -22,8 +22,9 @@ from mixmerge.engine import cuts, worker
 from mixmerge.engine.kernels import band
 from mixmerge.engine.schedule import Job, Schedule
 from mixmerge.engine.worker import Adapters, Worker
-from mixmerge.kernels import combine, select
-from mixmerge.kernels.combine import BLOCK
+from mixmerge.kernels import loops
+from mixmerge.kernels.compiled import combine
+from mixmerge.kernels.layout import BLOCK, HIGH_BINS, LOW_BINS, LOW_SHIFT
 from mixmerge.plan import Source, Target, Task
 
 Floats = NDArray[np.float32]
@@ -213,18 +214,17 @@ def test_histograms_and_ties_by_counting() -> None:
     delta = np.round(np.random.default_rng(6).standard_normal(9001) * 4).astype(np.float32) / 4
     bits, scratch = delta.view(np.uint32) & ABS, np.empty((2, BLOCK), np.float32)
     raw, codes = np.stack([np.zeros(9001, np.float32), delta]).view(np.uint8), np.array([2, 2])
-    direct = np.array([False, True])
-    bins = np.zeros(select.HIGH_BINS, np.int64)
-    select.histogram_chunk(raw, codes, direct, 9001, 1, -1, bins, scratch)
-    assert np.array_equal(bins, np.bincount(bits >> select.LOW_SHIFT, minlength=select.HIGH_BINS))
+    direct, found = np.array([0, 1], np.uint8), np.empty(2, np.int64)
+    bins = np.zeros(HIGH_BINS, np.int64)
+    loops.histogram_chunk(raw, codes, direct, 9001, 1, -1, bins, scratch)
+    assert np.array_equal(bins, np.bincount(bits >> LOW_SHIFT, minlength=HIGH_BINS))
     for k in (1, 500, 9001):
-        prefix, above = select.locate(bins, k)
-        low = np.zeros(select.LOW_BINS, np.int64)
-        select.histogram_chunk(raw, codes, direct, 9001, 1, prefix, low, scratch)
-        suffix, more = select.locate(low, k - above)
-        assert prefix << select.LOW_SHIFT | suffix == np.sort(bits)[9001 - k]
+        prefix, above = cuts.locate(bins, k)
+        low = np.zeros(LOW_BINS, np.int64)
+        loops.histogram_chunk(raw, codes, direct, 9001, 1, prefix, low, scratch)
+        suffix, more = cuts.locate(low, k - above)
+        assert prefix << LOW_SHIFT | suffix == np.sort(bits)[9001 - k]
         places = np.flatnonzero(bits == np.sort(bits)[9001 - k])
         nth = k - above - more
-        assert select.ties_chunk(
-            raw, codes, direct, 9001, 1, prefix << select.LOW_SHIFT | suffix, nth, scratch
-        ) == (len(places), places[nth - 1])
+        loops.ties_chunk(raw, codes, direct, 9001, 1, prefix << LOW_SHIFT | suffix, nth, scratch, found)
+        assert tuple(found) == (len(places), places[nth - 1])

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = {"mixmerge": "mixmerge", "routers": "mixmerge.routers", "kernels": "mixmerge.kernels"}
 HEAVY = ("torch", "transformers", "mergekit", "numba", "peft")
 ANY = frozenset({"*"})
-SHARED = frozenset({"errors", "registry", "checkpoint", "experts", "outcomes", "kernels"})
+SHARED = frozenset({"errors", "registry", "checkpoint", "experts", "outcomes", "kernels", "machine"})
 _COMPOSITION = frozenset({"decision", "engines", "aggregate", "dynamic", "latent", "logits"})
 
 # unit -> the units it may import, at any depth of a function. ``methods`` as seen by recipe, plan and the
@@ -29,7 +29,8 @@ _COMPOSITION = frozenset({"decision", "engines", "aggregate", "dynamic", "latent
 ALLOWED: dict[str, frozenset[str]] = {
     "errors": frozenset(),
     "registry": frozenset({"errors"}),
-    "kernels": frozenset({"errors"}),
+    "machine": frozenset(),
+    "kernels": frozenset({"errors", "machine"}),
     "methods": frozenset({"errors", "registry", "kernels"}),
     "recipe": frozenset({"errors", "registry", "methods"}),
     "checkpoint": frozenset({"errors", "registry", "kernels"}),
@@ -39,7 +40,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "plan": frozenset({"errors", "registry", "recipe", "methods", "checkpoint"}),
     "calibrate": frozenset({"errors", "registry", "experts", "methods", "kernels"}),
     "engine": SHARED | {"plan", "recipe", "methods", "calibrate"},
-    "inspect": frozenset({"errors", "registry", "checkpoint", "kernels"}),
+    "inspect": frozenset({"errors", "registry", "checkpoint", "kernels", "machine"}),
     # answer side
     "decision": frozenset({"errors", "registry"}),
     "routers": SHARED - {"checkpoint"} | {"decision"},

@@ -43,14 +43,13 @@ def print_plan(
     allow_tokenizer_mismatch: bool = False,
 ) -> None:
     """Make a plan and print it."""
-    import os
-
+    from mixmerge.engine.merge import default_threads
     from mixmerge.plan import as_json, make_plan
 
     made = make_plan(recipe, allow_tokenizer_mismatch=allow_tokenizer_mismatch)
     if not quiet:
         warn(made.warnings)
-    report = as_json(made, threads=threads or len(os.sched_getaffinity(0)))
+    report = as_json(made, threads=threads or default_threads())
     if json:
         emit_json(report)
         return

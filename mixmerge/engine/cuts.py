@@ -13,9 +13,8 @@ from numpy.typing import NDArray
 
 from mixmerge.engine.schedule import Pass
 from mixmerge.engine.worker import Worker, inputs_of
-from mixmerge.kernels import select
-from mixmerge.kernels.cast import decode
-from mixmerge.kernels.combine import BLOCK, delta_block
+from mixmerge.kernels import loops
+from mixmerge.kernels.layout import BLOCK, HIGH_BINS, LOW_BINS, LOW_SHIFT
 from mixmerge.plan import Task
 
 NEVER = 0xFFFFFFFF
@@ -47,8 +46,6 @@ RUNS, RUN = 256, 128
 ROWS, ROW = 32, 1024
 # Magnitudes that hold this share of the sample are counted, not gathered: bfloat16 deltas have few values.
 CROWD, CROWDS = 1 / 64, 8
-# Bins that find the wanted entry among those a bracket holds.
-STEPS = 12
 
 
 @dataclass
@@ -141,14 +138,9 @@ def _sample(worker: Worker, task: Task, experts: list[int], elements: int) -> di
 
 
 def _magnitudes(worker: Worker, row: int, n: int) -> NDArray[np.uint32]:
-    base, parts = worker.scratch[0], []
-    for s in range(0, n, BLOCK):
-        m = min(BLOCK, n - s)
-        delta = np.empty(m, np.float32)
-        decode(worker.codes[0], worker.raw[0], s, base[:m])
-        delta_block(worker.raw, worker.codes, worker.direct, row, s, base[:m], delta)
-        parts.append(delta.view(np.uint32) & np.uint32(_TOP))
-    return np.concatenate(parts)
+    deltas = np.empty(n, np.float32)
+    loops.deltas(worker.raw, worker.codes, worker.direct, row, 0, deltas, worker.scratch[0])
+    return deltas.view(np.uint32) & np.uint32(_TOP)
 
 
 def _collect(task: Task, asked: list[_Wanted], pieces: list[tuple[int, int]]) -> Steps:
@@ -175,7 +167,7 @@ def _collect(task: Task, asked: list[_Wanted], pieces: list[tuple[int, int]]) ->
         bits = worker.extra("found_bits", (count, worker.length + BLOCK), np.uint32)
         places = worker.extra("found_places", (count, worker.length + BLOCK), np.uint32)
         flags = worker.extra("flags", (BLOCK,), np.uint8)
-        select.collect_chunk(
+        loops.collect_chunk(
             worker.raw, worker.codes, worker.direct, stop - start, experts, low, high, crowds, sizes,
             above, counted, found, room, bits, places, worker.scratch, flags,
         )  # fmt: skip
@@ -192,75 +184,59 @@ def _collect(task: Task, asked: list[_Wanted], pieces: list[tuple[int, int]]) ->
 
 def _settle(task: Task, one: _Wanted, found: list[_Found], pieces: list[tuple[int, int]]) -> Steps:
     """The bits and index that are wanted, if the bracket holds them and all of it was gathered."""
-    gathered = [
-        (part.start, part.bits, part.places)
-        for part in found
-        if part.bits is not None and part.places is not None
-    ]
+    gathered = [part.bits for part in found if part.bits is not None]
     if len(gathered) < len(found):
         return
-    low, shift = np.uint32(one.low), np.uint32(max(0, (one.high - one.low).bit_length() - STEPS))
-    bins = np.zeros(1 << STEPS, np.int64)
-    for _, bits, _ in gathered:
-        select.count_steps(bits, low, shift, bins)
-    for at, crowd in enumerate(one.crowds):
-        bins[(crowd - one.low) >> int(shift)] += sum(part.crowds[at] for part in found)
-    rank = one.rank - sum(part.above for part in found)
-    if rank > bins.sum() and one.low <= 1:
+    bits, rank = np.concatenate(gathered), one.rank - sum(part.above for part in found)
+    held = len(bits) + sum(sum(part.crowds) for part in found)
+    if rank > held and one.low <= 1:
         one.bits, one.index = 0, LAST
         return
-    if not 1 <= rank <= bins.sum():
+    if not 1 <= rank <= held:
         return
-    step, above = select.locate(bins, rank)
-    values, index = _of_step(gathered, low, shift, step, int(bins[step]))
-    crowds = {
-        crowd: [part.crowds[at] for part in found]
-        for at, crowd in enumerate(one.crowds)
-        if (crowd - one.low) >> int(shift) == step
-    }
-    rank -= above
-    for value in sorted({*map(int, values), *crowds}, reverse=True):
-        ties = index[values == value]  # in rising order: chunks and blocks are
-        count = sum(crowds[value]) if value in crowds else len(ties)
-        if rank <= count:
-            one.bits = value
-            if value not in crowds:
-                one.index = int(ties[rank - 1])
-            elif rank == count:
-                one.index = LAST
-            else:
-                counts = [(count, -1) for count in crowds[value]]
-                one.index = yield from tie_index(task, one.expert, value, rank, counts, pieces)
+    for at in reversed(range(len(one.crowds))):
+        crowd, counts = one.crowds[at], [(part.crowds[at], -1) for part in found]
+        above, ties = int(np.count_nonzero(bits > np.uint32(crowd))), sum(count for count, _ in counts)
+        if rank <= above:
+            break
+        if rank <= above + ties:
+            one.bits, one.index = crowd, LAST
+            if rank < above + ties:
+                one.index = yield from tie_index(task, one.expert, crowd, rank - above, counts, pieces)
             return
-        rank -= count
+        rank -= ties
+    value = np.partition(bits, len(bits) - rank)[len(bits) - rank]
+    nth = rank - int(np.count_nonzero(bits > value))
+    # Ties are in the order of their indices: chunks and blocks are.
+    one.bits, one.index = int(value), _index_of(int(np.flatnonzero(bits == value)[nth - 1]), found)
 
 
-def _of_step(
-    gathered: list[tuple[int, NDArray[np.uint32], NDArray[np.uint32]]],
-    low: np.uint32,
-    shift: np.uint32,
-    step: int,
-    most: int,
-) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
-    """Bits and indices in the tensor of what one bin of the bracket holds."""
-    values, index, at = np.empty(most, np.uint32), np.empty(most, np.int64), 0
-    for start, bits, places in gathered:
-        more = select.gather_step(bits, places, low, shift, step, values[at:], index[at:])
-        index[at : at + more] += start
-        at += more
-    return values[:at], index[:at]
+def _index_of(position: int, found: list[_Found]) -> int:
+    """The index in the tensor of one of all that was gathered, counted from the first chunk on."""
+    for part in found:
+        if part.places is not None and position < len(part.places):
+            return part.start + int(part.places[position])
+        position -= 0 if part.places is None else len(part.places)
+    raise IndexError(position)
+
+
+def locate(bins: NDArray[np.int64], k: int) -> tuple[int, int]:
+    """The bin that holds the k-th largest of a histogram, and how many are in the bins above it."""
+    from_top = np.cumsum(bins[::-1])
+    position = int(np.searchsorted(from_top, k))
+    return len(bins) - 1 - position, int(from_top[position - 1]) if position else 0
 
 
 def _by_histogram(task: Task, one: _Wanted, pieces: list[tuple[int, int]]) -> Steps:
     """Two passes of histograms find the magnitude, two of counting the last of its ties that is kept."""
     lock = threading.Lock()
-    high = np.zeros(select.HIGH_BINS, np.int64)
+    high = np.zeros(HIGH_BINS, np.int64)
     yield histogram_pass(task, one.expert, -1, high, pieces, lock)
-    prefix, above = select.locate(high, one.rank)
-    low = np.zeros(select.LOW_BINS, np.int64)
+    prefix, above = locate(high, one.rank)
+    low = np.zeros(LOW_BINS, np.int64)
     yield histogram_pass(task, one.expert, prefix, low, pieces, lock)
-    suffix, more = select.locate(low, one.rank - above)
-    one.bits = prefix << select.LOW_SHIFT | suffix
+    suffix, more = locate(low, one.rank - above)
+    one.bits = prefix << LOW_SHIFT | suffix
     counts = yield ties_pass(task, one.expert, one.bits, [0] * len(pieces), pieces)
     one.index = yield from tie_index(task, one.expert, one.bits, one.rank - above - more, counts, pieces)
 
@@ -285,12 +261,12 @@ def histogram_pass(
     pieces: list[tuple[int, int]],
     lock: threading.Lock,
 ) -> Pass:
-    """Add one expert's magnitudes to ``bins``, under ``lock``; see ``select.histogram_chunk``."""
+    """Add one expert's magnitudes to ``bins``, under ``lock``; see ``loops.histogram_chunk``."""
 
     def count(worker: Worker, number: int, start: int, stop: int) -> None:
         worker.load(task, start, stop, expert=expert)
         mine = np.zeros(len(bins), np.int64)
-        select.histogram_chunk(
+        loops.histogram_chunk(
             worker.raw, worker.codes, worker.direct, stop - start, expert + 1, prefix, mine, worker.scratch
         )
         with lock:
@@ -304,10 +280,11 @@ def ties_pass(task: Task, expert: int, bits: int, wanted: list[int], pieces: lis
 
     def count(worker: Worker, number: int, start: int, stop: int) -> tuple[int, int]:
         worker.load(task, start, stop, expert=expert)
-        result: tuple[int, int] = select.ties_chunk(
+        result = np.zeros(2, np.int64)
+        loops.ties_chunk(
             worker.raw, worker.codes, worker.direct, stop - start, expert + 1, bits, wanted[number],
-            worker.scratch,
+            worker.scratch, result,
         )  # fmt: skip
-        return result
+        return int(result[0]), int(result[1])
 
     return Pass(count, pieces)

@@ -13,8 +13,8 @@ from mixmerge.engine.cuts import LOOSE, Cut, order_statistics
 from mixmerge.engine.schedule import Job, Pass
 from mixmerge.engine.worker import Worker, chunk_length, chunks, inputs_of
 from mixmerge.errors import CheckpointError, Fault
-from mixmerge.kernels import combine, masks
-from mixmerge.kernels.cast import CODES, WIDTHS, decode
+from mixmerge.kernels import loops
+from mixmerge.kernels.layout import CODES, KEEP_ALL, KEEP_BITS, KEEP_CUT, WIDTHS, bin_count, rank_words
 from mixmerge.kernels.philox import Draw
 from mixmerge.plan import Plan, Task
 
@@ -73,7 +73,7 @@ def _refuse(plan: Plan, worker: Worker, task: Task, start: int, stop: int) -> No
     worker.load(task, start, stop)  # what a method made of them in place is not what the files hold
     values = np.empty(stop - start, np.float32)
     for row, source in enumerate(inputs):
-        decode(worker.codes[row], worker.raw[row], 0, values)
+        loops.decode(worker.codes[row], worker.raw[row], 0, values)
         if not np.isfinite(values).all():
             at = start + int(np.flatnonzero(~np.isfinite(values))[0])
             raise CheckpointError(
@@ -99,7 +99,7 @@ def _linear_pass(context: Context, task: Task, factors: NDArray[np.float32], len
         worker.load(task, start, stop)
         count = len(factors)
         worker.seen[: count + 1] = 0
-        combine.linear_chunk(
+        loops.linear_chunk(
             worker.raw[:count], worker.codes[:count], stop - start, factors, worker.out, code,
             worker.scratch, worker.seen,
         )  # fmt: skip
@@ -126,10 +126,12 @@ def slerp(context: Context, task: Task) -> Job:
 
     def products(worker: Worker, number: int, start: int, stop: int) -> tuple[float, float, float]:
         worker.load(task, start, stop)
-        sums: tuple[float, float, float] = combine.products_chunk(
-            worker.raw[:2], worker.codes[:2], stop - start, worker.scratch
+        sums = np.empty(3)
+        loops.products_chunk(
+            worker.raw[:2], worker.codes[:2], stop - start, worker.scratch, worker.lanes, sums
         )
-        return sums
+        aa, bb, ab = map(float, sums)
+        return aa, bb, ab
 
     parts = yield Pass(products, chunks(task, length))
     aa, bb, ab = (sum(part[i] for part in parts) for i in range(3))
@@ -205,7 +207,7 @@ def _combine_pass(
         if prepare is not None:
             prepare(worker, start, stop)
         masks = state.masks[min(number, len(state.masks) - 1)]
-        combine.combine_chunk(
+        loops.combine_chunk(
             worker.raw[: count + 1], worker.codes[: count + 1], worker.direct[: count + 1], stop - start, start,
             weights, state.factors, state.keep, state.cuts, masks, elect, normalize, divisor, scale,
             worker.out, code, worker.scratch, worker.seen,
@@ -226,7 +228,7 @@ def _find_cuts(context: Context, task: Task, state: _Deltas, pieces: list[tuple[
         cuts = yield from order_statistics(task, wanted, pieces)
     for k, cut in enumerate(cuts):
         state.cuts[k] = cut
-        state.keep[k] = combine.KEEP_ALL if cut == LOOSE else combine.KEEP_CUT
+        state.keep[k] = KEEP_ALL if cut == LOOSE else KEEP_CUT
 
 
 def band(elements: int, density: float, gamma: float) -> tuple[int, int]:
@@ -245,19 +247,26 @@ def _restored(every: float, kept: float) -> np.float32:
 def _restore_norms(task: Task, state: _Deltas, pieces: list[tuple[int, int]]) -> Job:
     count = len(task.sources)
 
-    def norms(worker: Worker, number: int, start: int, stop: int) -> list[tuple[float, float]]:
+    def norms(worker: Worker, number: int, start: int, stop: int) -> NDArray[np.float64]:
         worker.load(task, start, stop)
-        return [
-            combine.magnitudes_chunk(
+        sums = np.empty((count, 2))
+        for k in range(count):
+            loops.magnitudes_chunk(
                 worker.raw, worker.codes, worker.direct, stop - start, start, k + 1, state.keep[k],
-                state.cuts[k], state.masks[0, 0], worker.scratch,
-            )
-            for k in range(count)
-        ]  # fmt: skip
+                state.cuts[k], state.masks[0, 0], worker.scratch, worker.lanes, sums[k],
+            )  # fmt: skip
+        return sums
 
     parts = yield Pass(norms, pieces)
-    for k in range(count):
-        state.factors[k] = _restored(sum(part[k][0] for part in parts), sum(part[k][1] for part in parts))
+    state.factors[:] = _factors(parts, count)
+
+
+def _factors(parts: list[NDArray[np.float64]], experts: int) -> list[np.float32]:
+    """What restores the norm of each expert, from its (every, kept) in every chunk."""
+    total = np.zeros((experts, 2))
+    for part in parts:
+        total += part
+    return [_restored(float(every), float(kept)) for every, kept in total]
 
 
 def _stream(plan: Plan, task: Task, expert: int) -> NDArray[np.uint32]:
@@ -284,32 +293,27 @@ def _draw_masks(
         return
     state.masks = np.zeros((max(1, len(pieces)), count, (length + 7) // 8 + 1), np.uint8)
     streams = [_stream(context.plan, task, k) for k in range(count)]
-    state.keep[drawn] = combine.KEEP_BITS
+    state.keep[drawn] = KEEP_BITS
+    row = max(row for row, _, _ in chances)
+    bins, words = bin_count(row), rank_words(row)
 
-    def draw(worker: Worker, number: int, start: int, stop: int) -> list[tuple[float, float]]:
+    def draw(worker: Worker, number: int, start: int, stop: int) -> NDArray[np.float64]:
         worker.load(task, start, stop)
-        draws, keep = (
-            worker.extra("draws", (worker.length,), np.uint32),
-            worker.extra("keep", (worker.length,), np.uint8),
-        )
-        sums = []
-        for k in drawn:
-            row, density, epsilon = chances[k]
-            sums.append(
-                masks.mask_chunk(
-                    worker.raw, worker.codes, worker.direct, stop - start, start, row, k + 1, streams[k],
-                    density, epsilon, state.masks[number, k], worker.values, draws, keep,
-                    worker.scratch[0], worker.words,
-                )
+        draws = worker.extra("draws", (worker.length,), np.uint32)
+        keep = worker.extra("keep", (worker.length,), np.uint8)
+        ranks, sums = worker.extra("ranks", (words,), np.uint32), np.empty((len(drawn), 2))
+        for at, k in enumerate(drawn):
+            _, density, epsilon = chances[k]
+            loops.mask_chunk(
+                worker.raw, worker.codes, worker.direct, stop - start, start, row, k + 1, streams[k],
+                density, epsilon, state.masks[number, k], worker.values, draws, keep, worker.scratch[0],
+                worker.words, bins, ranks, worker.lanes, sums[at],
             )  # fmt: skip
         return sums
 
     parts = yield Pass(draw, pieces)
     if task.parameters["rescale"] and task.parameters["rescale_by"] == "l1":
-        for at, k in enumerate(drawn):
-            state.factors[k] = _restored(
-                sum(part[at][0] for part in parts), sum(part[at][1] for part in parts)
-            )
+        state.factors[drawn] = _factors(parts, len(drawn))
 
 
 def _inverse_ranked(context: Context, task: Task) -> Callable[[Worker, int, int], None]:
@@ -321,9 +325,10 @@ def _inverse_ranked(context: Context, task: Task) -> Callable[[Worker, int, int]
         draws = worker.extra("draws", (worker.length,), np.uint32)
         for k in range(count):
             row, density, epsilon = _chance(task, k)
-            masks.inverse_chunk(
+            ranks = worker.extra("ranks", (rank_words(row),), np.uint32)
+            loops.inverse_chunk(
                 worker.raw, worker.codes, worker.direct, stop - start, start, row, k + 1, streams[k],
-                density, epsilon, draws, worker.scratch[0], worker.words, worker.values,
+                density, epsilon, draws, worker.scratch[0], worker.words, ranks, worker.values,
             )  # fmt: skip
             worker.raw[k + 1].view(np.float32)[: stop - start] = worker.values[: stop - start]
             worker.codes[k + 1], worker.direct[k + 1] = CODES["F32"], True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,7 +18,8 @@ from mixmerge.engine.output import Output, check_target
 from mixmerge.engine.schedule import Job, Schedule
 from mixmerge.engine.worker import Adapters, Worker, chunk_length
 from mixmerge.errors import CheckpointError, DependencyError, Fault, MethodError
-from mixmerge.kernels.cast import WIDTHS
+from mixmerge.kernels.layout import WIDTHS
+from mixmerge.machine import cores
 from mixmerge.plan import Plan, Task, fetch, make_plan
 from mixmerge.plan.report import CHUNK
 from mixmerge.recipe import Recipe
@@ -50,7 +50,7 @@ class Merged:
 
 def default_threads() -> int:
     """Cores this process may use, within reason."""
-    return min(_MOST_THREADS, len(os.sched_getaffinity(0)))
+    return min(_MOST_THREADS, cores())
 
 
 def merge(

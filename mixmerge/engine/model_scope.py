@@ -14,10 +14,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mixmerge.engine.cuts import LAST, LOOSE, NEVER, NOTHING, Cut, histogram_pass, tie_index, ties_pass
+from mixmerge.engine.cuts import (
+    LAST,
+    LOOSE,
+    NEVER,
+    NOTHING,
+    Cut,
+    histogram_pass,
+    locate,
+    tie_index,
+    ties_pass,
+)
 from mixmerge.engine.schedule import Job, Schedule
 from mixmerge.engine.worker import Worker, chunk_length, chunks
-from mixmerge.kernels import select
+from mixmerge.kernels.layout import HIGH_BINS, LOW_BINS, LOW_SHIFT
 from mixmerge.plan import Task
 
 
@@ -50,8 +60,8 @@ def _thresholds(
     tasks: Sequence[Task], experts: range, kept: list[int], elements: int, workers: Sequence[Worker]
 ) -> tuple[list[int], list[int]]:
     """Every expert's magnitude at rank ``kept``, and how many entries of just that magnitude are kept."""
-    high = np.zeros((len(experts), select.HIGH_BINS), np.int64)
-    low = np.zeros((len(experts), select.LOW_BINS), np.int64)
+    high = np.zeros((len(experts), HIGH_BINS), np.int64)
+    low = np.zeros((len(experts), LOW_BINS), np.int64)
     prefixes, lock = [-1] * len(experts), threading.Lock()
 
     def histograms(bins: NDArray[np.int64]) -> Callable[[Task, list[tuple[int, int]]], Job]:
@@ -66,13 +76,13 @@ def _thresholds(
     above = [0] * len(experts)
     for k in experts:
         if 0 < kept[k] < elements:
-            prefixes[k], above[k] = select.locate(high[k], kept[k])
+            prefixes[k], above[k] = locate(high[k], kept[k])
     _run(tasks, workers, histograms(low))
     bits, missing = [0] * len(experts), [0] * len(experts)
     for k in experts:
         if 0 < kept[k] < elements:
-            suffix, more = select.locate(low[k], kept[k] - above[k])
-            bits[k] = prefixes[k] << select.LOW_SHIFT | suffix
+            suffix, more = locate(low[k], kept[k] - above[k])
+            bits[k] = prefixes[k] << LOW_SHIFT | suffix
             missing[k] = kept[k] - above[k] - more
     return bits, missing
 

@@ -12,9 +12,8 @@ from numpy.typing import NDArray
 
 from mixmerge.checkpoint.adapter import AdapterDelta, LoadedDelta
 from mixmerge.checkpoint.files import Files
-from mixmerge.kernels.cast import CODES, WIDTHS, decode
-from mixmerge.kernels.combine import BLOCK
-from mixmerge.kernels.random import BLOCKS
+from mixmerge.kernels.layout import BLOCK, CODES, DRAW_BLOCKS, LANES, WIDTHS
+from mixmerge.kernels.loops import decode
 from mixmerge.plan import Plan, Source, Task
 from mixmerge.plan.report import CHUNK, task_rows
 
@@ -73,9 +72,10 @@ class Worker:
         self.raw = np.empty((rows, 4 * length), np.uint8)
         self.out = np.empty(4 * length, np.uint8)
         self.codes = np.zeros(rows, np.int64)
-        self.direct = np.zeros(rows, np.bool_)
+        self.direct = np.zeros(rows, np.uint8)
         self.seen = np.zeros(rows + 1, np.uint32)
-        self.scratch = np.empty((rows + 3, BLOCK), np.float32)
+        self.scratch = np.empty((rows + 4, BLOCK), np.float32)
+        self.lanes = np.empty((3, LANES))
         self.values = np.empty(length, np.float32)
         self.loaded: tuple[int, int, int] | None = None
         self._extra: dict[str, NDArray[Any]] = {}
@@ -88,7 +88,7 @@ class Worker:
 
     @property
     def words(self) -> NDArray[Any]:
-        return self.extra("words", (4 * BLOCKS,), np.uint32)
+        return self.extra("words", (4 * DRAW_BLOCKS,), np.uint32)
 
     def load(self, task: Task, start: int, stop: int, *, expert: int | None = None) -> None:
         """Read elements ``start`` to ``stop`` of every input, unless they are the ones last read.

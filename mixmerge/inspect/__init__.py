@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mixmerge.errors import Fault, MixmergeError
 from mixmerge.inspect.contents import Contents, Input, Reference, as_data, describe, open_inputs
 from mixmerge.inspect.names import BY, By
+from mixmerge.machine import cores
 from mixmerge.registry import choices
 
 if TYPE_CHECKING:
@@ -79,8 +79,7 @@ def inspect_models(
         return Inspection(described, None, warnings)
     from mixmerge.inspect.comparison import compare
 
-    count = threads or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
-    comparison = compare(root, experts, by=by, threads=count or 1, progress=progress)
+    comparison = compare(root, experts, by=by, threads=threads or cores(), progress=progress)
     if comparison.skipped:
         first = comparison.skipped[0]
         warnings += (

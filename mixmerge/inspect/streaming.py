@@ -18,8 +18,10 @@ from mixmerge.checkpoint.files import Files, opened
 from mixmerge.checkpoint.header import DTYPE_BYTES, TensorHeader
 from mixmerge.errors import CheckpointError, Fault
 from mixmerge.inspect.matching import Matched, Source
-from mixmerge.kernels.cast import CODES, decode
-from mixmerge.kernels.compare import BLOCK, compare_chunk, compare_reference
+from mixmerge.kernels.compare import compare_reference
+from mixmerge.kernels.layout import CODES, LANES
+from mixmerge.kernels.layout import COMPARE_BLOCK as BLOCK
+from mixmerge.kernels.loops import compare_chunk, decode
 
 CHUNK = 1 << 18
 _INFINITE = 0x7F800000
@@ -88,9 +90,10 @@ class _Worker:
         self._raw = np.empty((rows, 4 * length), np.uint8)
         self._weight = np.empty(length, np.float32)
         self._codes = np.zeros(rows, np.int64)
-        self._direct = np.zeros(rows, np.bool_)
+        self._direct = np.zeros(rows, np.uint8)
         self._values = np.empty((rows, BLOCK), np.float32)
         self._marks = np.empty((rows, BLOCK), np.uint8)
+        self._lanes = np.empty(((rows - 1) ** 2 + 1, LANES))
 
     def sums(self, job: _Job, start: int, stop: int) -> Sums:
         """Elements ``start`` to ``stop`` of one tensor."""
@@ -102,16 +105,17 @@ class _Worker:
         experts = len(sources) - 1
         products = np.zeros((experts, experts))
         counts = np.zeros((experts, experts), np.int64)
-        seen = np.zeros(experts + 1, np.uint32)
-        square, conflicts = compare_chunk(
-            self._raw, self._codes, self._direct, n, self._values, self._marks, products, counts, seen
-        )
+        totals, seen = np.zeros(2), np.zeros(experts + 1, np.uint32)
+        compare_chunk(
+            self._raw, self._codes, self._direct, n, self._values, self._marks, self._lanes, products, counts, totals,
+            seen,
+        )  # fmt: skip
         for row, source in enumerate(sources):
             if seen[row] >= _INFINITE:
                 values = self._weight[:n]
                 decode(self._codes[row], self._raw[row], 0, values)
                 raise _not_finite(source, start + int(np.argmin(np.isfinite(values))))
-        return Sums(n, square, products, counts, conflicts)
+        return Sums(n, float(totals[0]), products, counts, int(totals[1]))
 
     def _fill(self, row: int, source: Source, loaded: LoadedDelta | None, start: int, stop: int) -> None:
         """One source as the kernel takes it: stored bytes, or float32 values, or a float32 delta."""

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mixmerge.errors import Fault, OutputError
+from mixmerge.machine import cores
 from mixmerge.zoo.spec import MANIFEST, Spec, Zoo, cache_folder, key, versions, write_questions
 from mixmerge.zoo.tasks import TASKS
 
@@ -128,7 +129,7 @@ def _fill(folder: Path, spec: Spec, progress: Progress) -> None:
 
 def _train(folder: Path, spec: Spec, progress: Progress) -> Right:
     """The base, then its experts side by side in as many processes as there are cores; none depends on how."""
-    shifts = _shifts(spec, workers=_cores())
+    shifts = _shifts(spec, workers=cores())
     base_is_there = threading.Event()
     with ThreadPoolExecutor(len(shifts)) as threads:
         first = threads.submit(_work, folder, ["base", *shifts[0]], progress, base_is_there)
@@ -136,11 +137,6 @@ def _train(folder: Path, spec: Spec, progress: Progress) -> Right:
         rest = [] if first.done() else shifts[1:]  # it has failed: result() below says why
         works = [first, *(threads.submit(_work, folder, shift, progress) for shift in rest)]
         return {part: right for work in works for part, right in work.result().items()}
-
-
-def _cores() -> int:
-    """Those this process may use; all of them where the system does not say."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _shifts(spec: Spec, *, workers: int) -> list[list[str]]:

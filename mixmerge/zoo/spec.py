@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-import os
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -14,6 +13,7 @@ from typing import Any
 
 from mixmerge.errors import CheckpointError, Fault, MixmergeError
 from mixmerge.evaluate import Question
+from mixmerge.machine import cache_root
 from mixmerge.registry import choices
 from mixmerge.zoo.families import FAMILIES, Family
 from mixmerge.zoo.tasks import TASKS
@@ -102,8 +102,7 @@ def key(spec: Spec) -> str:
 
 def cache_folder(spec: Spec) -> Path:
     """Where this zoo lies, or would: under ``$MIXMERGE_CACHE``, by default ``~/.cache/mixmerge``."""
-    root = os.environ.get("MIXMERGE_CACHE") or Path("~/.cache/mixmerge").expanduser()
-    return Path(root) / "zoo" / f"{spec.variant}-{key(spec)[:16]}"
+    return cache_root() / "zoo" / f"{spec.variant}-{key(spec)[:16]}"
 
 
 @dataclass(frozen=True)

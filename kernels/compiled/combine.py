@@ -10,37 +10,31 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from mixmerge.kernels.cast import decode, encode
-from mixmerge.kernels.stored import add_kept, minus, number, plus, times
+from mixmerge.kernels.compiled.cast import decode, encode
+from mixmerge.kernels.compiled.stored import add_kept, minus, number, plus, times
+from mixmerge.kernels.layout import BLOCK, KEEP_BITS, KEEP_CUT, LANES
 
 U8, U32, F32, F64 = np.uint8, np.uint32, np.float32, np.float64
-
-# Elements per block; scratch arrays are (rows, BLOCK).
-BLOCK = 4096
-# Partial sums are kept in this many lanes, so that they vectorise and still add in one fixed order.
-LANES = 64
-
-KEEP_ALL, KEEP_CUT, KEEP_BITS = 0, 1, 2
 
 # The bits of a byte as eight bytes of -1 or 0, lowest first.
 _SPREAD = (np.arange(256)[:, None] >> np.arange(8) & 1).astype(np.uint8) * np.uint8(255)
 _SPREAD = np.ascontiguousarray(_SPREAD).view(np.uint64).reshape(-1)
 
 
-@njit(nogil=True, cache=True)
+@njit
 def _scale_and_add(delta, factor, weight, total):
     for i in range(delta.size):
         delta[i] = (delta[i] * factor) * weight
         total[i] += delta[i]
 
 
-@njit(nogil=True, cache=True)
+@njit
 def _zero(target):
     for i in range(target.size):
         target[i] = F32(0)
 
 
-@njit(nogil=True, cache=True)
+@njit
 def linear_chunk(raw, codes, n, factors, out, out_code, scratch, seen):
     """out = sum of factors[e] * input e. ``raw`` (E, bytes), ``scratch`` (2, B), ``seen`` (E + 1) uint32:
     the largest magnitude's bits of every input and of the output."""
@@ -56,7 +50,7 @@ def linear_chunk(raw, codes, n, factors, out, out_code, scratch, seen):
         seen[codes.size] = max(seen[codes.size], encode(out_code, total, out, s))
 
 
-@njit(nogil=True, cache=True)
+@njit
 def delta_block(raw, codes, direct, e, s, base, delta):
     """The delta of expert ``e`` (a row of ``raw``) for one block; ``direct`` rows already hold deltas.
     Returns the largest magnitude's bits of what was read."""
@@ -65,7 +59,17 @@ def delta_block(raw, codes, direct, e, s, base, delta):
     return minus(codes[e], raw[e], s, base, delta)
 
 
-@njit(nogil=True, cache=True)
+@njit
+def deltas_chunk(raw, codes, direct, expert, start, deltas, base):
+    """The deltas of one expert from element ``start`` of the chunk on. ``base`` (B) is scratch."""
+    for s in range(0, deltas.size, BLOCK):
+        m = min(BLOCK, deltas.size - s)
+        if not direct[expert]:
+            decode(codes[0], raw[0], start + s, base[:m])
+        delta_block(raw, codes, direct, expert, start + s, base[:m], deltas[s : s + m])
+
+
+@njit
 def keep_cut(delta, first, cut):
     """Zero what lies outside a band of the order (|delta|, -index).
 
@@ -88,7 +92,7 @@ def keep_cut(delta, first, cut):
             delta[i] = F32(0)
 
 
-@njit(nogil=True, cache=True)
+@njit
 def _limits(first, size, cut):
     """Whether plain thresholds do for a block, for all of it is on one side of the ties' index limits; those."""
     last = first + size - 1
@@ -98,25 +102,25 @@ def _limits(first, size, cut):
     return not (first <= low_index < last or first <= high_index < last), low, high
 
 
-@njit(nogil=True, cache=True)
+@njit
 def _and_flags(bits, flags):
     # A flag of -1 widens to all ones.
     for i in range(bits.size):
         bits[i] &= U32(np.int32(flags[i]))
 
 
-@njit(nogil=True, cache=True)
-def keep_bits(delta, mask, s):
-    """Zero what has no bit in ``mask``; ``s`` is a multiple of 8."""
+@njit
+def keep_bits(delta, mask, s, spare):
+    """Zero what has no bit in ``mask``; ``s`` is a multiple of 8. ``spare`` (B) float32."""
     bits = delta.view(np.uint32)
-    words = np.empty((bits.size + 7) // 8, np.uint64)
+    words = spare.view(np.uint64)[: (bits.size + 7) // 8]
     part = mask[s // 8 : s // 8 + words.size]
     for j in range(words.size):
         words[j] = _SPREAD[part[j]]
     _and_flags(bits, words.view(np.int8)[: bits.size])
 
 
-@njit(nogil=True, cache=True)
+@njit
 def _elect(deltas, experts, weights, normalize, total, agreed):
     """``total``, the sum of the weighted deltas, becomes the sum of those that agree with it in sign; over their
     weights if ``normalize``."""
@@ -137,7 +141,7 @@ def _elect(deltas, experts, weights, normalize, total, agreed):
             total[i] /= agreed[i] if agreed[i] != F32(0) else F32(1)
 
 
-@njit(nogil=True, cache=True)
+@njit
 def combine_chunk(
     raw, codes, direct, n, first, weights, factors, keep, cuts, masks, elect, normalize, divisor, scale,
     out, out_code, scratch, seen,
@@ -145,7 +149,7 @@ def combine_chunk(
     """out = base + scale * consensus of weights[k] * factors[k] * kept delta k.
 
     ``first`` is the chunk's first index in the tensor, ``keep`` (K) one of KEEP_*, ``cuts`` (K, 4),
-    ``masks`` (K, bytes), ``scratch`` (E + 3, B), ``seen`` (E + 1) as in ``linear_chunk``.
+    ``masks`` (K, bytes), ``scratch`` (E + 4, B), ``seen`` (E + 1) as in ``linear_chunk``.
     """
     experts = codes.size - 1
     for s in range(0, n, BLOCK):
@@ -166,7 +170,7 @@ def combine_chunk(
                 if keep[k] == KEEP_CUT:
                     keep_cut(delta, first + s, cuts[k])
                 elif keep[k] == KEEP_BITS:
-                    keep_bits(delta, masks[k], s)
+                    keep_bits(delta, masks[k], s, scratch[experts + 4])
                 _scale_and_add(delta, factors[k], weights[k], total)
             seen[k + 1] = max(seen[k + 1], top)
         if elect:
@@ -179,7 +183,7 @@ def combine_chunk(
         seen[experts + 1] = max(seen[experts + 1], encode(out_code, total, out, s))
 
 
-@njit(nogil=True, cache=True)
+@njit
 def _sum_lanes(lanes):
     total = F64(0)
     for i in range(lanes.size):
@@ -187,7 +191,7 @@ def _sum_lanes(lanes):
     return total
 
 
-@njit(nogil=True, cache=True)
+@njit
 def _add_magnitudes(values, lanes):
     whole = values.size // LANES * LANES
     for s in range(0, whole, LANES):
@@ -198,26 +202,28 @@ def _add_magnitudes(values, lanes):
         lanes[i - whole] += F64(abs(values[i]))
 
 
-@njit(nogil=True, cache=True)
-def magnitudes_chunk(raw, codes, direct, n, first, expert, keep, cut, mask, scratch):
-    """L1 norm of one expert's delta and of what is kept of it. ``scratch`` (2, B)."""
-    every, kept = np.zeros(LANES), np.zeros(LANES)
+@njit
+def magnitudes_chunk(raw, codes, direct, n, first, expert, keep, cut, mask, scratch, lanes, sums):
+    """L1 norm of one expert's delta and of what is kept of it into ``sums`` (2).
+
+    ``scratch`` (3, B), ``lanes`` (2, LANES) float64.
+    """
+    every, kept = lanes[0], lanes[1]
+    every[:] = kept[:] = 0
     for s in range(0, n, BLOCK):
         m = min(BLOCK, n - s)
         base, delta = scratch[0][:m], scratch[1][:m]
-        if not direct[expert]:
-            decode(codes[0], raw[0], s, base)
-        delta_block(raw, codes, direct, expert, s, base, delta)
+        deltas_chunk(raw, codes, direct, expert, s, delta, base)
         _add_magnitudes(delta, every)
         if keep == KEEP_CUT:
             keep_cut(delta, first + s, cut)
         elif keep == KEEP_BITS:
-            keep_bits(delta, mask, s)
+            keep_bits(delta, mask, s, scratch[2])
         _add_magnitudes(delta, kept)
-    return _sum_lanes(every), _sum_lanes(kept)
+    sums[0], sums[1] = _sum_lanes(every), _sum_lanes(kept)
 
 
-@njit(nogil=True, cache=True)
+@njit
 def _add_products(a, b, lanes):
     whole = a.size // LANES * LANES
     for s in range(0, whole, LANES):
@@ -229,7 +235,7 @@ def _add_products(a, b, lanes):
 
 
 # Products of two float32 are exact in float64, so contraction changes no bit.
-@njit(nogil=True, cache=True, fastmath={"contract"})
+@njit(fastmath={"contract"})
 def _add_three(a, b, aa, bb, ab):
     whole = a.size // (4 * LANES) * (4 * LANES)
     for s in range(0, whole, 4 * LANES):
@@ -249,10 +255,11 @@ def _add_three(a, b, aa, bb, ab):
         ab[0] += x * y
 
 
-@njit(nogil=True, cache=True)
-def products_chunk(raw, codes, n, scratch):
-    """<a, a>, <b, b> and <a, b> of two inputs in float64. ``scratch`` (2, B)."""
-    aa, bb, ab = np.zeros(LANES), np.zeros(LANES), np.zeros(LANES)
+@njit
+def products_chunk(raw, codes, n, scratch, lanes, sums):
+    """<a, a>, <b, b> and <a, b> of two inputs into ``sums`` (3). ``scratch`` (2, B), ``lanes`` (3, LANES) float64."""
+    aa, bb, ab = lanes[0], lanes[1], lanes[2]
+    aa[:] = bb[:] = ab[:] = 0
     for s in range(0, n, BLOCK):
         m = min(BLOCK, n - s)
         if codes[0] == 0 and codes[1] == 0:
@@ -263,4 +270,4 @@ def products_chunk(raw, codes, n, scratch):
             decode(codes[0], raw[0], s, a)
             decode(codes[1], raw[1], s, b)
             _add_three(a.view(np.uint32), b.view(np.uint32), aa, bb, ab)
-    return _sum_lanes(aa), _sum_lanes(bb), _sum_lanes(ab)
+    sums[0], sums[1], sums[2] = _sum_lanes(aa), _sum_lanes(bb), _sum_lanes(ab)

@@ -1,6 +1,6 @@
 """Stored bytes to float32 and back, on the CPU, for blocks that fit the cache. Rounding is to nearest even.
 
-n elements of a block. Codes: 0 BF16, 1 F16, 2 F32.
+n elements of a block. Codes of dtypes are ``layout.CODES``.
 """
 
 from __future__ import annotations
@@ -8,21 +8,18 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-CODES = {"BF16": 0, "F16": 1, "F32": 2}
-WIDTHS = {"BF16": 2, "F16": 2, "F32": 4}
-
 U16, U32, F32 = np.uint16, np.uint32, np.float32
 _SIGN16, _SIGN32, _ABS32 = U32(0x8000), U32(0x80000000), U32(0x7FFFFFFF)
 _INF32 = U32(0x7F800000)
 
 
-@njit(nogil=True, cache=True)
+@njit
 def _decode_bf16(source, bits):
     for i in range(bits.size):
         bits[i] = U32(source[i]) << U32(16)
 
 
-@njit(nogil=True, cache=True)
+@njit
 def _decode_f16(source, bits, values):
     # Shifted into float32's fields, a half is 2**112 too small; one exact multiplication mends it, subnormals
     # included. Only Inf and NaN have to be told apart.
@@ -37,13 +34,13 @@ def _decode_f16(source, bits, values):
         bits[i] = magnitude | ((half & _SIGN16) << U32(16))
 
 
-@njit(nogil=True, cache=True)
+@njit
 def _copy_bits(source, bits):
     for i in range(bits.size):
         bits[i] = source[i]
 
 
-@njit(nogil=True, cache=True)
+@njit
 def largest(bits):
     """The largest of ``|x|`` as bits."""
     top = U32(0)
@@ -52,7 +49,7 @@ def largest(bits):
     return top
 
 
-@njit(nogil=True, cache=True)
+@njit
 def _largest_half(halves):
     top = U16(0)
     for i in range(halves.size):
@@ -61,13 +58,13 @@ def _largest_half(halves):
     return U32(top)
 
 
-@njit(nogil=True, cache=True)
+@njit
 def _half_top(top):
     """A half's magnitude bits on float32's scale, as far as "finite or not" goes."""
     return _INF32 if top >= U32(0x7C00) else top
 
 
-@njit(nogil=True, cache=True)
+@njit
 def decode(code, raw, start, values):
     """Elements ``start`` to ``start + n`` of ``raw`` (bytes) into ``values`` (float32, n). Returns the largest
     magnitude's bits: 0x7F800000 or more means Inf or NaN."""
@@ -85,14 +82,14 @@ def decode(code, raw, start, values):
     return largest(bits)
 
 
-@njit(nogil=True, cache=True)
+@njit
 def _encode_bf16(bits, target):
     for i in range(bits.size):
         v = bits[i]
         target[i] = U16((v + U32(0x7FFF) + ((v >> U32(16)) & U32(1))) >> U32(16))
 
 
-@njit(nogil=True, cache=True)
+@njit
 def _encode_f16(bits, target):
     # Normal halves round the 13 dropped bits; below 2**-14 the addition of 0.5 (in units where the half's
     # smallest step is float32's last place) lets the hardware do the rounding.
@@ -105,7 +102,7 @@ def _encode_f16(bits, target):
         target[i] = U16(sign | (U32(0x7E00) if magnitude > _INF32 else big))
 
 
-@njit(nogil=True, cache=True)
+@njit
 def _encode_f16_small(bits, values, target):
     for i in range(bits.size):
         magnitude = bits[i] & _ABS32
@@ -114,7 +111,7 @@ def _encode_f16_small(bits, values, target):
             target[i] = U16(((bits[i] >> U32(16)) & _SIGN16) | U32(steps))
 
 
-@njit(nogil=True, cache=True)
+@njit
 def encode(code, values, raw, start):
     """``values`` (float32, n) into elements ``start`` to ``start + n`` of ``raw``. Returns the largest
     magnitude's bits as written, widened to float32."""

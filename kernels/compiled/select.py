@@ -9,18 +9,16 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from mixmerge.kernels.cast import decode
-from mixmerge.kernels.combine import BLOCK, delta_block
-from mixmerge.kernels.stored import lowest_bit
+from mixmerge.kernels.compiled.cast import decode
+from mixmerge.kernels.compiled.combine import delta_block, deltas_chunk
+from mixmerge.kernels.compiled.stored import lowest_bit
+from mixmerge.kernels.layout import BLOCK, LOW_BINS, LOW_SHIFT
 
 U8, U32, U64, I64 = np.uint8, np.uint32, np.uint64, np.int64
 _ABS = U32(0x7FFFFFFF)
 
-# A magnitude's 31 bits are counted in two steps: the high 16, then the low 15 under one high value.
-HIGH_BINS, LOW_BINS, LOW_SHIFT = 1 << 16, 1 << 15, 15
 
-
-@njit(nogil=True, cache=True, fastmath={"reassoc"})
+@njit(fastmath={"reassoc"})
 def _count_above(bits, high):
     # Whole numbers up to BLOCK add exactly in float32 in any order, and float32 vectorises.
     above = np.float32(0)
@@ -29,13 +27,13 @@ def _count_above(bits, high):
     return I64(above)
 
 
-@njit(nogil=True, cache=True)
+@njit
 def _flag(bits, low, span, flags):
     for i in range(bits.size):
         flags[i] = U8(((bits[i] & _ABS) - low) <= span)
 
 
-@njit(nogil=True, cache=True)
+@njit
 def _count_flags(words):
     found = U64(0)
     for j in range(words.size):
@@ -44,7 +42,7 @@ def _count_flags(words):
     return I64(found)
 
 
-@njit(nogil=True, cache=True, fastmath={"reassoc"})
+@njit(fastmath={"reassoc"})
 def _count_crowd(bits, crowd, flags):
     found = np.float32(0)
     for i in range(bits.size):
@@ -54,7 +52,7 @@ def _count_crowd(bits, crowd, flags):
     return I64(found)
 
 
-@njit(nogil=True, cache=True)
+@njit
 def _gather(words, values, s, bits, places):
     # Few are inside: words without a flag cost one look.
     found = U64(0)
@@ -69,7 +67,7 @@ def _gather(words, values, s, bits, places):
     return I64(found)
 
 
-@njit(nogil=True, cache=True)
+@njit
 def collect_chunk(
     raw, codes, direct, n, experts, low, high, crowds, sizes, above, counted, found, room, bits, places,
     scratch, flags,
@@ -101,32 +99,13 @@ def collect_chunk(
                 found[j] += _count_flags(words)
 
 
-@njit(nogil=True, cache=True)
-def count_steps(bits, low, shift, bins):
-    """Add magnitudes to ``bins`` (int64) by (bits - low) >> shift."""
-    for i in range(bits.size):
-        bins[(bits[i] - low) >> shift] += 1
-
-
-@njit(nogil=True, cache=True)
-def gather_step(bits, places, low, shift, step, to_bits, to_places):
-    """Copy the entries of one bin of ``count_steps``; returns how many."""
-    found = 0
-    for i in range(bits.size):
-        if (bits[i] - low) >> shift == step:
-            to_bits[found] = bits[i]
-            to_places[found] = places[i]
-            found += 1
-    return found
-
-
-@njit(nogil=True, cache=True)
+@njit
 def _count_high(bits, bins):
     for i in range(bits.size):
         bins[(bits[i] & _ABS) >> U32(LOW_SHIFT)] += 1
 
 
-@njit(nogil=True, cache=True)
+@njit
 def _count_low(bits, prefix, bins):
     for i in range(bits.size):
         b = bits[i] & _ABS
@@ -134,43 +113,32 @@ def _count_low(bits, prefix, bins):
             bins[b & U32(LOW_BINS - 1)] += 1
 
 
-@njit(nogil=True, cache=True)
+@njit
 def histogram_chunk(raw, codes, direct, n, expert, prefix, bins, scratch):
     """Add one expert's magnitudes to ``bins`` (int64): by their high bits when ``prefix`` is negative, else
     by their low bits where the high ones equal it. ``scratch`` (2, B)."""
     for s in range(0, n, BLOCK):
         m = min(BLOCK, n - s)
         base, delta = scratch[0][:m], scratch[1][:m]
-        if not direct[expert]:
-            decode(codes[0], raw[0], s, base)
-        delta_block(raw, codes, direct, expert, s, base, delta)
+        deltas_chunk(raw, codes, direct, expert, s, delta, base)
         if prefix < 0:
             _count_high(delta.view(np.uint32), bins)
         else:
             _count_low(delta.view(np.uint32), U32(prefix), bins)
 
 
-@njit(nogil=True, cache=True)
-def ties_chunk(raw, codes, direct, n, expert, value, wanted, scratch):
-    """Count the magnitudes whose bits equal ``value``; returns (count, offset of the ``wanted``-th or -1)."""
+@njit
+def ties_chunk(raw, codes, direct, n, expert, value, wanted, scratch, result):
+    """Count the magnitudes whose bits equal ``value``: (count, offset of the ``wanted``-th or -1) into ``result``."""
     count, where = 0, -1
     for s in range(0, n, BLOCK):
         m = min(BLOCK, n - s)
         base, delta = scratch[0][:m], scratch[1][:m]
-        if not direct[expert]:
-            decode(codes[0], raw[0], s, base)
-        delta_block(raw, codes, direct, expert, s, base, delta)
+        deltas_chunk(raw, codes, direct, expert, s, delta, base)
         bits = delta.view(np.uint32)
         for i in range(m):
             if (bits[i] & _ABS) == U32(value):
                 count += 1
                 if count == wanted:
                     where = s + i
-    return count, where
-
-
-def locate(bins: np.ndarray, k: int) -> tuple[int, int]:
-    """The bin that holds the k-th largest of a histogram, and how many are in the bins above it."""
-    from_top = np.cumsum(bins[::-1])
-    position = int(np.searchsorted(from_top, k))
-    return len(bins) - 1 - position, int(from_top[position - 1]) if position else 0
+    result[0], result[1] = count, where

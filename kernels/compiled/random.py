@@ -9,11 +9,8 @@ U32, U64 = np.uint32, np.uint64
 _M0, _M1 = U64(0xD2511F53), U64(0xCD9E8D57)
 _W0, _W1 = U32(0x9E3779B9), U32(0xBB67AE85)
 
-# Blocks of four draws made at a time; the scratch of ``draw_block`` holds the 4 * BLOCKS draws of them.
-BLOCKS = 2048
 
-
-@njit(nogil=True, cache=True)
+@njit
 def _rounds(first, count, stream, words):
     high = U32(first >> U64(32)) | (stream[2] << U32(16))
     low = U32(first & U64(0xFFFFFFFF))
@@ -31,12 +28,12 @@ def _rounds(first, count, stream, words):
         words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3] = x0, x1, x2, x3
 
 
-@njit(nogil=True, cache=True)
+@njit
 def draw_block(stream, start, draws, words):
     """The draws of elements ``start`` to ``start + n`` into ``draws`` (uint32, n).
 
-    ``stream`` is (seed low, seed high, expert, name low, name high), ``words`` scratch (4 * BLOCKS) with
-    n <= 4 * BLOCKS - 8. The low counter word may not wrap inside one call: callers' blocks are aligned.
+    ``stream`` is (seed low, seed high, expert, name low, name high), ``words`` scratch (4 * DRAW_BLOCKS)
+    with n <= 4 * DRAW_BLOCKS - 8. The low counter word may not wrap inside one call: callers' blocks are aligned.
     """
     n = draws.size
     first = start // 4

@@ -13,7 +13,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-from mixmerge.kernels.cast import decode
+from mixmerge.kernels.compiled.cast import decode
 
 U32, F32 = np.uint32, np.float32
 _BITS = ir.IntType(32)
@@ -68,7 +68,7 @@ def lowest_bit(context: Any, word: Any) -> Any:
     return types.uint64(types.uint64), generate
 
 
-@njit(nogil=True, cache=True)
+@njit
 def _times(stored, factor, total):
     top = magnitude(stored[0])
     for i in range(total.size):
@@ -78,7 +78,7 @@ def _times(stored, factor, total):
     return top
 
 
-@njit(nogil=True, cache=True)
+@njit
 def _plus(stored, factor, total):
     top = magnitude(stored[0])
     for i in range(total.size):
@@ -88,7 +88,7 @@ def _plus(stored, factor, total):
     return top
 
 
-@njit(nogil=True, cache=True)
+@njit
 def _minus(stored, base, delta):
     top = magnitude(stored[0])
     for i in range(delta.size):
@@ -98,7 +98,7 @@ def _minus(stored, base, delta):
     return top
 
 
-@njit(nogil=True, cache=True)
+@njit
 def _add_kept(stored, base, low, high, factor, weight, delta, total):
     top = magnitude(stored[0])
     for i in range(total.size):
@@ -113,17 +113,17 @@ def _add_kept(stored, base, low, high, factor, weight, delta, total):
     return top
 
 
-@njit(nogil=True, cache=True)
+@njit
 def _halves(raw, start, n):
     return raw.view(np.uint16)[start : start + n]
 
 
-@njit(nogil=True, cache=True)
+@njit
 def _words(raw, start, n):
     return raw.view(np.uint32)[start : start + n]
 
 
-@njit(nogil=True, cache=True)
+@njit
 def times(code, raw, start, factor, total):
     """total = factor * the elements of ``raw`` from ``start``."""
     n = total.size
@@ -137,7 +137,7 @@ def times(code, raw, start, factor, total):
     return top
 
 
-@njit(nogil=True, cache=True)
+@njit
 def plus(code, raw, start, factor, total, spare):
     """total += factor * the elements of ``raw`` from ``start``. ``spare`` (n)."""
     n = total.size
@@ -151,7 +151,7 @@ def plus(code, raw, start, factor, total, spare):
     return top
 
 
-@njit(nogil=True, cache=True)
+@njit
 def minus(code, raw, start, base, delta):
     """delta = the elements of ``raw`` from ``start`` - base."""
     n = delta.size
@@ -165,7 +165,7 @@ def minus(code, raw, start, base, delta):
     return top
 
 
-@njit(nogil=True, cache=True)
+@njit
 def add_kept(code, raw, start, base, low, high, factor, weight, delta, total):
     """delta = (the elements of ``raw`` from ``start`` - base) * factor * weight, 0 where the difference's
     magnitude has bits below ``low`` or not below ``high``; total += delta."""
