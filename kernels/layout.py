@@ -24,7 +24,7 @@ DRAW_BLOCKS = 2048
 
 # Bins of a row's histogram where entries are ranked, powers of two. Finer ones cost more to clear and to sum than
 # they save; with coarser ones more bins are of several magnitudes.
-MIN_BINS, MAX_BINS, PER_BIN = 512, 2048, 4
+MIN_BINS, MAX_BINS, PER_BIN = 512, 4096, 2
 # Digits of the sort that ranks what the histogram does not.
 RADIX = 1 << 11
 
@@ -44,4 +44,4 @@ def bin_count(row: int) -> int:
 
 def rank_words(row: int) -> int:
     """uint32 words of scratch that ranking a row of that many entries takes."""
-    return 4 * row + RADIX + 3 * bin_count(row) + row // 4 + 3
+    return 5 * row + RADIX + 3 * bin_count(row) + row // 4 + 4

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
+import numba
 import numpy as np
 import pytest
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from mixmerge.engine import cuts
 from mixmerge.kernels import loops
-from mixmerge.kernels.compiled import combine
+from mixmerge.kernels.compiled import combine, ranks
 from mixmerge.kernels.layout import BLOCK, CODES, DRAW_BLOCKS, KEEP_CUT, LANES, bin_count, rank_words
 from mixmerge.kernels.loops import decode, draw_block, encode
 from mixmerge.kernels.philox import Draw, draws
@@ -248,6 +249,22 @@ def test_ranked_masks_equal_a_sort(kind: str) -> None:
 def test_ranks_of_anything_equal_a_sort(delta: list[float], density: float, share: float, first: int) -> None:
     finite = np.clip(np.array([delta], np.float32), -1e30, 1e30)
     check_mask(finite, density, share * min(density, 1 - density), first=first)
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("length", [1, 15, 16, 17, 1000])
+def test_draws_between_two_limits(length: int, wide: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With AVX-512's compressing store, or what LLVM makes of it elsewhere, and one by one."""
+    monkeypatch.setattr(ranks, "WIDE", wide)
+    between = numba.njit(ranks._between.py_func)
+    rng = np.random.default_rng(length)
+    for low, span in ((0, 0), (0, 2**32 - 1), (2**31, 2**30), (2**32 - 5, 4)):
+        edges = [low, low + span, max(low - 1, 0), min(low + span + 1, 2**32 - 1)]
+        given = rng.choice([*edges, *rng.integers(0, 2**32, 30)], length).astype(np.uint32)
+        chosen = np.empty(length, np.uint32)
+        found = between(given, np.uint32(low), np.uint32(span), chosen)
+        expected = np.flatnonzero((given >= low) & (given <= low + span))
+        assert np.array_equal(chosen[:found], expected)
 
 
 @pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])

@@ -11,7 +11,7 @@ import numpy as np
 from numba import njit
 
 from mixmerge.kernels.compiled.cast import decode, encode
-from mixmerge.kernels.compiled.stored import add_kept, minus, number, plus, times
+from mixmerge.kernels.compiled.stored import add_kept, difference, halves, minus, number, plus, times
 from mixmerge.kernels.layout import BLOCK, KEEP_BITS, KEEP_CUT, LANES
 
 U8, U32, F32, F64 = np.uint8, np.uint32, np.float32, np.float64
@@ -62,6 +62,9 @@ def delta_block(raw, codes, direct, e, s, base, delta):
 @njit
 def deltas_chunk(raw, codes, direct, expert, start, deltas, base):
     """The deltas of one expert from element ``start`` of the chunk on. ``base`` (B) is scratch."""
+    if codes[0] == 0 and codes[expert] == 0 and not direct[expert]:
+        difference(halves(raw[expert], start, deltas.size), halves(raw[0], start, deltas.size), deltas)
+        return
     for s in range(0, deltas.size, BLOCK):
         m = min(BLOCK, deltas.size - s)
         if not direct[expert]:

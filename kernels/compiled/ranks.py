@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from mixmerge.kernels.compiled.stored import lowest_bit, number
+from mixmerge.kernels.compiled.stored import WIDE, choose_16, lowest_bit, magnitude, number
 from mixmerge.kernels.layout import BLOCK, RADIX
 
 U8, U32, U64, I32, F32, F64 = np.uint8, np.uint32, np.uint64, np.int32, np.float32, np.float64
@@ -32,8 +32,10 @@ def _below(draws, low, keep):
 @njit
 def _between(draws, low, span, chosen):
     """Indices of the draws from ``low`` to ``low + span``; returns how many."""
-    found = U64(0)
-    for i in range(draws.size):
+    found, whole = U64(0), draws.size // 16 * 16 if WIDE else 0
+    for s in range(0, whole, 16):
+        found += choose_16(draws, U64(s), low, span, chosen, found)
+    for i in range(whole, draws.size):
         chosen[found] = U32(i)
         found += U64((draws[i] - low) <= span)
     return found
@@ -43,9 +45,10 @@ def _between(draws, low, span, chosen):
 def _scale(bits, bins):
     """The power of two that takes the largest magnitude to the upper half of ``bins``, and how many that uses: none
     of a row of zeros, or with NaN or Inf."""
-    top = U32(0)
+    top = magnitude(bits[0])
     for i in range(bits.size):
-        top = max(top, bits[i] & _ABS)
+        size = magnitude(bits[i])
+        top = size if size > top else top
     if top == U32(0) or top >= U32(0x7F800000):
         return F32(1), 0
     exponent = 253 - np.int64(top >> U32(23))
@@ -58,16 +61,13 @@ def _scale(bits, bins):
 
 
 @njit
-def _keys(values, factor, keys):
+def _keys(values, factor, keys, finer):
+    """The steps in each magnitude; and flags, where they are not whole."""
     for i in range(keys.size):
-        keys[i] = U32(I32(abs(values[i]) * factor))
-
-
-@njit
-def _finer(values, factor, keys, flags):
-    """Flags entries that are not whole steps."""
-    for i in range(keys.size):
-        flags[i] = U8(abs(values[i]) * factor != F32(I32(keys[i])))
+        size = abs(values[i]) * factor
+        step = I32(size)
+        keys[i] = U32(step)
+        finer[i] = U8(size != F32(step))
 
 
 @njit
@@ -89,11 +89,20 @@ def _count(keys, within, counts, starts):
     """``starts[b]`` entries have a key below b; ``within[i]`` entries before entry i have its key."""
     for b in range(counts.size):
         counts[b] = U32(0)
-    for i in range(keys.size):
-        key = keys[i]
-        before = counts[key]
-        within[i] = before
-        counts[key] = U32(before + U32(1))
+    pairs = keys.size // 2
+    keys_of, within_of = keys[: 2 * pairs].view(np.uint64), within[: 2 * pairs].view(np.uint64)
+    for j in range(pairs):
+        # Two at a time: stores are what this waits for.
+        pair = keys_of[j]
+        first, second = pair & U64(0xFFFFFFFF), pair >> U64(32)
+        before = counts[first]
+        counts[first] = U32(before + U32(1))
+        then = counts[second]
+        counts[second] = U32(then + U32(1))
+        within_of[j] = U64(before) | (U64(then) << U64(32))
+    for i in range(2 * pairs, keys.size):
+        within[i] = counts[keys[i]]
+        counts[keys[i]] += U32(1)
     total = U32(0)
     for b in range(counts.size):
         starts[b] = total
@@ -102,19 +111,19 @@ def _count(keys, within, counts, starts):
 
 
 @njit
-def _decide(chosen, draws, keys, starts, low, span, keep, unsure):
+def _decide(chosen, draws, keys, starts, low, span, keep, limits, unsure):
     """Settle the ``chosen`` as far as the bounds of their ranks do; returns how many are left as ``unsure``."""
     left, scale = U64(0), 1.0 / span
     for j in range(chosen.size):
-        i = chosen[j]
-        key = U64(keys[i])
-        first, end = I32(starts[key]), I32(starts[key + U64(1)])
         # Kept is what has a rank above (draw - low) / span; one rank is more than the rounding of this.
-        limit = I32((F64(draws[i]) - low) * scale)
-        sure = first >= limit + I32(2)
+        limits[j] = I32((F64(draws[chosen[j]]) - low) * scale)
+    for j in range(chosen.size):
+        i, limit = chosen[j], limits[j]
+        key = U64(keys[i])
+        sure = U64(I32(starts[key]) >= limit + I32(2))
         keep[i] = U8(sure)
         unsure[left] = i
-        left += U64((not sure) & (end > limit))
+        left += U64(I32(starts[key + U64(1)]) > limit) - sure  # what is sure lies above the limit, too
     return left
 
 
@@ -199,7 +208,8 @@ def keep_ranked(values, draws, density, epsilon, keep, bins, scratch):
     low, span = (density - epsilon) * 4294967296.0, 2 * epsilon * 4294967296.0 / (n - 1)
     keys, within = scratch[:n], scratch[n : 2 * n]
     chosen, unsure = scratch[2 * n : 3 * n], scratch[3 * n : 4 * n]
-    digits, c = scratch[4 * n : 4 * n + RADIX], 4 * n + RADIX
+    limits, c = scratch[4 * n : 5 * n].view(np.int32), 5 * n + n % 2
+    digits, c = scratch[c : c + RADIX], c + RADIX
     factor, used = _scale(bits, bins)
     if used == 0:
         for i in range(n):
@@ -216,11 +226,10 @@ def keep_ranked(values, draws, density, epsilon, keep, bins, scratch):
     flags = scratch[f : f + n // 4 + 3].view(np.uint8)
     words = flags[: (n + 7) // 8 * 8].view(np.uint64)
     words[-1] = U64(0)
-    _keys(values, factor, keys)
-    _finer(values, factor, keys, flags[:n])
+    _keys(values, factor, keys, flags[:n])
     _mark(words, keys, mixed)
     _count(keys, within, counts, starts)
-    left = _decide(chosen[:found], draws, keys, starts, low, span, keep, unsure)
+    left = _decide(chosen[:found], draws, keys, starts, low, span, keep, limits, unsure)
     left = _rank_alike(unsure[:left], bits, draws, keys, within, starts, mixed, low, span, keep)
     if left > FEW:
         _keep_sorted(bits, draws, low, span, keep, digits, unsure, within)

@@ -10,13 +10,18 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
+from llvmlite.binding import get_host_cpu_features
 from numba import njit, types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 from mixmerge.kernels.compiled.cast import decode
 
 U32, F32 = np.uint32, np.float32
 _BITS = ir.IntType(32)
+_VECTOR, _WORD = ir.VectorType(_BITS, 16), ir.IntType(64)
+# Whether ``choose_16`` is one instruction of this CPU.
+WIDE = "avx512f" in get_host_cpu_features() and get_host_cpu_features()["avx512f"]
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -68,6 +73,31 @@ def lowest_bit(context: Any, word: Any) -> Any:
     return types.uint64(types.uint64), generate
 
 
+@intrinsic  # type: ignore[untyped-decorator]
+def choose_16(context: Any, draws: Any, start: Any, low: Any, span: Any, chosen: Any, found: Any) -> Any:
+    """Of the 16 ``draws`` (uint32) from ``start`` on, the indices of those from ``low`` to ``low + span`` into
+    ``chosen`` from ``found`` on; returns how many."""
+
+    def generate(context: Any, builder: Any, signature: Any, given: Any) -> Any:
+        def spread(value: Any) -> Any:
+            one = builder.insert_element(ir.Constant(_VECTOR, ir.Undefined), value, ir.Constant(_BITS, 0))
+            return builder.shuffle_vector(one, one, ir.Constant(_VECTOR, [0] * 16))
+
+        source = context.make_array(signature.args[0])(context, builder, given[0]).data
+        target = context.make_array(signature.args[4])(context, builder, given[4]).data
+        place = builder.bitcast(builder.gep(source, [given[1]]), _VECTOR.as_pointer())
+        above = builder.sub(builder.load(place, align=4), spread(given[2]))
+        inside = builder.icmp_unsigned("<=", above, spread(given[3]))
+        indices = builder.add(spread(builder.trunc(given[1], _BITS)), ir.Constant(_VECTOR, list(range(16))))
+        kind = ir.FunctionType(ir.VoidType(), [_VECTOR, _BITS.as_pointer(), inside.type])
+        store = cgutils.get_or_insert_function(builder.module, kind, "llvm.masked.compressstore.v16i32")
+        builder.call(store, [indices, builder.gep(target, [given[5]]), inside])
+        return builder.zext(builder.ctpop(builder.bitcast(inside, ir.IntType(16))), _WORD)
+
+    word, half = types.uint64, types.uint32
+    return word(draws, word, half, half, chosen, word), generate
+
+
 @njit
 def _times(stored, factor, total):
     top = magnitude(stored[0])
@@ -99,6 +129,13 @@ def _minus(stored, base, delta):
 
 
 @njit
+def difference(stored, base, delta):
+    """delta = stored - base, of stored bfloat16."""
+    for i in range(delta.size):
+        delta[i] = number(stored[i]) - number(base[i])
+
+
+@njit
 def _add_kept(stored, base, low, high, factor, weight, delta, total):
     top = magnitude(stored[0])
     for i in range(total.size):
@@ -114,7 +151,7 @@ def _add_kept(stored, base, low, high, factor, weight, delta, total):
 
 
 @njit
-def _halves(raw, start, n):
+def halves(raw, start, n):
     return raw.view(np.uint16)[start : start + n]
 
 
@@ -128,7 +165,7 @@ def times(code, raw, start, factor, total):
     """total = factor * the elements of ``raw`` from ``start``."""
     n = total.size
     if code == 0:
-        return U32(_times(_halves(raw, start, n), factor, total)) << U32(16)
+        return U32(_times(halves(raw, start, n), factor, total)) << U32(16)
     if code == 2:
         return _times(_words(raw, start, n), factor, total)
     top = decode(code, raw, start, total)
@@ -142,7 +179,7 @@ def plus(code, raw, start, factor, total, spare):
     """total += factor * the elements of ``raw`` from ``start``. ``spare`` (n)."""
     n = total.size
     if code == 0:
-        return U32(_plus(_halves(raw, start, n), factor, total)) << U32(16)
+        return U32(_plus(halves(raw, start, n), factor, total)) << U32(16)
     if code == 2:
         return _plus(_words(raw, start, n), factor, total)
     top = decode(code, raw, start, spare)
@@ -156,7 +193,7 @@ def minus(code, raw, start, base, delta):
     """delta = the elements of ``raw`` from ``start`` - base."""
     n = delta.size
     if code == 0:
-        return U32(_minus(_halves(raw, start, n), base, delta)) << U32(16)
+        return U32(_minus(halves(raw, start, n), base, delta)) << U32(16)
     if code == 2:
         return _minus(_words(raw, start, n), base, delta)
     top = decode(code, raw, start, delta)
@@ -171,7 +208,7 @@ def add_kept(code, raw, start, base, low, high, factor, weight, delta, total):
     magnitude has bits below ``low`` or not below ``high``; total += delta."""
     n = total.size
     if code == 0:
-        stored = _halves(raw, start, n)
+        stored = halves(raw, start, n)
         return U32(_add_kept(stored, base, low, high, factor, weight, delta, total)) << U32(16)
     if code == 2:
         return _add_kept(_words(raw, start, n), base, low, high, factor, weight, delta, total)
