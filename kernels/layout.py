@@ -44,4 +44,4 @@ def bin_count(row: int) -> int:
 
 def rank_words(row: int) -> int:
     """uint32 words of scratch that ranking a row of that many entries takes."""
-    return 5 * row + RADIX + 3 * bin_count(row) + row // 4 + 4
+    return 5 * (row + 1) + RADIX + 3 * bin_count(row) + row // 4 + 3

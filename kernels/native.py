@@ -178,13 +178,14 @@ def _machine() -> TargetMachine:
 
     binding.initialize_native_target()
     binding.initialize_native_asmprinter()
-    cpu, features = _host()
+    cpu, features = host()
     return binding.Target.from_default_triple().create_target_machine(
         cpu=cpu, features=features, opt=3, codemodel="jitdefault", jit=True
     )
 
 
-def _host() -> tuple[str, str]:
+def host() -> tuple[str, str]:
+    """Name of this CPU, and its features as LLVM writes them."""
     from llvmlite import binding
 
     try:
@@ -241,7 +242,7 @@ def _is_foreign(item: ValueRef) -> bool:
 def _key() -> str:
     here = Path(__file__).parent
     versions = [version(package) for package in ("numba", "llvmlite", "numpy")]
-    digest = hashlib.sha256(json.dumps([*versions, *_host()]).encode())
+    digest = hashlib.sha256(json.dumps([*versions, *host()]).encode())
     for path in [*sorted(here.glob("*.py")), *sorted((here / "compiled").glob("*.py"))]:
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]

@@ -206,9 +206,10 @@ def keep_ranked(values, draws, density, epsilon, keep, bins, scratch):
     """One row, ranked by up to ``bins`` bins, a power of two. ``scratch`` (``layout.rank_words(n)``) uint32."""
     n, bits = values.size, values.view(np.uint32)
     low, span = (density - epsilon) * 4294967296.0, 2 * epsilon * 4294967296.0 / (n - 1)
-    keys, within = scratch[:n], scratch[n : 2 * n]
-    chosen, unsure = scratch[2 * n : 3 * n], scratch[3 * n : 4 * n]
-    limits, c = scratch[4 * n : 5 * n].view(np.int32), 5 * n + n % 2
+    m = n + n % 2  # what is read in words of 64 bits begins at one
+    keys, within = scratch[:n], scratch[m : m + n]
+    chosen, unsure = scratch[2 * m : 2 * m + n], scratch[3 * m : 3 * m + n]
+    limits, c = scratch[4 * m : 4 * m + n].view(np.int32), 5 * m
     digits, c = scratch[c : c + RADIX], c + RADIX
     factor, used = _scale(bits, bins)
     if used == 0:

@@ -10,18 +10,18 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from llvmlite.binding import get_host_cpu_features
 from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
 from mixmerge.kernels.compiled.cast import decode
+from mixmerge.kernels.native import host
 
 U32, F32 = np.uint32, np.float32
 _BITS = ir.IntType(32)
 _VECTOR, _WORD = ir.VectorType(_BITS, 16), ir.IntType(64)
 # Whether ``choose_16`` is one instruction of this CPU.
-WIDE = "avx512f" in get_host_cpu_features() and get_host_cpu_features()["avx512f"]
+WIDE = "+avx512f" in host()[1].split(",")
 
 
 @intrinsic  # type: ignore[untyped-decorator]
