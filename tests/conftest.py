@@ -6,6 +6,7 @@ Nothing here imports torch before the environment is set, and collecting tests i
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import math
 import os
@@ -28,11 +29,13 @@ if TYPE_CHECKING:
 
 _CACHE = Path(tempfile.mkdtemp(prefix="mixmerge-tests-"))
 atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
-# Compiled loops are kept by the hash of their source, and take a minute to make: the user's are as good.
-_KERNELS = cache_root() / "kernels"
-_KERNELS.mkdir(parents=True, exist_ok=True)
+# Compiled loops are kept by the hash of their source, and take a minute to make: the user's are as good, if there
+# is a place for them.
 (_CACHE / "mixmerge").mkdir()
-(_CACHE / "mixmerge" / "kernels").symlink_to(_KERNELS.resolve())
+with contextlib.suppress(OSError, RuntimeError):
+    _KERNELS = cache_root() / "kernels"
+    _KERNELS.mkdir(parents=True, exist_ok=True)
+    (_CACHE / "mixmerge" / "kernels").symlink_to(_KERNELS.resolve())
 os.environ.update(
     GOMP_SPINCOUNT="0",  # two OpenMP threads that spin on shared cores are 5 to 10 times slower
     OMP_NUM_THREADS="1",

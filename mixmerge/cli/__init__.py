@@ -49,7 +49,7 @@ app.add_typer(zoo_commands.app, name="zoo")
 
 def main() -> None:
     """Entry point of the ``mixmerge`` command."""
-    # Imports are most of a short command, and make many objects that live on: a tenth of their time is the
-    # collector looking at these again and again.
+    # Imports are most of a short command, and make many objects that live on: the collector would look at
+    # these again and again.
     gc.set_threshold(_OBJECTS)
     app()

@@ -214,9 +214,10 @@ def _settle(task: Task, one: _Wanted, found: list[_Found], pieces: list[tuple[in
 def _index_of(position: int, found: list[_Found]) -> int:
     """The index in the tensor of one of all that was gathered, counted from the first chunk on."""
     for part in found:
-        if part.places is not None and position < len(part.places):
-            return part.start + int(part.places[position])
-        position -= 0 if part.places is None else len(part.places)
+        places = () if part.places is None else part.places
+        if position < len(places):
+            return part.start + int(places[position])
+        position -= len(places)
     raise IndexError(position)
 
 
