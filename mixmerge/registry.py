@@ -14,6 +14,8 @@ TABLES = {
     "method": "mixmerge.methods:METHODS",
     "kernel": "mixmerge.engine.kernels:KERNELS",
     "zoo-task": "mixmerge.zoo:TASKS",
+    "router": "mixmerge.routers:ROUTERS",
+    "features": "mixmerge.routers.features:FEATURES",
 }
 
 

@@ -1,0 +1,160 @@
+"""A fitted router as a folder: ``router.json``, ``state.safetensors``, ``features.safetensors``. No pickle."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from mixmerge import registry
+from mixmerge.errors import Fault, MixmergeError, OutputError
+from mixmerge.routers.base import Router, State
+from mixmerge.routers.costs import CostModel
+
+FORMAT, VERSION = "mixmerge-router", 1
+_CARD, _STATE, _FEATURES = "router.json", "state.safetensors", "features.safetensors"
+
+
+def save(router: Router, folder: Path, *, overwrite: bool) -> None:
+    """Write a fitted router; the folder appears when it is whole.
+
+    Raises:
+        OutputError: the folder exists, or cannot be written.
+    """
+    state = router.state
+    if state is None:
+        raise MixmergeError(
+            Fault(f"router {router.kind}", "is not fitted", run="Call fit with outcomes first")
+        )
+    if folder.exists() and not overwrite:
+        raise OutputError(
+            Fault(str(folder), "exists already", run="Choose another name, or pass --overwrite")
+        )
+    if folder.exists() and not (folder / _CARD).is_file():
+        raise OutputError(
+            Fault(str(folder), "is no router, so it is not replaced", run="Choose another name")
+        )
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        try:
+            _write(router, state, partial)
+            if folder.exists():
+                shutil.rmtree(folder)
+            partial.rename(folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    except OSError as error:
+        raise OutputError(Fault(str(folder), f"cannot be written: {error.strerror or error}")) from error
+
+
+def _write(router: Router, state: State, folder: Path) -> None:
+    save_file(_contiguous(state.arrays), folder / _STATE)
+    features = router.features
+    if features is not None:
+        save_file(_contiguous(features.arrays()), folder / _FEATURES)
+    card = {
+        "format": FORMAT,
+        "version": VERSION,
+        "kind": router.kind,
+        "experts": list(router.experts),
+        "options": router.options.model_dump(mode="json"),
+        "seed": router.seed,
+        "features": None
+        if features is None
+        else {"kind": features.kind, "options": features.options(), "values": features.values()},
+        "costs": None if router.costs is None else router.costs.as_dict(),
+        "values": dict(state.values),
+    }
+    card["fingerprint"] = fingerprint(card, folder)
+    (folder / _CARD).write_text(json.dumps(card, ensure_ascii=False), encoding="utf-8")
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def _contiguous(arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    return {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+
+
+def fingerprint(card: Mapping[str, Any], folder: Path) -> str:
+    """SHA-256 of everything in the folder but itself."""
+    stable = json.dumps(
+        {k: v for k, v in card.items() if k != "fingerprint"}, sort_keys=True, ensure_ascii=False
+    )
+    digest = hashlib.sha256(stable.encode("utf-8"))
+    for name in (_STATE, _FEATURES):
+        if (folder / name).is_file():
+            with (folder / name).open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def load(folder: Path) -> Router:
+    """Read a router.
+
+    Raises:
+        MixmergeError: it is no router, of another version, damaged, or of a kind that is not installed.
+    """
+    card = _card(folder)
+    row = registry.find("router", card["kind"])
+    kind = registry.load(row.target)
+    features = card["features"]
+    try:
+        made = None
+        if features is not None:
+            arrays = load_file(folder / _FEATURES)
+            plain = registry.load(registry.table("features")[features["kind"]])(**features["options"])
+            made = plain.restored(arrays, features["values"])
+        router: Router = kind(card["options"], features=made, seed=card["seed"])
+        router.state = State(load_file(folder / _STATE), card["values"])
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise MixmergeError(
+            Fault(str(folder), f"is damaged: {error}", run="Fit the router again: mixmerge route fit")
+        ) from error
+    router.experts = tuple(card["experts"])
+    router.costs = None if card["costs"] is None else CostModel.from_dict(card["costs"])
+    router.version = card["fingerprint"][:12]
+    return router
+
+
+def _card(folder: Path) -> dict[str, Any]:
+    where = folder / _CARD
+    try:
+        card = json.loads(where.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise MixmergeError(
+            Fault(
+                str(folder), "is no fitted router", "A folder with router.json", "mixmerge route fit --help"
+            )
+        ) from error
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise MixmergeError(
+            Fault(str(where), f"cannot be read: {error}", run="Fit the router again")
+        ) from error
+    if not isinstance(card, dict) or card.get("format") != FORMAT:
+        raise MixmergeError(Fault(str(where), "is not a router's card", f"format: {FORMAT}"))
+    if card.get("version") != VERSION:
+        raise MixmergeError(
+            Fault(
+                str(where),
+                f"is of version {card.get('version')}",
+                f"This mixmerge reads version {VERSION}",
+                "Fit the router again",
+            )
+        )
+    if card.get("fingerprint") != fingerprint(card, folder):
+        raise MixmergeError(
+            Fault(str(folder), "was changed after it was fitted, or is damaged", run="Fit the router again")
+        )
+    return card
