@@ -21,7 +21,9 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = {"mixmerge": "mixmerge", "routers": "mixmerge.routers", "kernels": "mixmerge.kernels"}
 HEAVY = ("torch", "transformers", "mergekit", "numba", "peft")
 ANY = frozenset({"*"})
-SHARED = frozenset({"errors", "registry", "checkpoint", "experts", "outcomes", "kernels", "machine"})
+SHARED = frozenset(
+    {"errors", "registry", "document", "checkpoint", "experts", "outcomes", "kernels", "machine"}
+)
 _COMPOSITION = frozenset({"decision", "engines", "aggregate", "dynamic", "latent", "logits"})
 
 # unit -> the units it may import, at any depth of a function. ``methods`` as seen by recipe, plan and the
@@ -30,9 +32,10 @@ ALLOWED: dict[str, frozenset[str]] = {
     "errors": frozenset(),
     "registry": frozenset({"errors"}),
     "machine": frozenset(),
+    "document": frozenset({"errors", "registry"}),
     "kernels": frozenset({"errors", "machine"}),
     "methods": frozenset({"errors", "registry", "kernels"}),
-    "recipe": frozenset({"errors", "registry", "methods"}),
+    "recipe": frozenset({"errors", "registry", "document", "methods"}),
     "checkpoint": frozenset({"errors", "registry", "kernels"}),
     "experts": frozenset({"errors", "registry", "checkpoint", "kernels"}),
     "outcomes": frozenset({"errors", "registry"}),
@@ -42,7 +45,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "engine": SHARED | {"plan", "recipe", "methods", "calibrate"},
     "inspect": frozenset({"errors", "registry", "checkpoint", "kernels", "machine"}),
     # answer side
-    "decision": frozenset({"errors", "registry"}),
+    "decision": frozenset({"errors", "registry", "outcomes"}),
     "routers": SHARED - {"checkpoint"} | {"decision"},
     "engines": SHARED | {"decision"},
     "aggregate": SHARED | {"decision"},
@@ -61,7 +64,7 @@ ALLOWED: dict[str, frozenset[str]] = {
 RESERVED = {"cli": frozenset({"cli"}), "zoo": frozenset({"cli", "zoo"})}
 # neither torch nor transformers may be loaded by importing these
 LIGHT = (
-    *("", "errors", "registry", "recipe", "plan", "checkpoint", "engine", "cli", "kernels"),
+    *("", "errors", "registry", "document", "recipe", "plan", "checkpoint", "engine", "cli", "kernels"),
     "methods/__init__",  # the table; the definitions beside it are torch
 )
 
@@ -140,7 +143,7 @@ def dependency_faults(modules: Mapping[str, str]) -> list[str]:
             where = f"{module}:{item.line} imports {item.target}"
             if top in ("routers", "kernels"):
                 faults.append(f"{where}; say mixmerge.{item.target}")
-            elif top in ("torch", "transformers") and unit in ("errors", "registry", "recipe"):
+            elif top in ("torch", "transformers") and unit in ("errors", "registry", "document", "recipe"):
                 faults.append(f"{where}; {unit} may not, at any depth")
             elif top == "mixmerge":
                 faults.extend(f"{where}; {why}" for why in _why_not(unit, item.target))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os.path
 from dataclasses import dataclass
 
+from mixmerge.document import Node, Report, Scalar
 from mixmerge.methods import REQUIRED, Method, Parameter
 from mixmerge.recipe.references import ModelRef
-from mixmerge.recipe.report import Node, Report, Scalar
 from mixmerge.recipe.resolving import ZERO_SUM, contradiction, zero_sum
 from mixmerge.recipe.schema import Setting
 from mixmerge.recipe.settings import constant, is_constant

@@ -8,11 +8,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from mixmerge.document import (
+    Kind,
+    Node,
+    Report,
+    from_data,
+    given,
+    load,
+    read_file,
+    read_mapping,
+    read_text,
+    show,
+    to_data,
+    unknown_keys,
+)
 from mixmerge.methods import METHODS, Method, Parameter
 from mixmerge.recipe.checks import Draft, DraftEntry, check, check_models
-from mixmerge.recipe.document import MAX_BYTES, from_data, load, to_data
-from mixmerge.recipe.references import ModelRef, read_ref, unknown_keys
-from mixmerge.recipe.report import Node, Report, read_mapping, read_text, show
+from mixmerge.recipe.references import ModelRef, read_ref
 from mixmerge.recipe.schema import (
     DTYPES,
     MAX_SEED,
@@ -28,6 +40,12 @@ from mixmerge.recipe.schema import (
 from mixmerge.recipe.settings import read_setting
 from mixmerge.registry import choices, find, nearest, table
 
+RECIPE = Kind(
+    "recipe",
+    needs="It needs merge_method and models",
+    several="files with several YAML documents (mergekit-multi) are not supported yet",
+    instead="Merge one after the other, by their output folders",
+)
 _KEYS = ["merge_method", "models", "base_model", "parameters", "dtype", "out_dtype", "seed", "output"]
 _SHARED_TOKENIZER = "Remove it, and merge experts that share one tokenizer"
 _NOT_YET = {
@@ -58,7 +76,7 @@ def parse(text: str, *, where: str = "recipe") -> Parsed:
         text: YAML.
         where: what to call the document in faults that concern all of it, such as its file name.
     """
-    report = Report()
+    report = Report(RECIPE)
     return _parsed(load(text, name=where, report=report), text, where, report)
 
 
@@ -68,34 +86,19 @@ def read(source: str | Path | Mapping[str, Any] | Recipe) -> Parsed:
     Args:
         source: path of a YAML file (UTF-8); a mapping; or a recipe, which is checked like a mapping.
     """
-    report = Report()
+    report = Report(RECIPE)
     if isinstance(source, Recipe):
         source = canonical(source)
     if isinstance(source, Mapping):
-        root = from_data(source, name="recipe", report=report)
+        root = from_data(source, name="recipe", report=report, spelled=_spelled)
         return _parsed(root, "" if root is None else to_yaml(to_data(root)), "recipe", report)
     name = str(source) if len(str(source)) <= 300 and "\n" not in str(source) else "recipe"
-    text = _file(Path(source), name, report)
+    text = read_file(Path(source), name=name, report=report)
     return Parsed(None, report.faults(name), (), "", ()) if text is None else parse(text, where=name)
 
 
-def _file(path: Path, name: str, report: Report) -> str | None:
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
-    except (OSError, ValueError) as error:
-        problem = getattr(error, "strerror", None) or "not a file name"
-        hint = "recipe.parse reads YAML text" if "\n" in str(path) else ""
-        report.fault(name, f"cannot read the recipe: {problem}", run=hint)
-        return None
-    if len(data) > MAX_BYTES:
-        report.fault(name, "the recipe is too large", f"At most {MAX_BYTES:,} bytes")
-        return None
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        report.fault(name, f"the recipe is not UTF-8 text (byte {error.start})", run="Save it as UTF-8")
-        return None
+def _spelled(value: Any) -> Any:
+    return value.canonical() if isinstance(value, ModelRef) else value
 
 
 def _parsed(root: Node | None, text: str, where: str, report: Report) -> Parsed:
@@ -104,9 +107,7 @@ def _parsed(root: Node | None, text: str, where: str, report: Report) -> Parsed:
     if root is not None and isinstance(root.value, dict):
         recipe = _recipe(root.value, report, refs)
     elif root is not None:
-        report.fault(
-            root, f"a recipe is a mapping, got {show(root.value)}", "It needs merge_method and models"
-        )
+        report.fault(root, f"a recipe is a mapping, got {show(root.value)}", RECIPE.needs)
     return Parsed(recipe, report.faults(where), report.warnings(), text, tuple(refs))
 
 
@@ -117,7 +118,7 @@ def _recipe(top: dict[str, Node], report: Report, refs: list[tuple[str, ModelRef
     name, method = _method(top, rows, report)
     known = _known_parameters(method, rows)
     _top_keys(top, list(known), report)
-    base_node = _given(top, "base_model")
+    base_node = given(top, "base_model")
     base = read_ref(base_node, report) if base_node else None
     if base_node and base:
         refs.append((base_node.path, base))
@@ -153,14 +154,8 @@ def _set(settings: dict[str, Setting | None]) -> dict[str, Setting]:
     return {name: setting for name, setting in settings.items() if setting is not None}
 
 
-def _given(entries: dict[str, Node], key: str) -> Node | None:
-    """The node of a key that is there and not null."""
-    node = entries.get(key)
-    return None if node is None or node.value is None else node
-
-
 def _method(top: dict[str, Node], rows: Mapping[str, Any], report: Report) -> tuple[str, Method | None]:
-    node = _given(top, "merge_method")
+    node = given(top, "merge_method")
     if node is None:
         report.fault("merge_method", "the recipe names no merge method", f"Known: {', '.join(sorted(rows))}")
         return "", None
@@ -213,9 +208,9 @@ def _unknown_key(name: str, node: Node, keys: list[str], parameters: list[str], 
 def _entries(
     top: dict[str, Node], base: ModelRef | None, reader: _Settings, report: Report
 ) -> tuple[DraftEntry, ...]:
-    node = _given(top, "models")
+    node = given(top, "models")
     if node is None or node.value in ((), {}, ""):
-        if not _given(top, "slices") and not _given(top, "modules"):
+        if not given(top, "slices") and not given(top, "modules"):
             report.fault(
                 "models", "the recipe lists no models", run="Add models:, with a - model: PATH for each"
             )
@@ -241,7 +236,7 @@ def _entry(node: Node, base: ModelRef | None, reader: _Settings, report: Report)
             _unknown_key(name, child, ["model", "parameters"], list(reader.known), report)
         if report.full:
             break
-    model = _given(entries, "model")
+    model = given(entries, "model")
     if model is None:
         report.fault(node, "the key model is missing", run="Write - model: PATH")
     ref = read_ref(model, report) if model else None
@@ -296,7 +291,7 @@ class _Settings:
 
 
 def _dtype(top: dict[str, Node], key: str, report: Report) -> str | None:
-    node = _given(top, key)
+    node = given(top, key)
     name = read_text(node, report, "the name of a dtype") if node else None
     if node is None or name is None:
         return None
@@ -310,7 +305,7 @@ def _dtype(top: dict[str, Node], key: str, report: Report) -> str | None:
 
 
 def _seed(top: dict[str, Node], report: Report) -> int:
-    node = _given(top, "seed")
+    node = given(top, "seed")
     if node is None:
         return 0
     value = node.value
@@ -323,7 +318,7 @@ def _seed(top: dict[str, Node], report: Report) -> int:
 def _output(top: dict[str, Node], report: Report) -> Output:
     entries = read_mapping(top["output"], report, "output settings") if "output" in top else {}
     unknown_keys(entries, ["shard_size"], report)
-    node = _given(entries, "shard_size")
+    node = given(entries, "shard_size")
     if node is None:
         return Output()
     value = node.value

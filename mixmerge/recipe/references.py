@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mixmerge.document import Node, Report, read_mapping, read_text, show, unknown_keys
 from mixmerge.errors import Fault, RecipeError
-from mixmerge.recipe.report import Node, Report, read_mapping, read_text, show
-from mixmerge.registry import choices
 
 _GRAMMAR = "A model is PATH[@REVISION][+ADAPTER[@REVISION]]"
 _SPELL_OUT = "A path that has + or @ in it is written as {model: {path: ...}}"
@@ -139,12 +138,3 @@ def _filled(node: Node, report: Report) -> str | None:
         report.fault(node, f"{show(value)} is empty or has spaces at an end")
         return None
     return value
-
-
-def unknown_keys(entries: dict[str, Node], known: list[str], report: Report) -> None:
-    """One fault for each key that is not known, with the nearest one that is."""
-    for name, node in entries.items():
-        if name not in known:
-            if report.full:
-                return
-            report.fault(node, f"unknown key {show(name)}", choices(name, known))

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from mixmerge.document import Scalar
 from mixmerge.errors import Fault, RecipeError
 from mixmerge.methods import REQUIRED, Method, Parameter, Value
-from mixmerge.recipe.report import Scalar
 from mixmerge.recipe.schema import ModelEntry, Recipe, Setting, inputs
 
 ZERO_SUM = 1e-8

@@ -9,10 +9,10 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
+from mixmerge.document import Scalar
 from mixmerge.errors import Fault, RecipeError
 from mixmerge.methods import METHODS, Method
 from mixmerge.recipe.references import ModelRef
-from mixmerge.recipe.report import Scalar
 from mixmerge.registry import find
 
 MAX_SEED = 2**64 - 1

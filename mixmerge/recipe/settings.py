@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
+from mixmerge.document import Node, Report, Scalar, number, read_text, show
 from mixmerge.methods import Parameter
-from mixmerge.recipe.report import Node, Report, Scalar, number, read_text, show
 from mixmerge.recipe.schema import Conditional, Setting
 
 _FLOAT32_MAX = 3.4028234663852886e38

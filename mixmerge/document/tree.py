@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import numbers
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import yaml
 
-from mixmerge.recipe.references import ModelRef
-from mixmerge.recipe.report import Data, Node, Report, show
+from mixmerge.document.report import Data, Node, Report, show
 
 MAX_BYTES = 10_000_000
 MAX_NODES = 200_000
@@ -45,10 +44,10 @@ def load(text: str, *, name: str, report: Report) -> Node | None:
         name: what to call it in messages.
         report: gets syntax errors, duplicate keys, refused tags, aliases that explode.
     """
-    text = text.removeprefix("\ufeff")
+    text, noun = text.removeprefix("\ufeff"), report.kind.noun
     try:
         text.encode("utf-8")
-        _bounded(len(text), MAX_BYTES, name, None, "characters")
+        _bounded(len(text), MAX_BYTES, "characters", noun=noun, where=name)
         loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
         raw = _Composer(name, report).compose(yaml.parse(text, Loader=loader))
     except _Refused as refused:
@@ -58,10 +57,10 @@ def load(text: str, *, name: str, report: Report) -> Node | None:
         _syntax(error, text, name, report)
         return None
     except UnicodeEncodeError:
-        report.fault(name, "the recipe is not valid Unicode text")
+        report.fault(name, f"the {noun} is not valid Unicode text")
         return None
     if raw is None or (raw.kind == "scalar" and raw.value is None):
-        report.fault(name, "the recipe is empty", "It needs merge_method and models")
+        report.fault(name, f"the {noun} is empty", report.kind.needs)
         return None
     return replace(_expand(raw, "", raw.line, report), path=name, line=None)
 
@@ -74,9 +73,9 @@ class _Refused(Exception):  # noqa: N818
         self.at, self.what, self.allowed, self.run = at, what, allowed, run
 
 
-def _bounded(amount: int, limit: int, where: str, line: int | None, unit: str) -> None:
+def _bounded(amount: int, limit: int, unit: str, *, noun: str, where: str, line: int | None = None) -> None:
     if amount > limit:
-        raise _Refused(Node(where, line, None), f"the recipe has too many {unit}", f"At most {limit:,}")
+        raise _Refused(Node(where, line, None), f"the {noun} has too many {unit}", f"At most {limit:,}")
 
 
 def _syntax(error: yaml.YAMLError, text: str, name: str, report: Report) -> None:
@@ -95,7 +94,7 @@ class _Composer:
     """Events to raw values, without recursion, so that nesting costs no stack."""
 
     def __init__(self, name: str, report: Report) -> None:
-        self.name, self.report = name, report
+        self.name, self.report, self.kind = name, report, report.kind
         self.resolver: Any = yaml.resolver.Resolver()
         self.anchors: dict[str, _Raw] = {}
         self.open: list[_Raw] = []
@@ -105,10 +104,9 @@ class _Composer:
     def compose(self, events: Iterator[Any]) -> _Raw | None:
         for event in events:
             self.nodes += 1
-            _bounded(self.nodes, 2 * MAX_NODES, self.name, event.start_mark.line + 1, "values")
+            self.bounded(self.nodes, 2 * MAX_NODES, "values", event.start_mark.line + 1)
             if isinstance(event, yaml.DocumentStartEvent) and self.root is not None:
-                what = "files with several YAML documents (mergekit-multi) are not supported yet"
-                raise _Refused(self.at(event), what, run="Merge one after the other, by their output folders")
+                raise _Refused(self.at(event), self.kind.several, run=self.kind.instead)
             if isinstance(event, yaml.ScalarEvent):
                 self.close(self.scalar(event))
             elif isinstance(event, yaml.SequenceStartEvent | yaml.MappingStartEvent):
@@ -118,6 +116,9 @@ class _Composer:
             elif isinstance(event, yaml.AliasEvent):
                 self.alias(event)
         return self.root
+
+    def bounded(self, amount: int, limit: int, unit: str, line: int) -> None:
+        _bounded(amount, limit, unit, noun=self.kind.noun, where=self.name, line=line)
 
     def at(self, event: Any) -> Node:
         return Node(self.name, event.start_mark.line + 1, None)
@@ -139,7 +140,7 @@ class _Composer:
         parent.children.append(raw)
         parent.size += raw.size
         parent.depth = max(parent.depth, raw.depth + 1)
-        _bounded(parent.size, MAX_NODES, self.name, raw.line, "values, aliases expanded")
+        self.bounded(parent.size, MAX_NODES, "values, aliases expanded", raw.line)
 
     def alias(self, event: Any) -> None:
         target = self.anchors.get(event.anchor)
@@ -150,7 +151,7 @@ class _Composer:
         self.close(replace(target, line=event.start_mark.line + 1, anchor=None))
 
     def check_depth(self, depth: int, event: Any) -> None:
-        _bounded(depth, MAX_DEPTH, self.name, event.start_mark.line + 1, "levels of nesting")
+        self.bounded(depth, MAX_DEPTH, "levels of nesting", event.start_mark.line + 1)
 
     def tag(self, event: Any) -> None:
         if event.tag is not None and event.tag not in _PLAIN_TAGS:
@@ -216,7 +217,7 @@ def _pairs(raw: _Raw, path: str, report: Report) -> Iterator[tuple[_Raw, _Raw]]:
         if key.merge:
             continue
         if key.kind != "scalar" or not isinstance(key.value, str):
-            at = Node(path or "recipe", key.line, None)
+            at = Node(path or report.kind.noun, key.line, None)
             report.fault(at, f"a key must be text, got {_kind(key)}", run="Write it in quotes")
             continue
         yield key, value
@@ -234,7 +235,7 @@ def _merged(raw: _Raw, path: str, report: Report) -> dict[str, Node]:
             continue
         for source in value.children if value.kind == "list" else [value]:
             if source.kind != "map":
-                report.fault(Node(path or "recipe", key.line, None), "<< needs a mapping to merge in")
+                report.fault(Node(path or report.kind.noun, key.line, None), "<< needs a mapping to merge in")
                 continue
             found = _expand(source, path, key.line, report).value
             for name, node in found.items() if isinstance(found, dict) else ():
@@ -242,17 +243,33 @@ def _merged(raw: _Raw, path: str, report: Report) -> dict[str, Node]:
     return entries
 
 
-def from_data(data: Mapping[Any, Any], *, name: str, report: Report) -> Node | None:
-    """The tree of a mapping that Python code made: the same limits as for text, and no lines."""
-    count = 0
+def _as_it_is(value: Any) -> Any:
+    return value
+
+
+def from_data(
+    data: Mapping[Any, Any],
+    *,
+    name: str,
+    report: Report,
+    spelled: Callable[[Any], Any] = _as_it_is,
+) -> Node | None:
+    """The tree of a mapping that Python code made: the same limits as for text, and no lines.
+
+    Args:
+        data: the mapping.
+        name: what to call it in messages.
+        report: gets what cannot stand in a document.
+        spelled: turns objects of our own into what a document would have in their place.
+    """
+    count, noun = 0, report.kind.noun
 
     def build(value: Any, path: str, depth: int) -> Node:
         nonlocal count
         count += 1
-        _bounded(depth, MAX_DEPTH, path or name, None, "levels of nesting")
-        _bounded(count, MAX_NODES, name, None, "values")
-        if isinstance(value, ModelRef):
-            value = value.canonical()
+        _bounded(depth, MAX_DEPTH, "levels of nesting", noun=noun, where=path or name)
+        _bounded(count, MAX_NODES, "values", noun=noun, where=name)
+        value = spelled(value)
         if isinstance(value, Mapping):
             return Node(path, None, build_map(value, path, depth))
         if isinstance(value, list | tuple):
@@ -290,7 +307,8 @@ def _plain(value: Any, path: str, report: Report) -> Data:
     if isinstance(value, os.PathLike):
         return os.fsdecode(value)
     kind = "number of hundreds of digits" if isinstance(value, numbers.Integral) else type(value).__qualname__
-    report.fault(path, f"a {kind} cannot stand in a recipe", "Text, numbers, lists and mappings can")
+    what = f"a {kind} cannot stand in a {report.kind.noun}"
+    report.fault(path, what, "Text, numbers, lists and mappings can")
     return None
 
 

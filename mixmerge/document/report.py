@@ -1,4 +1,4 @@
-"""A node of the recipe that knows where it is written, and the list of everything wrong with the recipe."""
+"""A node of a document that knows where it is written, and the list of everything wrong with the document."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from operator import itemgetter
 
 from mixmerge.errors import Fault, MixmergeError
+from mixmerge.registry import choices
 
 Scalar = bool | float | str
 # What YAML can hold once aliases are expanded. Integers stay integers here: a seed needs all its digits.
@@ -15,6 +16,22 @@ Data = None | bool | int | float | str | tuple["Node", ...] | dict[str, "Node"]
 
 MAX_FAULTS = 100
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What messages say of a document.
+
+    Args:
+        noun: what it is, such as ``recipe``.
+        needs: what it cannot be without: said of an empty one.
+        several, instead: said of a file with several YAML documents, and what to do then.
+    """
+
+    noun: str
+    needs: str
+    several: str = "files with several YAML documents are not supported"
+    instead: str = "Write one file for each"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +54,10 @@ class Node:
 
 
 class Report:
-    """Collects faults and warnings while a recipe is read; gives them back in the order of their lines."""
+    """Collects faults and warnings while a document is read; gives them back in the order of their lines."""
 
-    def __init__(self) -> None:
+    def __init__(self, kind: Kind) -> None:
+        self.kind = kind
         self._faults: list[tuple[float, Fault]] = []
         self._warnings: list[tuple[float, Fault]] = []
         self._more = 0
@@ -125,3 +143,18 @@ def read_text(node: Node, report: Report, what: str) -> str | None:
         report.fault(node, f"expected {what}, got text with control characters")
         return None
     return value
+
+
+def given(entries: dict[str, Node], key: str) -> Node | None:
+    """The node of a key that is there and not null."""
+    node = entries.get(key)
+    return None if node is None or node.value is None else node
+
+
+def unknown_keys(entries: dict[str, Node], known: list[str], report: Report) -> None:
+    """One fault for each key that is not known, with the nearest one that is."""
+    for name, node in entries.items():
+        if name not in known:
+            if report.full:
+                return
+            report.fault(node, f"unknown key {show(name)}", choices(name, known))
