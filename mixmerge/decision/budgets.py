@@ -60,8 +60,9 @@ def calibrate_budget(
         table: their outcomes, in the same order; a cost that is not recorded counts as the router expects it.
         budget: mean dollars a query, above 0.
         confidence: that the mean cost of further queries of the same kind is within the budget.
-        bound: ``normal``: mean plus normal quantile times standard error, right for many rows. ``bernstein``:
-            right for any number of rows if no query costs more than ``most``; wider.
+        bound: ``normal``: mean plus normal quantile times standard error, right for many rows and somewhat low for
+            few of very uneven costs. ``bernstein``: right for any number of rows if no query costs more than
+            ``most``; wider.
         most: dollars that no query costs more than; for ``bernstein``, the highest recorded cost by default.
         fallback, abstain_below: as in ``Policy``; what abstaining saves, and the fallback costs, is counted.
         seed: of the policy, which decides the mixture by it and the queries' ids.

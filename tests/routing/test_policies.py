@@ -124,7 +124,6 @@ def test_scores_that_are_not_finite_pick_nobody() -> None:
 
 
 def test_no_queries_no_decisions() -> None:
-    empty = scores(np.zeros((0, 3)).tolist() or [[]], cost=None)
     empty = Scores(NAMES, np.zeros((0, 3)), np.zeros((0, 3)), np.zeros((0, 3)))
     for policy in (Policy(), Policy(kind="top_k", k=2), Policy(kind="sample", trim=0.05)):
         assert policy.choose(empty, []).shape == (0, policy.k or policy.draws or 1)

@@ -1,0 +1,125 @@
+"""What a mixture's YAML says, once it is read: strict frozen models, and nothing is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from mixmerge.decision.policies import Policy
+from mixmerge.errors import Fault, MixmergeError
+
+Composition = Literal["answer", "vote", "aggregate", "cascade", "latent", "logits", "twin", "adapters"]
+
+
+class Strict(BaseModel):
+    """A section of the YAML: one key for each field, of exactly its type."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class PriceSpec(Strict):
+    """Dollars per million tokens of prompt and of answer; ``size`` in billions of parameters, if it counts."""
+
+    input: float = Field(ge=0)
+    output: float = Field(ge=0)
+    size: float | None = Field(None, gt=0)
+
+
+class ExpertSpec(Strict):
+    """An expert, in one of three forms: ``model``; ``adapter`` and ``base``; ``endpoint`` and ``model``.
+
+    Paths are relative to where the command runs, as in recipes.
+
+    Args:
+        model: folder or hub id; with an endpoint, the name it has there.
+        engine: how it answers, such as ``transformers`` or ``vllm``.
+        adapter, base: folders or hub ids; experts with one base share it.
+        endpoint: http(s) address of an OpenAI-compatible server.
+        price: of its tokens. A router fitted from outcomes expects costs by it; one from a folder keeps the
+            prices it was fitted with.
+    """
+
+    model: str | None = Field(None, min_length=1)
+    engine: str | None = Field(None, min_length=1)
+    adapter: str | None = Field(None, min_length=1)
+    base: str | None = Field(None, min_length=1)
+    endpoint: str | None = Field(None, pattern="^https?://[^\\s]+$")
+    price: PriceSpec | None = None
+
+
+class RouterSpec(Strict):
+    """A router: ``folder`` of a fitted one, or a ``kind`` and the ``outcomes`` to fit it on.
+
+    Args:
+        folder: that ``mixmerge route fit`` wrote.
+        kind: a name of ``mixmerge route ls``.
+        outcomes: file of an outcome table.
+        options: of that kind of router.
+        features: ``kind`` and options of what embeds the queries; TF-IDF by default.
+        seed: of fitting, 0 to 2^32 - 1.
+    """
+
+    folder: str | None = Field(None, min_length=1)
+    kind: str | None = Field(None, min_length=1)
+    outcomes: str | None = Field(None, min_length=1)
+    options: dict[str, Any] = Field(default_factory=dict)
+    features: dict[str, Any] | None = None
+    seed: int = Field(0, ge=0, lt=2**32)
+
+
+class ComposeSpec(Strict):
+    """How answers are made from the picked experts'."""
+
+    kind: Composition = "answer"
+
+
+class GenerateSpec(Strict):
+    """How an expert generates: at most so many tokens; 0 is the most likely one; ``seed`` of sampling."""
+
+    max_new_tokens: int = Field(256, ge=1)
+    temperature: float = Field(0.0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**64)
+
+
+class MixtureSpec(Strict):
+    """A mixture.
+
+    Args:
+        experts: by name, in the order of the YAML.
+        router: scores them.
+        policy: decides; None if the YAML names none: then the one in the router's folder, or ``argmax``.
+        compose, generate: of the answers.
+    """
+
+    experts: dict[str, ExpertSpec] = Field(min_length=1)
+    router: RouterSpec
+    policy: Policy | None = None
+    compose: ComposeSpec = ComposeSpec()
+    generate: GenerateSpec = GenerateSpec()
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """What reading a mixture gave.
+
+    Args:
+        mixture: None if there is any fault.
+        faults: everything that is wrong.
+        text: the source, verbatim; "" if it was a mapping.
+    """
+
+    mixture: MixtureSpec | None
+    faults: tuple[Fault, ...]
+    text: str
+
+    def require(self) -> MixtureSpec:
+        """The mixture.
+
+        Raises:
+            MixmergeError: with every fault, if there are any.
+        """
+        if self.mixture is None:
+            raise MixmergeError(self.faults)
+        return self.mixture

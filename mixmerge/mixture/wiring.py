@@ -1,0 +1,131 @@
+"""A mixture at work: its router fitted or loaded, and decisions for queries."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn, Self
+
+from mixmerge import registry
+from mixmerge.decision.files import FILE, read_policy
+from mixmerge.decision.policies import Policy
+from mixmerge.decision.records import Decision, Query, as_queries
+from mixmerge.errors import Fault, MixmergeError
+from mixmerge.mixture.reading import read
+from mixmerge.mixture.schema import ExpertSpec, MixtureSpec, RouterSpec
+from mixmerge.outcomes.table import OutcomeTable, Price
+from mixmerge.routers.base import Router
+
+
+@dataclass(frozen=True, eq=False)
+class Mixture:
+    """Experts, the router that scores them, and the policy that decides.
+
+    Args:
+        spec: what the YAML says.
+        router: fitted; its experts are those of the spec.
+        policy: decides.
+    """
+
+    spec: MixtureSpec
+    router: Router
+    policy: Policy
+
+    @classmethod
+    def load(cls, source: str | Path | Mapping[str, Any] | MixtureSpec) -> Self:
+        """Read a mixture, and fit its router on its outcomes or load it from its folder.
+
+        Raises:
+            MixmergeError: every fault of the YAML; or outcomes or a router that cannot be read, or that know
+                other experts than the mixture.
+        """
+        spec = source if isinstance(source, MixtureSpec) else read(source).require()
+        router = _loaded(spec) if spec.router.folder else _fitted(spec)
+        return cls(spec, router, _policy(spec, router))
+
+    @property
+    def experts(self) -> Mapping[str, ExpertSpec]:
+        """By name, in the order of the YAML."""
+        return self.spec.experts
+
+    def route(self, queries: Iterable[str | Query], *, explain: bool = False) -> list[Decision]:
+        """Who answers each query.
+
+        Args:
+            queries: texts or queries.
+            explain: the reasons also hold what the router says: neighbours, clusters, skills.
+
+        Raises:
+            MixmergeError: the policy cannot decide: costs are not known, or a budget is not calibrated.
+        """
+        asked = as_queries(queries)
+        reasons = self.router.reasons(asked) if explain else None
+        return self.policy.decide(
+            self.router.score(asked), asked, version=self.router.version, reasons=reasons
+        )
+
+    def answer(self, queries: Iterable[str | Query]) -> NoReturn:
+        """Answers of the picked experts, composed as the mixture says: in this version, always refused.
+
+        Raises:
+            MixmergeError: naming the composition that is not available.
+        """
+        what = f"{self.spec.compose.kind} is not available in this version, which decides who answers"
+        raise MixmergeError(Fault("compose.kind", what, run="Mixture.route gives the decisions"))
+
+
+def _loaded(spec: MixtureSpec) -> Router:
+    folder = str(spec.router.folder)
+    router = Router.load(folder)
+    _same(tuple(spec.experts), router.experts, f"the router in {folder}")
+    return router
+
+
+def _fitted(spec: MixtureSpec) -> Router:
+    wanted = spec.router
+    source = str(wanted.outcomes)
+    table = OutcomeTable.read(source)
+    names = tuple(spec.experts)
+    _same(names, table.experts, source)
+    prices = {
+        name: Price(expert.price.input, expert.price.output, expert.price.size)
+        for name, expert in spec.experts.items()
+        if expert.price is not None
+    }
+    kind = registry.load(registry.find("router", str(wanted.kind)).target)
+    router: Router = kind(wanted.options, features=_features(wanted), seed=wanted.seed)
+    return router.fit(table.only(names).priced(prices))
+
+
+def _features(wanted: RouterSpec) -> Any:
+    if wanted.features is None:
+        return None
+    options = {name: value for name, value in wanted.features.items() if name != "kind"}
+    return registry.find("features", str(wanted.features["kind"]))(**options)
+
+
+def _policy(spec: MixtureSpec, router: Router) -> Policy:
+    if spec.policy is not None:
+        return spec.policy
+    folder = spec.router.folder
+    if folder is not None and (Path(folder) / FILE).is_file():
+        return read_policy(folder, router=router.version)
+    return Policy()
+
+
+def _same(mixture: tuple[str, ...], other: tuple[str, ...], where: str) -> None:
+    """Refuse a router or a table that knows other experts than the mixture has."""
+    lacks = [name for name in mixture if name not in other]
+    more = [name for name in other if name not in mixture]
+    faults = []
+    if lacks:
+        faults.append(
+            Fault("experts", f"{where} does not know {', '.join(lacks)}", f"It knows {', '.join(other)}")
+        )
+    if more:
+        faults.append(
+            Fault("experts", f"the mixture lacks {', '.join(more)}, which {where} knows", run="Add them")
+        )
+    if faults:
+        raise MixmergeError(faults)
