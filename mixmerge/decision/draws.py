@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-Floats = NDArray[np.float64]
-Integers = NDArray[np.int64]
+from mixmerge.decision.choosing import Floats, Integers, blocks
+
 _EACH = 4  # numbers in one digest of SHA-256
 
 
@@ -111,9 +111,11 @@ def trim(
         stays = count >= share * count.sum()
         if stays.all() or not stays.any():
             continue
-        chance = np.where(stays, count, 0) * able[rows]
-        redrawn = ~stays[picks[rows]].all(axis=1) & chance.any(axis=1)
-        rows, chance = rows[redrawn], chance[redrawn].astype(np.float64)
-        uniform = uniforms([ids[q] for q in rows], picks.shape[1], seed=seed, purpose="trim")
-        kept[rows] = np.where(stays[picks[rows]], picks[rows], draw(chance, uniform))
+        rows = rows[~stays[picks[rows]].all(axis=1)]
+        for part in blocks(len(rows), experts):
+            some = rows[part]
+            chance = np.where(stays & able[some], count, 0).astype(np.float64)
+            some, chance = some[chance.any(axis=1)], chance[chance.any(axis=1)]
+            uniform = uniforms([ids[q] for q in some], picks.shape[1], seed=seed, purpose="trim")
+            kept[some] = np.where(stays[picks[some]], picks[some], draw(chance, uniform))
     return kept

@@ -69,22 +69,22 @@ class Policy(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     kind: PolicyKind = "argmax"
-    k: int | None = Field(None, ge=1)
-    draws: int | None = Field(None, ge=1, le=10_000)
-    temperature: float | None = Field(None, gt=0)
-    trim: float | None = Field(None, ge=0, lt=1)
+    k: int | None = Field(default=None, ge=1)
+    draws: int | None = Field(default=None, ge=1, le=10_000)
+    temperature: float | None = Field(default=None, gt=0)
+    trim: float | None = Field(default=None, ge=0, lt=1)
     threshold: float | None = None
-    strong: str | None = Field(None, min_length=1)
-    weak: str | None = Field(None, min_length=1)
-    budget: float | None = Field(None, gt=0)
-    trade: float | None = Field(None, ge=0)
-    above: float | None = Field(None, ge=0)
-    share: float | None = Field(None, ge=0, le=1)
-    willingness_to_pay: float | None = Field(None, ge=0)
-    z: float | None = Field(None, ge=0)
-    fallback: str | None = Field(None, min_length=1)
+    strong: str | None = Field(default=None, min_length=1)
+    weak: str | None = Field(default=None, min_length=1)
+    budget: float | None = Field(default=None, gt=0)
+    trade: float | None = Field(default=None, ge=0)
+    above: float | None = Field(default=None, ge=0)
+    share: float | None = Field(default=None, ge=0, le=1)
+    willingness_to_pay: float | None = Field(default=None, ge=0)
+    z: float | None = Field(default=None, ge=0)
+    fallback: str | None = Field(default=None, min_length=1)
     abstain_below: float | None = None
-    seed: int = Field(0, ge=0, lt=2**64)
+    seed: int = Field(default=0, ge=0, lt=2**64)
 
     @model_validator(mode="wrap")
     @classmethod

@@ -61,9 +61,9 @@ def name_order(scores: Scores) -> Integers:
 
 def trades(policy: Policy, queries: Sequence[Query] | None) -> Floats | float:
     """Dollars for a point of score: one number, or ``(Q,)`` where a share of the queries has another."""
-    trade = policy.willingness_to_pay if policy.kind == "willingness_to_pay" else policy.trade
+    trade = (policy.willingness_to_pay if policy.kind == "willingness_to_pay" else policy.trade) or 0.0
     if policy.above is None or not policy.share or queries is None:
-        return trade or 0.0
+        return trade
     uniform = uniforms([query.id for query in queries], 1, seed=policy.seed, purpose="budget")[:, 0]
     return np.where(uniform < policy.share, policy.above, trade)
 
@@ -124,15 +124,14 @@ def _drawn(
         chance = likelihoods(known(scores.mean[chosen])[:, order], policy.temperature or 1.0)
         uniform = uniforms([ids[q] for q in chosen], draws, seed=policy.seed, purpose="sample")
         places[chosen] = draw(chance, uniform)
-    rows_asked = np.flatnonzero(asked)
     if policy.trim:
-        able = np.isfinite(scores.mean[rows_asked][:, order])
-        places[rows_asked] = trim(
-            places[rows_asked],
-            able=able,
+        counted = np.flatnonzero(asked)
+        places[counted] = trim(
+            places[counted],
+            able=np.isfinite(scores.mean)[:, order][counted],
             share=policy.trim,
-            ids=[ids[q] for q in rows_asked],
-            tasks=[queries[q].metadata.get("task", "") for q in rows_asked],
+            ids=[ids[q] for q in counted],
+            tasks=[queries[int(q)].metadata.get("task", "") for q in counted],
             seed=policy.seed,
         )
     rank = np.empty(experts, np.int64)

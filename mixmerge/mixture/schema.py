@@ -24,7 +24,7 @@ class PriceSpec(Strict):
 
     input: float = Field(ge=0)
     output: float = Field(ge=0)
-    size: float | None = Field(None, gt=0)
+    size: float | None = Field(default=None, gt=0)
 
 
 class ExpertSpec(Strict):
@@ -41,11 +41,11 @@ class ExpertSpec(Strict):
             prices it was fitted with.
     """
 
-    model: str | None = Field(None, min_length=1)
-    engine: str | None = Field(None, min_length=1)
-    adapter: str | None = Field(None, min_length=1)
-    base: str | None = Field(None, min_length=1)
-    endpoint: str | None = Field(None, pattern="^https?://[^\\s]+$")
+    model: str | None = Field(default=None, min_length=1)
+    engine: str | None = Field(default=None, min_length=1)
+    adapter: str | None = Field(default=None, min_length=1)
+    base: str | None = Field(default=None, min_length=1)
+    endpoint: str | None = Field(default=None, pattern="^https?://[^\\s]+$")
     price: PriceSpec | None = None
 
 
@@ -61,12 +61,12 @@ class RouterSpec(Strict):
         seed: of fitting, 0 to 2^32 - 1.
     """
 
-    folder: str | None = Field(None, min_length=1)
-    kind: str | None = Field(None, min_length=1)
-    outcomes: str | None = Field(None, min_length=1)
+    folder: str | None = Field(default=None, min_length=1)
+    kind: str | None = Field(default=None, min_length=1)
+    outcomes: str | None = Field(default=None, min_length=1)
     options: dict[str, Any] = Field(default_factory=dict)
     features: dict[str, Any] | None = None
-    seed: int = Field(0, ge=0, lt=2**32)
+    seed: int = Field(default=0, ge=0, lt=2**32)
 
 
 class ComposeSpec(Strict):
@@ -78,9 +78,9 @@ class ComposeSpec(Strict):
 class GenerateSpec(Strict):
     """How an expert generates: at most so many tokens; 0 is the most likely one; ``seed`` of sampling."""
 
-    max_new_tokens: int = Field(256, ge=1)
-    temperature: float = Field(0.0, ge=0)
-    seed: int = Field(0, ge=0, lt=2**64)
+    max_new_tokens: int = Field(default=256, ge=1)
+    temperature: float = Field(default=0.0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**64)
 
 
 class MixtureSpec(Strict):
