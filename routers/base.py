@@ -21,6 +21,7 @@ from mixmerge.errors import Fault, MixmergeError
 from mixmerge.outcomes.table import OutcomeTable, Price
 from mixmerge.routers.costs import CostModel
 from mixmerge.routers.features import Features, TfidfFeatures
+from mixmerge.routers.trained import TrainedOn
 
 Floats = NDArray[np.float64]
 Embedding = NDArray[np.float32]
@@ -108,8 +109,8 @@ class Router(ABC):
     options_type: ClassVar[type[Options]] = Options
     # It needs embeddings of the queries.
     embeds: ClassVar[bool] = True
-    # The scores of an expert depend on no other expert's outcomes.
-    independent: ClassVar[bool] = False
+    # The scores of an expert depend on no other expert's outcomes. Where options decide, ``__init__`` sets it.
+    independent: bool = False
     # Arrays of the state whose last axis is the experts: what removing one takes from.
     per_expert: ClassVar[tuple[str, ...]] = ()
 
@@ -126,6 +127,7 @@ class Router(ABC):
         self.experts: tuple[str, ...] = ()
         self.costs: CostModel | None = None
         self.state: State | None = None
+        self.trained_on: TrainedOn | None = None
         self.version = "unsaved"  # or the first digits of its fingerprint
 
     @abstractmethod
@@ -168,6 +170,7 @@ class Router(ABC):
         self.experts = table.experts
         self.costs = CostModel.fit(table)
         self.state = self.learn(self._training(table))
+        self.trained_on = TrainedOn.of(table)
         return self
 
     def score(self, queries: Iterable[str | Query]) -> Scores:
@@ -200,6 +203,8 @@ class Router(ABC):
         self.experts = (*self.experts, *table.experts)
         if self.costs is not None:
             self.costs = self.costs.extended(CostModel.fit(table), experts=len(table.experts))
+        if self.trained_on is not None:
+            self.trained_on = self.trained_on.extended(TrainedOn.of(table))
         return self
 
     def remove_expert(self, name: str) -> Self:
@@ -220,6 +225,8 @@ class Router(ABC):
         self.experts = (*self.experts[:at], *self.experts[at + 1 :])
         if self.costs is not None:
             self.costs = self.costs.without(at)
+        if self.trained_on is not None:
+            self.trained_on = self.trained_on.without(at)
         return self
 
     def without(self, state: State, at: int) -> State:

@@ -1,4 +1,4 @@
-"""A fitted router as a folder: ``router.json``, ``state.safetensors``, ``features.safetensors``. No pickle."""
+"""A fitted router as a folder of JSON and safetensors, no pickle; ``_write`` says what is in it."""
 
 from __future__ import annotations
 
@@ -20,9 +20,11 @@ from mixmerge import registry
 from mixmerge.errors import Fault, MixmergeError, OutputError
 from mixmerge.routers.base import Router, State
 from mixmerge.routers.costs import CostModel
+from mixmerge.routers.trained import TrainedOn
 
 FORMAT, VERSION = "mixmerge-router", 1
 _CARD, _STATE, _FEATURES = "router.json", "state.safetensors", "features.safetensors"
+_TRAINED = "trained_on.safetensors"  # hashes of the queries it was fitted on
 
 
 def save(router: Router, folder: Path, *, overwrite: bool) -> None:
@@ -63,6 +65,8 @@ def _write(router: Router, state: State, folder: Path) -> None:
     features = router.features
     if features is not None:
         save_file(_contiguous(features.arrays()), folder / _FEATURES)
+    if router.trained_on is not None:
+        save_file(_contiguous(router.trained_on.arrays()), folder / _TRAINED)
     card = {
         "format": FORMAT,
         "version": VERSION,
@@ -93,7 +97,7 @@ def fingerprint(card: Mapping[str, Any], folder: Path) -> str:
         {k: v for k, v in card.items() if k != "fingerprint"}, sort_keys=True, ensure_ascii=False
     )
     digest = hashlib.sha256(stable.encode("utf-8"))
-    for name in (_STATE, _FEATURES):
+    for name in (_STATE, _FEATURES, _TRAINED):
         if (folder / name).is_file():
             with (folder / name).open("rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
@@ -118,6 +122,8 @@ def load(folder: Path) -> Router:
             made = plain.restored(arrays, features["values"])
         router: Router = kind(card["options"], features=made, seed=card["seed"])
         router.state = State(load_file(folder / _STATE), card["values"])
+        if (folder / _TRAINED).is_file():
+            router.trained_on = TrainedOn.restored(load_file(folder / _TRAINED))
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise MixmergeError(
             Fault(str(folder), f"is damaged: {error}", run="Fit the router again: mixmerge route fit")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -103,9 +104,25 @@ def _with_adapter(base: Any, model: str, adapter: str, revision: str | None) -> 
         raise MixmergeError(Fault(model, f"cannot load the adapter: {reason}")) from error
 
 
-def answers(
+@dataclass(frozen=True)
+class Answered:
+    """One answer, and what it took.
+
+    Args:
+        text: without special tokens.
+        tokens_in, tokens_out: of the prompt and of the answer, special ones included.
+        seconds: its share of the time of its batch.
+    """
+
+    text: str
+    tokens_in: int
+    tokens_out: int
+    seconds: float
+
+
+def answered(
     answerer: Answerer, prompts: Sequence[str], *, max_new_tokens: int, batch_size: int = 256
-) -> list[str]:
+) -> list[Answered]:
     """Greedy answers, in the order of the prompts.
 
     Args:
@@ -120,9 +137,10 @@ def answers(
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     order = sorted(range(len(prompts)), key=lambda index: (len(prompts[index]), index))
-    found = [""] * len(prompts)
+    found: dict[int, Answered] = {}
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
+        began = time.perf_counter()
         batch = tokenizer(
             [prompts[index] for index in chosen], return_tensors="pt", padding=True, padding_side="left"
         ).to(model.device)
@@ -134,29 +152,44 @@ def answers(
                 max_new_tokens=max_new_tokens,
                 pad_token_id=tokenizer.pad_token_id,
             )
-        given = tokenizer.batch_decode(tokens[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-        for index, text in zip(chosen, given, strict=True):
-            found[index] = text
-    return found
+        new = tokens[:, batch["input_ids"].shape[1] :]
+        given = tokenizer.batch_decode(new, skip_special_tokens=True)
+        asked = batch["attention_mask"].sum(dim=1).tolist()
+        # What comes behind the first end of text is padding.
+        ends = (new == tokenizer.eos_token_id).int()
+        lengths = new.shape[1] - (ends.cumsum(dim=1) - ends).clamp(max=1).sum(dim=1)
+        share = (time.perf_counter() - began) / len(chosen)
+        for index, text, tokens_in, tokens_out in zip(chosen, given, asked, lengths.tolist(), strict=True):
+            found[index] = Answered(text, tokens_in, tokens_out, share)
+    return [found[index] for index in range(len(prompts))]
 
 
-def grade(
-    answerer: Answerer, questions: Sequence[Question], *, metric: Metric = exact_match, batch_size: int = 256
-) -> list[float]:
-    """The score of every answer, in the order of the questions.
+def answers(
+    answerer: Answerer, prompts: Sequence[str], *, max_new_tokens: int, batch_size: int = 256
+) -> list[str]:
+    """The texts that ``answered`` gives."""
+    given = answered(answerer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    return [one.text for one in given]
+
+
+def ask(answerer: Answerer, questions: Sequence[Question], *, batch_size: int = 256) -> list[Answered]:
+    """Answers in the order of the questions.
 
     An answer may be two tokens longer than the longest expected one before it is cut: enough to see that it
     goes on where it should end.
     """
     expected = answerer.tokenizer([question.answer for question in questions], add_special_tokens=False)
     longest = max((len(ids) for ids in expected["input_ids"]), default=0)
-    given = answers(
-        answerer,
-        [question.prompt for question in questions],
-        max_new_tokens=longest + 2,
-        batch_size=batch_size,
-    )
-    return [metric(text, question.answer) for text, question in zip(given, questions, strict=True)]
+    prompts = [question.prompt for question in questions]
+    return answered(answerer, prompts, max_new_tokens=longest + 2, batch_size=batch_size)
+
+
+def grade(
+    answerer: Answerer, questions: Sequence[Question], *, metric: Metric = exact_match, batch_size: int = 256
+) -> list[float]:
+    """The score of every answer that ``ask`` gets, in the order of the questions."""
+    given = ask(answerer, questions, batch_size=batch_size)
+    return [metric(one.text, question.answer) for one, question in zip(given, questions, strict=True)]
 
 
 @dataclass(frozen=True)

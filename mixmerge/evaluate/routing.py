@@ -1,0 +1,283 @@
+"""Routers evaluated on outcomes, beside constants, chance and oracles.
+
+Q queries, E experts, K picks. What is not known stays unknown: a query on which nobody has a score is left out; a
+choice whose score is missing is left out of that row's means and counted in ``unknown``; differences use the queries
+where both are known. The policy gives picks; the first pick's score is the row's score, all picks' dollars its cost.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mixmerge import registry
+from mixmerge.decision.policies import Policy
+from mixmerge.decision.records import Query, Scores
+from mixmerge.errors import Fault, MixmergeError
+from mixmerge.evaluate.assembling import assembled
+from mixmerge.evaluate.baselines import best_single_of
+from mixmerge.evaluate.choices import stays
+from mixmerge.evaluate.intervals import LEVEL
+from mixmerge.evaluate.records import RoutingReport
+from mixmerge.evaluate.scored import Chooser, Scored, cross_validated, remembered_best, table_queries
+from mixmerge.outcomes.table import OutcomeTable
+from mixmerge.routers.base import Router
+
+__all__ = [
+    "Chooser",
+    "Scored",
+    "cross_validated",
+    "evaluate_routers",
+    "evaluate_scores",
+    "table_queries",
+    "unseen",
+]
+
+RESAMPLES = 2000
+DRAWS = 20
+Perturbation = Callable[[str], str]
+
+
+def evaluate_routers(
+    routers: Mapping[str, Router],
+    table: OutcomeTable,
+    *,
+    policy: Chooser | None = None,
+    train: OutcomeTable | None = None,
+    perturbations: Mapping[str, Perturbation] | None = None,
+    against: Sequence[str] = (),
+    task: str = "task",
+    strong: str | None = None,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+    level: float = LEVEL,
+    draws: int = DRAWS,
+    allow_trained: bool = False,
+) -> RoutingReport:
+    """Compare fitted routers on outcomes that they were not fitted on.
+
+    Constants and oracles are always in the report: a random choice, the best single expert of the routers' training
+    data (what a user without a router would take), the cheapest, the best single in hindsight, the oracle of each
+    task and of each query.
+
+    Args:
+        routers: name -> fitted router. Their experts are among the table's.
+        table: outcomes to evaluate on.
+        policy: turns scores into picks; the best expected score by default, ties to the cheaper.
+        train: outcomes on which the best single expert is chosen, instead of what each router remembers.
+        perturbations: name -> rewording of a text; how many choices stay is reported for each.
+        against: names of rows that all routers are compared with, beside best single and random.
+        task: column of the metadata with the tasks, for their oracle.
+        strong: with two experts, the one whose calls are counted; by default the best single.
+        seed: of resamples and random choices.
+        resamples: 100 or more.
+        level: of the intervals, above 0 and below 1.
+        draws: of the random choice, 2 or more.
+        allow_trained: evaluate on queries that were fitted on too, with a loud warning in the report.
+
+    Raises:
+        MixmergeError: a router is not fitted, has an expert the table lacks, or was fitted on evaluated queries;
+            no scores; a number out of range.
+    """
+    policy = policy or Policy()
+    faults = [
+        Fault(f"router {name}", "is not fitted", run="Fit it first: mixmerge route fit")
+        for name, router in routers.items()
+        if router.state is None
+    ]
+    if train is not None and not allow_trained:
+        faults += _shared(table, train)
+    if faults:
+        raise MixmergeError(faults)
+    scored = [
+        _scored(name, router, table, policy, train=train, perturbations=perturbations or {})
+        for name, router in routers.items()
+    ]
+    return evaluate_scores(
+        scored,
+        table,
+        policy=policy,
+        against=against,
+        task=task,
+        strong=strong,
+        seed=seed,
+        resamples=resamples,
+        level=level,
+        draws=draws,
+        allow_trained=allow_trained,
+    )
+
+
+def evaluate_scores(
+    scored: Sequence[Scored],
+    table: OutcomeTable,
+    *,
+    policy: Chooser | None = None,
+    against: Sequence[str] = (),
+    task: str = "task",
+    strong: str | None = None,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+    level: float = LEVEL,
+    draws: int = DRAWS,
+    allow_trained: bool = False,
+) -> RoutingReport:
+    """The same for scores that were made before, such as those of ``cross_validated``. Arguments as there."""
+    faults = [*_out_of_range(resamples, level, draws), *_misfits(scored, table, strong)]
+    if not allow_trained:
+        faults += [fault for one in scored if (fault := _leak(one, table)) is not None]
+    if faults:
+        raise MixmergeError(faults)
+    known = [
+        name for name in table.experts if not scored or any(name in one.scores.experts for one in scored)
+    ]
+    heard = np.asarray(~np.isnan(table.only(known).score).all(axis=1), np.bool_)
+    if not heard.any():
+        raise MixmergeError(Fault("outcomes", "no query has a score", "At least one row with a score"))
+    kept = [_rows(one, heard) for one in scored]
+    notes = _left_out(table, heard, known)
+    return assembled(
+        kept,
+        table.rows(heard).only(known),
+        policy=policy or Policy(),
+        notes=notes,
+        against=tuple(against),
+        task=task,
+        strong=strong,
+        seed=seed,
+        resamples=resamples,
+        level=level,
+        draws=draws,
+    )
+
+
+def unseen(table: OutcomeTable, routers: Mapping[str, Router]) -> OutcomeTable:
+    """The queries that none of the routers was fitted on."""
+    seen = np.zeros(len(table), np.bool_)
+    for router in routers.values():
+        if router.trained_on is not None:
+            seen |= router.trained_on.saw(table.queries)
+    return table.rows(~seen)
+
+
+def _scored(
+    name: str,
+    router: Router,
+    table: OutcomeTable,
+    policy: Chooser,
+    *,
+    train: OutcomeTable | None,
+    perturbations: Mapping[str, Perturbation],
+) -> Scored:
+    queries = table_queries(table)
+    began = time.perf_counter()
+    scores = router.score(queries)
+    seconds = time.perf_counter() - began
+    first = policy.choose(scores, queries)[:, 0] if perturbations and len(queries) else None
+    kept = {}
+    for change, reworded in perturbations.items():
+        if first is not None:
+            other = [Query(reworded(one.text), id=one.id, metadata=one.metadata) for one in queries]
+            kept[change] = stays(first, policy.choose(router.score(other), other)[:, 0])
+    best = remembered_best(router) if train is None else _best_of(train, router)
+    return Scored(
+        name,
+        scores,
+        best=None if best is None else (best,) * len(queries),
+        trained=None if router.trained_on is None else router.trained_on.saw(table.queries),
+        role="oracle" if _may_look(router) else "router",
+        stays=kept,
+        seconds=seconds,
+    )
+
+
+def _best_of(train: OutcomeTable, router: Router) -> str | None:
+    shared = train.only([name for name in train.experts if name in router.experts])
+    return shared.experts[best_single_of(shared)] if shared.experts else None
+
+
+def _may_look(router: Router) -> bool:
+    """It is a reference by its row in the table of routers: an oracle, fitted on what it is evaluated on."""
+    return router.kind in registry.table("router") and bool(registry.find("router", router.kind).reference)
+
+
+def _out_of_range(resamples: int, level: float, draws: int) -> list[Fault]:
+    wrong = [
+        ("resamples", resamples, resamples >= 100, "100 or more"),
+        ("level", level, 0 < level < 1, "Above 0 and below 1"),
+        ("draws", draws, draws >= 2, "2 or more"),
+    ]
+    return [Fault(name, f"is {value}", allowed) for name, value, right, allowed in wrong if not right]
+
+
+def _misfits(scored: Sequence[Scored], table: OutcomeTable, strong: str | None) -> list[Fault]:
+    names = [one.name for one in scored]
+    faults = [
+        Fault(f"router {name}", "is there twice", "Names are unique")
+        for name in sorted({name for name in names if names.count(name) > 1})
+    ]
+    if strong is not None and strong not in table.experts:
+        faults.append(Fault("strong", f"no expert is called {strong!r}", ", ".join(table.experts)))
+    for one in scored:
+        where = f"router {one.name}"
+        unknown = [name for name in one.scores.experts if name not in table.experts]
+        if unknown:
+            allowed = f"The table has {', '.join(table.experts)}"
+            faults.append(Fault(where, f"the table has no outcomes of {', '.join(unknown)}", allowed))
+        if len(one.scores) != len(table):
+            faults.append(
+                Fault(where, f"has scores of {len(one.scores)} queries", f"The table has {len(table)}")
+            )
+    return faults
+
+
+def _leak(one: Scored, table: OutcomeTable) -> Fault | None:
+    if one.trained is None or one.role == "oracle" or not one.trained.any():
+        return None
+    number, first = int(one.trained.sum()), table.ids[int(np.argmax(one.trained))]
+    return Fault(
+        f"router {one.name}",
+        f"was fitted on {number:,} of the {len(table):,} queries it would be evaluated on, such as {first}",
+        "Queries it has not seen",
+        "Leave them out, or allow it (allow_trained=True): the report then says so",
+    )
+
+
+def _shared(table: OutcomeTable, train: OutcomeTable) -> list[Fault]:
+    twice = set(table.queries) & set(train.queries)
+    if not twice:
+        return []
+    return [
+        Fault(
+            "train",
+            f"has {len(twice):,} of the queries that are evaluated on",
+            "Other queries",
+            "Leave them out, or allow it (allow_trained=True)",
+        )
+    ]
+
+
+def _rows(one: Scored, kept: NDArray[np.bool_]) -> Scored:
+    scores = one.scores
+    cost = None if scores.cost is None else scores.cost[kept]
+    return replace(
+        one,
+        scores=Scores(scores.experts, scores.mean[kept], scores.std[kept], cost),
+        best=None if one.best is None else tuple(np.asarray(one.best, object)[kept].tolist()),
+        trained=None if one.trained is None else one.trained[kept],
+    )
+
+
+def _left_out(table: OutcomeTable, heard: NDArray[np.bool_], known: Sequence[str]) -> list[str]:
+    notes = []
+    silent = int((~heard).sum())
+    if silent:
+        notes.append(f"{silent:,} queries on which no expert has a score are left out.")
+    dropped = [name for name in table.experts if name not in known]
+    if dropped:
+        notes.append(f"Experts that no router knows are left out: {', '.join(dropped)}.")
+    return notes
