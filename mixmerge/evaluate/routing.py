@@ -70,7 +70,8 @@ def evaluate_routers(
         policy: turns scores into picks; the best expected score by default, ties to the cheaper.
         train: outcomes on which the best single expert is chosen, instead of what each router remembers.
         perturbations: name -> rewording of a text; how many choices stay is reported for each.
-        against: names of rows that all routers are compared with, beside best single and random.
+        against: names of rows that all routers are compared with, beside best single and random. Routers by the
+            prompt's length (kind ``length``) always are among them.
         task: column of the metadata with the tasks, for their oracle.
         strong: with two experts, the one whose calls are counted; by default the best single.
         seed: of resamples and random choices.
@@ -97,11 +98,12 @@ def evaluate_routers(
         _scored(name, router, table, policy, train=train, perturbations=perturbations or {})
         for name, router in routers.items()
     ]
+    by_length = [name for name, router in routers.items() if router.kind == "length"]
     return evaluate_scores(
         scored,
         table,
         policy=policy,
-        against=against,
+        against=list(dict.fromkeys([*against, *by_length])),
         task=task,
         strong=strong,
         seed=seed,
@@ -228,9 +230,19 @@ def _misfits(scored: Sequence[Scored], table: OutcomeTable, strong: str | None) 
         if unknown:
             allowed = f"The table has {', '.join(table.experts)}"
             faults.append(Fault(where, f"the table has no outcomes of {', '.join(unknown)}", allowed))
-        if len(one.scores) != len(table):
+        lengths = {"scores": len(one.scores)}
+        lengths |= {} if one.best is None else {"best": len(one.best)}
+        lengths |= {} if one.trained is None else {"trained": len(one.trained)}
+        faults += [
+            Fault(where, f"has {what} of {length} queries", f"The table has {len(table)}")
+            for what, length in lengths.items()
+            if length != len(table)
+        ]
+        strangers = sorted(set(one.best or ()) - set(one.scores.experts))
+        if strangers:
+            allowed = f"Known: {', '.join(one.scores.experts)}"
             faults.append(
-                Fault(where, f"has scores of {len(one.scores)} queries", f"The table has {len(table)}")
+                Fault(where, f"its best single is no expert of it: {', '.join(strangers)}", allowed)
             )
     return faults
 
