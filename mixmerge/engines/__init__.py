@@ -1,0 +1,12 @@
+"""How an expert answers: one small protocol (``base.Engine``), and the engines that keep it.
+
+``ENGINES`` is the table of their names; a package of yours adds one by an entry point of the group
+``mixmerge.engine``, and tests it with ``mixmerge.engines.contract``. Nothing here is loaded before it is used.
+"""
+
+from __future__ import annotations
+
+ENGINES: dict[str, str] = {
+    "transformers": "mixmerge.engines.local:TransformersEngine",
+    "echo": "mixmerge.engines.echo:EchoEngine",
+}

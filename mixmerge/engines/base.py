@@ -1,0 +1,102 @@
+"""The protocol of an engine: load an expert, generate, score texts, unload."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import ClassVar, Literal, Self
+
+from mixmerge.engines.records import Chunk, Generation, Likelihood, Request, Scoring
+from mixmerge.errors import Fault, MixmergeError
+
+Capability = Literal["generate", "stream", "loglikelihood", "logprobs"]
+
+
+class Engine(ABC):
+    """One expert, and how it answers. Making one loads nothing; what needs the expert loads it.
+
+    ``name`` is what errors call it. ``capabilities``: ``logprobs`` are those of generated tokens, ``loglikelihood``
+    those of given texts. A method that is not among them raises MixmergeError.
+    """
+
+    capabilities: ClassVar[frozenset[Capability]] = frozenset({"generate"})
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    @property
+    @abstractmethod
+    def loaded(self) -> bool:
+        """Whether the expert is in memory."""
+
+    @abstractmethod
+    def load(self) -> None:
+        """Bring the expert into memory; nothing if it is there.
+
+        Raises:
+            MixmergeError: there is no such expert, or it cannot be read.
+            DependencyError: a package it needs is not installed.
+        """
+
+    @abstractmethod
+    def unload(self) -> None:
+        """Give its memory back; nothing if it is not loaded."""
+
+    def memory(self) -> int | None:
+        """Bytes that the expert's weights take when it is loaded; None if that cannot be told."""
+        return None
+
+    def check(self, requests: Sequence[Request]) -> list[Fault | None]:
+        """What keeps the engine from answering each request; None where nothing does."""
+        if "logprobs" in self.capabilities:
+            return [None] * len(requests)
+        return [
+            Fault(f"request {one.id}: logprobs", f"{self.name} cannot give them") if one.logprobs else None
+            for one in requests
+        ]
+
+    @abstractmethod
+    def generate(self, requests: Sequence[Request]) -> list[Generation]:
+        """A text for each request, in their order. What a request gets depends on no other of them.
+
+        Raises:
+            MixmergeError: what ``check`` says, of all requests at once.
+        """
+
+    def stream(self, request: Request) -> Iterator[Chunk]:
+        """The text of one request as it comes; the pieces joined are ``generate``'s text.
+
+        Raises:
+            MixmergeError: it cannot stream, or what ``check`` says.
+        """
+        raise self._cannot("stream")
+
+    def loglikelihood(self, scorings: Sequence[Scoring]) -> list[Likelihood]:
+        """How likely each continuation is after its prompt, in their order.
+
+        Raises:
+            MixmergeError: it cannot tell, or a text does not fit into the expert's context.
+        """
+        raise self._cannot("loglikelihood")
+
+    def __enter__(self) -> Self:
+        self.load()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.unload()
+
+    def _refuse(self, requests: Sequence[Request]) -> None:
+        faults = [fault for fault in self.check(requests) if fault is not None]
+        if faults:
+            raise MixmergeError(faults)
+
+    def _cannot(self, what: Capability) -> MixmergeError:
+        able = ", ".join(sorted(self.capabilities))
+        return MixmergeError(Fault(f"engine {self.name}", f"has no {what}", f"It has: {able}"))

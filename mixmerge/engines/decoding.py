@@ -1,0 +1,215 @@
+"""Token after token for a batch of requests, each with its own settings. B rows, T tokens, V entries of vocabulary.
+
+A row is drawn with numbers of its own request, and leaves the batch when it ends. Nothing here is random otherwise.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mixmerge.engines.records import Finish, Generation, Request, cut_at_stop
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_A_CHARACTER = 4  # tokens at most, of a tokenizer that falls back to bytes
+
+
+@dataclass
+class Row:
+    """One request while it is answered.
+
+    Args:
+        request: what is asked.
+        prompt: its tokens.
+        limit: tokens it may get, 1 or more.
+    """
+
+    request: Request
+    prompt: list[int]
+    limit: int
+    out: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finish: Finish | None = None
+    ended: float = 0.0
+
+    def __post_init__(self) -> None:
+        key = np.array([self.request.seed, *self.prompt], "<i8").tobytes()
+        digest = hashlib.blake2b(key, digest_size=16).digest()
+        self._draws = np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
+
+    def draw(self) -> float:
+        """The next of its uniform numbers in [0, 1)."""
+        return float(self._draws.random())
+
+    def text(self, tokenizer: Any) -> str:
+        """What has been generated, before a stop text."""
+        return cut_at_stop(plain_text(tokenizer, self.out), self.request.stop)[0]
+
+    def generation(self, tokenizer: Any, start: float) -> Generation:
+        return Generation(
+            id=self.request.id,
+            text=self.text(tokenizer),
+            tokens_in=len(self.prompt),
+            tokens_out=len(self.out),
+            finish=self.finish or "length",
+            seconds=self.ended - start,
+            logprobs=tuple(self.logprobs) if self.request.logprobs else None,
+        )
+
+
+def plain_text(tokenizer: Any, tokens: Sequence[int]) -> str:
+    return str(tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def left_padded(texts: Sequence[Sequence[int]], *, pad: int, device: Any) -> tuple[Tensor, Tensor]:
+    """Tokens and mask, both ``(B, T)``: texts end where the rows end."""
+    import torch
+
+    longest = max(len(text) for text in texts)
+    ids = torch.full((len(texts), longest), pad, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, text in enumerate(texts):
+        ids[row, longest - len(text) :] = torch.tensor(text)
+        mask[row, longest - len(text) :] = 1
+    return ids.to(device), mask.to(device)
+
+
+def positions(mask: Tensor) -> Tensor:
+    """``(B, T)``: each token's place in its own text; 0 for padding."""
+    return (mask.cumsum(dim=-1) - 1).clamp(min=0)
+
+
+def accepted(model: Any) -> frozenset[str]:
+    """Names of the arguments that the model's ``forward`` takes."""
+    return frozenset(inspect.signature(model.forward).parameters)
+
+
+class Decoder:
+    """A batch that is being generated: ``step`` until ``live`` is empty.
+
+    Args:
+        model: a causal language model of transformers that keeps keys and values.
+        tokenizer: its tokenizer.
+        rows: what is asked; changed in place.
+        ends: tokens that end a text.
+        pad: any token; it is masked.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, rows: Sequence[Row], *, ends: frozenset[int], pad: int
+    ) -> None:
+        from transformers import DynamicCache
+
+        self._model, self._tokenizer, self._ends = model, tokenizer, ends
+        self.live = list(rows)
+        self._cache = DynamicCache(config=model.config)
+        self._ids, self._mask = left_padded([row.prompt for row in rows], pad=pad, device=model.device)
+        self._positions = positions(self._mask)
+        self._takes = accepted(model)
+
+    def step(self) -> None:
+        """One token for every live row."""
+        import torch
+
+        with torch.inference_mode():
+            logits = self._forward()  # (B, V)
+            tokens = self._choose(logits)
+            now = time.perf_counter()
+            for row, token in zip(self.live, tokens, strict=True):
+                self._take(row, token, now)
+            self._advance(tokens)
+
+    def _forward(self) -> Tensor:
+        given = {
+            "input_ids": self._ids,
+            "attention_mask": self._mask,
+            "position_ids": self._positions,
+            "past_key_values": self._cache,
+            "use_cache": True,
+            "logits_to_keep": 1,
+        }
+        out = self._model(**{name: value for name, value in given.items() if name in self._takes})
+        self._cache = out.past_key_values
+        logits: Tensor = out.logits[:, -1].float()
+        return logits
+
+    def _choose(self, logits: Tensor) -> list[int]:
+        tokens: list[int] = logits.argmax(dim=-1).tolist()
+        for at, row in enumerate(self.live):
+            asked = row.request
+            if asked.temperature > 0:
+                tokens[at] = drawn(logits[at], asked.temperature, asked.top_p, row.draw())
+            if asked.logprobs:
+                row.logprobs.append(float(logits[at].log_softmax(dim=-1)[tokens[at]]))
+        return tokens
+
+    def _take(self, row: Row, token: int, now: float) -> None:
+        if token in self._ends:
+            row.finish, row.ended = "stop", now
+            del row.logprobs[len(row.out) :]
+            return
+        row.out.append(token)
+        if row.request.stop and self._stopped(row):
+            row.finish, row.ended = "stop", now
+        elif len(row.out) == row.limit:
+            row.finish, row.ended = "length", now
+
+    def _stopped(self, row: Row) -> bool:
+        """Whether a stop text ends in the last token; the end of the text is looked at before all of it."""
+        window = _A_CHARACTER * max(len(one) for one in row.request.stop) + 8
+        if not cut_at_stop(plain_text(self._tokenizer, row.out[-window:]), row.request.stop)[1]:
+            return False
+        return cut_at_stop(plain_text(self._tokenizer, row.out), row.request.stop)[1]
+
+    def _advance(self, tokens: Sequence[int]) -> None:
+        import torch
+
+        going = [at for at, row in enumerate(self.live) if row.finish is None]
+        self.live = [self.live[at] for at in going]
+        if not going:
+            return
+        if len(going) < len(tokens):
+            kept = torch.tensor(going, device=self._mask.device)
+            self._cache.reorder_cache(kept)  # every kind of layer has it; rows that are not named go
+            self._mask = self._mask[kept]
+        chosen = torch.tensor([tokens[at] for at in going], device=self._mask.device)
+        self._ids = chosen[:, None]
+        self._mask = torch.cat([self._mask, torch.ones_like(self._ids)], dim=1)
+        self._positions = self._mask.sum(dim=-1, keepdim=True) - 1
+
+
+def drawn(logits: Tensor, temperature: float, top_p: float, uniform: float) -> int:
+    """The token of ``(V,)`` logits at a uniform number's place in their distribution.
+
+    Source: Holtzman et al., The Curious Case of Neural Text Degeneration (ICLR 2020), section 3.1 (nucleus).
+
+    Args:
+        logits: any finite ones.
+        temperature: above 0.
+        top_p: the smallest set of likeliest tokens that has this much probability is drawn from.
+        uniform: in [0, 1).
+    """
+    import torch
+
+    share = (logits.double() / temperature).softmax(dim=-1)
+    if top_p >= 1:
+        return _at(share.cumsum(dim=-1), uniform)
+    ordered, tokens = share.sort(descending=True, stable=True)
+    upto = ordered.cumsum(dim=-1)
+    count = max(1, int(torch.count_nonzero(upto - ordered < top_p)))
+    return int(tokens[_at(upto[:count], uniform)])
+
+
+def _at(upto: Tensor, uniform: float) -> int:
+    import torch
+
+    place = torch.searchsorted(upto, upto.new_tensor(uniform) * upto[-1], right=True)
+    return min(int(place), len(upto) - 1)

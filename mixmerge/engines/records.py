@@ -1,0 +1,166 @@
+"""What an engine is asked, and what it gives back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from mixmerge.errors import Fault, MixmergeError
+
+ROLES = ("system", "user", "assistant", "tool")
+Finish = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a chat: ``role`` is one of ``ROLES``."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Request:
+    """One text to generate.
+
+    Args:
+        id: its name in answers and faults.
+        prompt: a text that is continued as it is, or the turns of a chat.
+        max_new_tokens: 1 or more; fewer are generated where the expert's context ends before.
+        temperature: 0 for the likeliest token each time, else what logits are divided by; 0 or more.
+        top_p: draw from the likeliest tokens that have this much probability together; above 0, at most 1.
+        stop: texts that end the answer before them; none is empty.
+        seed: of the draws, 0 to 2**63 - 1. They depend on it and on the prompt, on nothing else in the batch.
+        logprobs: give the log-probability of every token that was generated.
+
+    Raises:
+        MixmergeError: everything above that does not hold, at once.
+    """
+
+    id: str
+    prompt: str | tuple[Message, ...]
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    stop: tuple[str, ...] = ()
+    seed: int = 0
+    logprobs: bool = False
+
+    def __post_init__(self) -> None:
+        wrong = [
+            (self.max_new_tokens < 1, "max_new_tokens", self.max_new_tokens, "1 or more"),
+            (
+                not (math.isfinite(self.temperature) and self.temperature >= 0),
+                "temperature",
+                self.temperature,
+                "0 or more",
+            ),
+            (not 0 < self.top_p <= 1, "top_p", self.top_p, "Above 0, at most 1"),
+            (not all(self.stop), "stop", list(self.stop), "Texts of one character or more"),
+            (not 0 <= self.seed < 2**63, "seed", self.seed, "0 to 2**63 - 1"),
+        ]
+        faults = [
+            Fault(f"request {self.id}: {name}", f"is {value!r}", allowed)
+            for bad, name, value, allowed in wrong
+            if bad
+        ]
+        if not self.prompt:
+            faults.append(Fault(f"request {self.id}: prompt", "is empty", "A text, or turns of a chat"))
+        elif not isinstance(self.prompt, str):
+            faults += [
+                Fault(f"request {self.id}: prompt[{at}].role", f"is {message.role!r}", ", ".join(ROLES))
+                for at, message in enumerate(self.prompt)
+                if message.role not in ROLES
+            ]
+        if faults:
+            raise MixmergeError(faults)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What was generated for a request.
+
+    Args:
+        id: of the request.
+        text: without the text that stopped it.
+        tokens_in: of the prompt, as the expert read it.
+        tokens_out: that were generated, those of a stop text included and the end-of-text token not.
+        finish: ``stop``: the expert ended it, or a stop text did; ``length``: it was cut.
+        seconds: from the start of its batch to its last token.
+        logprobs: natural logarithms of the probabilities of the ``tokens_out`` tokens under the expert, before
+            temperature and top_p; None where they were not asked for.
+    """
+
+    id: str
+    text: str
+    tokens_in: int
+    tokens_out: int
+    finish: Finish
+    seconds: float
+    logprobs: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A piece of a text that is streamed; the last one, which may be empty, brings the whole ``generation``."""
+
+    text: str
+    generation: Generation | None = None
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """A text whose likelihood is asked.
+
+    Args:
+        id: its name in answers and faults.
+        prompt: what comes before; with "" the whole text is scored, its first token too where the expert has a
+            token that begins texts.
+        continuation: what is scored; not empty.
+
+    Raises:
+        MixmergeError: the continuation is empty.
+    """
+
+    id: str
+    prompt: str
+    continuation: str
+
+    def __post_init__(self) -> None:
+        if not self.continuation:
+            raise MixmergeError(Fault(f"scoring {self.id}: continuation", "is empty", "A text"))
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """How likely a continuation is.
+
+    Args:
+        id: of the scoring.
+        logprobs: natural logarithms of the probabilities of its tokens, each after all before it.
+        greedy: every token of it is the likeliest one.
+    """
+
+    id: str
+    logprobs: tuple[float, ...]
+    greedy: bool
+
+    @property
+    def total(self) -> float:
+        return math.fsum(self.logprobs)
+
+
+def cut_at_stop(text: str, stop: Iterable[str]) -> tuple[str, bool]:
+    """The text before the first stop text in it, and whether there is one."""
+    at = min((place for one in stop if (place := text.find(one)) >= 0), default=-1)
+    return (text, False) if at < 0 else (text[:at], True)
+
+
+def held_back(text: str, stop: Iterable[str]) -> int:
+    """How many characters at the end of the text may be the beginning of a stop text."""
+    return max(
+        (n for one in stop for n in range(1, min(len(one), len(text) + 1)) if text.endswith(one[:n])),
+        default=0,
+    )
