@@ -21,17 +21,50 @@ class RouterRow:
         summary: what it does, in a line.
         paper: where it is from; "" for textbook methods.
         reference: it looks at the outcomes of the very queries it scores (oracles): for evaluation only.
+        learns: it can pick better experts than chance for queries it has not seen; constants cannot.
     """
 
     target: str
     summary: str
     paper: str = ""
     reference: bool = False
+    learns: bool = True
 
 
 ROUTERS: dict[str, RouterRow] = {
     "knn": RouterRow(
         "mixmerge.routers.nearest:NearestRouter",
         "mean score of the nearest queries, shrunk to the expert's mean",
+    ),
+    "ridge": RouterRow(
+        "mixmerge.routers.linear:RidgeRouter",
+        "ridge regression of scores (or gains) on the embedding, penalty by leave-one-out",
+    ),
+    "logistic": RouterRow(
+        "mixmerge.routers.logistic:LogisticRouter", "logistic regression of scores in 0..1, calibrated"
+    ),
+    "mlp": RouterRow("mixmerge.routers.neural:MlpRouter", "small networks from the embedding to all scores"),
+    "mf": RouterRow(
+        "mixmerge.routers.factors:FactorsRouter",
+        "factors of queries and experts, learned from who beats whom",
+        "RouteLLM, arXiv 2406.18665",
+    ),
+    "hybrid": RouterRow(
+        "mixmerge.routers.gap:GapRouter",
+        "the chance that a weak expert is good enough beside a strong one",
+        "Hybrid LLM, arXiv 2404.14618",
+    ),
+    "routerdc": RouterRow(
+        "mixmerge.routers.contrastive:ContrastiveRouter",
+        "queries near the experts that answer them well, by contrast",
+        "RouterDC, arXiv 2409.19886",
+    ),
+    "encoder": RouterRow(
+        "mixmerge.routers.finetuned:EncoderRouter", "a transformers encoder fine-tuned to the score vector"
+    ),
+    "causal": RouterRow(
+        "mixmerge.routers.finetuned:CausalRouter",
+        "a causal language model fine-tuned to score experts by label tokens",
+        "RouteLLM, arXiv 2406.18665",
     ),
 }
