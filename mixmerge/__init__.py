@@ -12,10 +12,29 @@ _PUBLIC = {
     "make_plan": "mixmerge.plan:make_plan",
     "merge_state_dicts": "mixmerge.methods.memory:merge_state_dicts",
     "inspect_models": "mixmerge.inspect:inspect_models",
+    "OutcomeTable": "mixmerge.outcomes.table:OutcomeTable",
+    "Router": "mixmerge.routers.base:Router",
+    "Policy": "mixmerge.decision.policies:Policy",
+    "Decision": "mixmerge.decision.records:Decision",
+    "Query": "mixmerge.decision.records:Query",
+    "Mixture": "mixmerge.mixture:Mixture",
     "MixmergeError": "mixmerge.errors:MixmergeError",
 }
 
-__all__ = ["MixmergeError", "__version__", "inspect_models", "make_plan", "merge", "merge_state_dicts"]
+__all__ = [
+    "Decision",
+    "MixmergeError",
+    "Mixture",
+    "OutcomeTable",
+    "Policy",
+    "Query",
+    "Router",
+    "__version__",
+    "inspect_models",
+    "make_plan",
+    "merge",
+    "merge_state_dicts",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -82,7 +82,9 @@ def _write(router: Router, state: State, folder: Path) -> None:
     }
     card["fingerprint"] = fingerprint(card, folder)
     (folder / _CARD).write_text(json.dumps(card, ensure_ascii=False), encoding="utf-8")
+    folder.chmod(0o755)  # mkdtemp makes it, and safetensors its files, for their owner alone
     for path in folder.iterdir():
+        path.chmod(0o644)
         with path.open("rb") as file:
             os.fsync(file.fileno())
 

@@ -266,7 +266,10 @@ def test_the_shipped_recipes_are_listed(run: Run) -> None:
 # --- help
 
 
-COMMANDS = ([], ["merge"], ["plan"], ["inspect"], ["recipes"], ["recipes", "ls"], ["recipes", "cp"], ["zoo"])
+COMMANDS = (
+    *([], ["merge"], ["plan"], ["inspect"], ["recipes"], ["recipes", "ls"], ["recipes", "cp"], ["zoo"]),
+    *(["zoo", "outcomes"], ["route"], ["route", "fit"]),
+)
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)

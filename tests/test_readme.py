@@ -22,6 +22,7 @@ import pytest
 import yaml
 
 from mixmerge.methods.table import markdown
+from mixmerge.mixture import parse as parse_mixture
 from mixmerge.recipe import parse as parse_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -86,8 +87,10 @@ def _yaml_fault(block: Block, folder: Path) -> str:
     if named:
         (folder / named["name"]).write_text(block.text, encoding="utf-8")
     content = yaml.safe_load(block.text)
+    if isinstance(content, dict) and "router" in content:
+        return "\n".join(map(str, parse_mixture(block.text, where=f"block at line {block.line}").faults))
     if not isinstance(content, dict) or "merge_method" not in content:
-        return "not a recipe, so nothing can check it"
+        return "neither a recipe nor a mixture, so nothing can check it"
     return "\n".join(map(str, parse_recipe(block.text, where=f"block at line {block.line}").faults))
 
 
@@ -208,7 +211,11 @@ def test_sample_runs(check_sample: Any, tmp_path: Path) -> None:
         ("text\n```bash\nfalse | cat\n```\n", "2: bash block: exit code 1"),
         ("```python\nimport nowhere_at_all\n```\n", "No module named 'nowhere_at_all'"),
         ("```yaml\nmerge_method: linaer\nmodels: []\n```\n", "linear"),
-        ("```yaml\nkey: value\n```\n", "not a recipe"),
+        ("```yaml\nkey: value\n```\n", "neither a recipe nor a mixture"),
+        (
+            "```yaml\nexperts: {a: {model: a}}\nrouter: {kind: knnn, outcomes: o}\n```\n",
+            "Did you mean 'knn'?",
+        ),
         ("```\nmixmerge\n```\n", "1: language ''"),
         ("```sh\nmixmerge\n```\n", "1: language 'sh'"),
         ("<!-- not run: -->\n```bash\nfalse\n```\n", "2: not run, and no reason"),

@@ -1,4 +1,4 @@
-"""The command line: one file per command; each parses, calls one library function and prints."""
+"""The command line: one file per command or group of them; each parses, calls one library function and prints."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import mixmerge.cli.inspect as inspect_command
 import mixmerge.cli.merge as merge_command
 import mixmerge.cli.plan as plan_command
 import mixmerge.cli.recipes as recipes_commands
+import mixmerge.cli.route as route_commands
 import mixmerge.cli.zoo as zoo_commands
 from mixmerge.cli.show import fail
 from mixmerge.errors import MixmergeError
@@ -45,6 +46,7 @@ app.command("plan")(plan_command.plan)
 app.command("inspect")(inspect_command.inspect)
 app.add_typer(recipes_commands.app, name="recipes")
 app.add_typer(zoo_commands.app, name="zoo")
+app.add_typer(route_commands.app, name="route")
 
 
 def main() -> None:

@@ -61,14 +61,16 @@ def byte_progress(title: str, *, quiet: bool) -> Iterator[Callable[[int, int], N
         yield update
 
 
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table on stdout; the first column is text, the others are numbers."""
+def table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, text: Sequence[int] = (0,)
+) -> None:
+    """A table on stdout; these columns are text, the others are numbers."""
     from rich.console import Console
     from rich.table import Table
 
     shown = Table(title=title, title_justify="left")
     for number, column in enumerate(columns):
-        shown.add_column(column, justify="right" if number else "left", overflow="fold")
+        shown.add_column(column, justify="left" if number in text else "right", overflow="fold")
     for row in rows:
         shown.add_row(*row)
     console = Console()

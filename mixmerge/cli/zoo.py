@@ -116,6 +116,55 @@ def evaluate(
         show_scores(table, "held-out score in % (share of its own expert's)")
 
 
+@app.command()
+def outcomes(
+    file: Annotated[
+        Path | None,
+        typer.Argument(
+            help="Write them here: .jsonl or .parquet. Else they stay with the zoo.", show_default=False
+        ),
+    ] = None,
+    zoo: Annotated[
+        Path | None,
+        typer.Option(help="A zoo's folder; else the cached one, built if need be.", show_default=False),
+    ] = None,
+    variant: Variant = "llama",
+    seed: Seed = 0,
+    limit: Annotated[
+        int | None, typer.Option(help="Held-out questions of each task.", min=1, show_default=False)
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace FILE.")] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Ask every expert every held-out question: outcomes to fit routers on. Prints their file and mean scores."""
+    from mixmerge import zoo as library
+    from mixmerge.errors import Fault, MixmergeError, OutputError
+    from mixmerge.zoo.outcomes import FILE, scores_by_task
+
+    if file is None and limit is not None:
+        raise MixmergeError(Fault("--limit", "only all outcomes stay with the zoo", run="Name a FILE too"))
+    if file is not None and file.exists() and not overwrite:
+        raise OutputError(Fault(str(file), "exists already", run="Name another file, or pass --overwrite"))
+    with step_progress(quiet=quiet) as progress:
+        if zoo is None:
+            found = library.build(_spec(variant, seed, None, 1.0), progress=progress)
+        else:
+            found = library.Zoo.open(zoo)
+        table = library.outcomes(found, limit=limit, progress=progress)
+    kept = found.folder / FILE
+    if file is not None:
+        table.write(file)
+    elif not kept.is_file():
+        raise OutputError(Fault(str(kept), "cannot be written", run="Name a FILE"))
+    scores = scores_by_task(table)
+    if json:
+        emit_json({"path": str(file or kept), **scores.as_dict()})
+        return
+    print(file or kept)
+    show_scores(scores, "mean score in % (share of the task's own expert's)")
+
+
 def show_scores(table: ScoreTable, title: str) -> None:
     """The table on stdout, not folded where nobody looks at a terminal."""
     from rich.console import Console

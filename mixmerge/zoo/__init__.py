@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from mixmerge.zoo.build import build, copy_to, find
 from mixmerge.zoo.families import FAMILIES
+from mixmerge.zoo.outcomes import outcomes
 from mixmerge.zoo.scores import built_scores, score_models
 from mixmerge.zoo.spec import Spec, Zoo
 from mixmerge.zoo.tasks import TASKS
@@ -22,5 +23,6 @@ __all__ = [
     "built_scores",
     "copy_to",
     "find",
+    "outcomes",
     "score_models",
 ]
