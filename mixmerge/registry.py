@@ -16,6 +16,8 @@ TABLES = {
     "zoo-task": "mixmerge.zoo:TASKS",
     "router": "mixmerge.routers:ROUTERS",
     "features": "mixmerge.routers.features:FEATURES",
+    "outcomes": "mixmerge.outcomes.importers:IMPORTERS",
+    "engine": "mixmerge.engines:ENGINES",
 }
 
 

@@ -106,12 +106,23 @@ class OutcomeTable:
 
     @classmethod
     def read(
-        cls, path: str | Path, *, kind: str | None = None, prices: str | Path | None = None
+        cls,
+        path: str | Path,
+        *,
+        kind: str | None = None,
+        prices: str | Path | None = None,
+        queries: str | Path | None = None,
+        leave_out: str | Path | None = None,
     ) -> OutcomeTable:
-        """Read outcomes from a file or folder; ``mixmerge.outcomes.reading`` says which and how."""
+        """Read outcomes from a file or folder; ``mixmerge.outcomes.reading.read`` says which and how."""
         from mixmerge.outcomes.reading import read
 
-        return read(Path(path), kind=kind, prices=None if prices is None else Path(prices))
+        def given(name: str | Path | None) -> Path | None:
+            return None if name is None else Path(name)
+
+        return read(
+            Path(path), kind=kind, prices=given(prices), queries=given(queries), leave_out=given(leave_out)
+        )
 
     def write(self, path: str | Path) -> None:
         """Write the table to a ``.parquet`` or ``.jsonl`` file, whole or not at all."""
