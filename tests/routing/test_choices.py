@@ -121,12 +121,12 @@ def test_choices_at_the_level_of_noise_are_named() -> None:
 
 def test_calibration_by_hand() -> None:
     predicted = np.array([0.1, 0.1, 0.4, 0.4, 0.9, NAN])
-    actual = np.array([0.0, 0.0, 1.0, 0.0, 1.0, 1.0])
+    actual = np.array([0.0, 0.0, 1.0, 0.0, 0.6, 1.0])
     found = reliability(predicted, actual, bins=3)
     assert found.count.tolist() == [2, 2, 1]
     assert found.predicted.tolist() == pytest.approx([0.1, 0.4, 0.9])
-    assert found.actual.tolist() == pytest.approx([0.0, 0.5, 1.0])
-    assert found.error() == pytest.approx((2 * 0.1 + 2 * 0.1 + 0.1) / 5)
+    assert found.actual.tolist() == pytest.approx([0.0, 0.5, 0.6])
+    assert found.error() == pytest.approx((2 * 0.1 + 2 * 0.1 + 0.3) / 5)
     assert np.isnan(reliability(predicted * NAN, actual).error())
     assert reliability(np.full(4, 0.5), np.array([0, 1, 0, 1.0])).count.tolist() == [4]
 

@@ -50,6 +50,9 @@ def test_calls_where_the_curve_falls() -> None:
     curve = exact_share_curve(np.array([1.0, 2.0, 3.0, 4.0]), weak, strong)
     assert curve.recovered().tolist() == pytest.approx([0.0, 1.0, 2.0, 2.0, 1.0])
     assert curve.calls(0.8) == pytest.approx(0.2)
+    twice = exact_share_curve(np.arange(4.0), np.array([0, 0, 1.0, 0]), np.array([0, 1.0, 0, 1.0]))
+    assert twice.recovered().tolist() == [0.0, 1.0, 0.0, 1.0, 1.0]
+    assert twice.calls(0.5) == pytest.approx(0.125)
 
 
 def test_experts_that_are_equal_or_the_wrong_way_round() -> None:
