@@ -77,8 +77,8 @@ def study(
         )
         for part in ("train", "test")
     )
-    found = leaks(train, test, similarity=None)
-    clean = without(test, found.ids)
+    found = leaks(train, test)
+    clean = without(test, [test.ids[i] for i, _ in found.exact])
     crossed = _cross_validated(train, tried, repeats=repeats, resamples=resamples, note=note)
     chosen = max(crossed, key=lambda fold: fold.gain.difference.value).name
     note(f"chosen: {chosen}")
@@ -131,8 +131,9 @@ def _cross_validated(
 
 
 def _argmax_label(features: Shared, train: OutcomeTable, test: OutcomeTable, *, k: int = 5) -> float:
-    """Score of what the field's toolkit does: k neighbours vote by the one best-scored expert of each, the first
-    named if several tie."""
+    """Score of what the field's toolkit does: k neighbours vote by the one best-scored expert of each, the first in
+    the candidates' list if several tie."""
+    train, test = (table.only(list(table.prices)) for table in (train, test))
     label = train.score.argmax(axis=1)
     stored = features.embed([Query(text) for text in train.queries])
     near = np.argsort(

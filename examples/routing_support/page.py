@@ -12,9 +12,9 @@ from routing_support.two_experts import PUBLISHED, DataSet, Line
 
 HEAD = """# Routing on real outcomes
 
-Made by `examples/routing_results.py` ({command}), data as in its help; nothing is downloaded. Embeddings are the
-default: TF-IDF, SVD and the shape of the text, fitted on each training part alone. Routers have their default options
-unless a line says otherwise.
+Made by `examples/routing_results.py` ({command}), with the data its help names; nothing is
+downloaded. Embeddings are the default: TF-IDF, SVD and the shape of the text, fitted on each training part alone.
+Routers have their default options unless a line says otherwise.
 """
 
 TWO = """## Two experts: RouteLLM's data
@@ -32,13 +32,14 @@ gold labels as ours; on GSM8K and MT-Bench ours are trained on labels of the sam
 
 MANY = """## Nine experts: LLMRouter's data
 
-{train} training queries and {test} test queries, of which {leaked} are in the training file word for word. The router
-is chosen by grouped five-fold cross-validation inside the training file, repeated {repeats} times; the gain is over the
+{train} training queries and {test} test queries, of which {leaked} are in the training file word for word; the others
+are the clean rows, as they are counted elsewhere, {near} of which are near copies of training queries. The router is
+chosen by grouped five-fold cross-validation inside the training file, repeated {repeats} times; the gain is over the
 expert that is best on each training part, paired by query, with its 95 % bootstrap interval.
 """
 
 TESTED = """Then all are fitted on the training file and tested once. Best single is the expert with the best training
-mean. The argmax-label kNN (k = 5, the first named of tied experts) is what the field's toolkit trains on.
+mean. The argmax-label kNN (k = 5, the first listed of tied experts) is what the field's toolkit trains on.
 """
 
 COST = """### Cost
@@ -65,7 +66,11 @@ def page(
     parts += [_two(data, rows) for data, rows in sets]
     parts.append(
         MANY.format(
-            train=len(found.train), test=len(found.test), leaked=len(found.leaks.exact), repeats=repeats
+            train=len(found.train),
+            test=len(found.test),
+            leaked=len(found.leaks.exact),
+            near=len(found.leaks.near),
+            repeats=repeats,
         )
     )
     parts += [_folds(found), TESTED, *(_tested(name, found) for name in found.reports)]
