@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from pathlib import Path
 
@@ -19,12 +18,9 @@ def write_text(path: Path, text: str, *, overwrite: bool) -> None:
         raise OutputError(Fault(str(path), "exists already", run="Choose another name, or pass --overwrite"))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8", errors="replace") as file:
-                file.write(text)
-            Path(partial).replace(path)
-        finally:
-            Path(partial).unlink(missing_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
+            partial = Path(folder) / path.name  # a file of its own would be readable by its owner alone
+            partial.write_text(text, encoding="utf-8", errors="replace")
+            partial.replace(path)
     except OSError as error:
         raise OutputError(Fault(str(path), f"cannot be written: {error.strerror or error}")) from error

@@ -183,6 +183,8 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
         write_text(tmp_path / "new" / "page", "two", overwrite=False)
     write_text(tmp_path / "new" / "page", "three", overwrite=True)
     assert (tmp_path / "new" / "page").read_text() == "three"
+    (tmp_path / "usual").touch()
+    assert (tmp_path / "new" / "page").stat().st_mode == (tmp_path / "usual").stat().st_mode
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["page"]
     with pytest.raises(OutputError, match="cannot be written"):
         write_text(tmp_path / "new" / "page" / "inner", "four", overwrite=False)
