@@ -67,4 +67,14 @@ ROUTERS: dict[str, RouterRow] = {
         "a causal language model fine-tuned to score experts by label tokens",
         "RouteLLM, arXiv 2406.18665",
     ),
+    "categories": RouterRow(
+        "mixmerge.routers.categories:CategoriesRouter",
+        "a classifier of categories and a map from category to expert, solved under a budget",
+        "Composition of Experts, arXiv 2412.01868",
+    ),
+    "cascade": RouterRow(
+        "mixmerge.routers.cascade_router:CascadeRouter",
+        "another router's scores, with the order and the confidences of an escalation",
+        "FrugalGPT, arXiv 2305.05176",
+    ),
 }

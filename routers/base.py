@@ -26,6 +26,7 @@ from mixmerge.routers.trained import TrainedOn
 Floats = NDArray[np.float64]
 Embedding = NDArray[np.float32]
 BLOCK = 16_384  # queries scored at a time: what a prediction needs stays bounded
+UNSAVED = "unsaved"  # version of a router that is not what a folder holds
 
 
 class Options(BaseModel):
@@ -128,7 +129,7 @@ class Router(ABC):
         self.costs: CostModel | None = None
         self.state: State | None = None
         self.trained_on: TrainedOn | None = None
-        self.version = "unsaved"  # or the first digits of its fingerprint
+        self.version = UNSAVED  # or the first digits of its fingerprint
 
     @abstractmethod
     def learn(self, data: Training) -> State:
@@ -171,6 +172,7 @@ class Router(ABC):
         self.costs = CostModel.fit(table)
         self.state = self.learn(self._training(table))
         self.trained_on = TrainedOn.of(table)
+        self.version = UNSAVED
         return self
 
     def score(self, queries: Iterable[str | Query]) -> Scores:
@@ -205,6 +207,7 @@ class Router(ABC):
             self.costs = self.costs.extended(CostModel.fit(table), experts=len(table.experts))
         if self.trained_on is not None:
             self.trained_on = self.trained_on.extended(TrainedOn.of(table))
+        self.version = UNSAVED
         return self
 
     def remove_expert(self, name: str) -> Self:
@@ -227,6 +230,7 @@ class Router(ABC):
             self.costs = self.costs.without(at)
         if self.trained_on is not None:
             self.trained_on = self.trained_on.without(at)
+        self.version = UNSAVED
         return self
 
     def without(self, state: State, at: int) -> State:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mixmerge.outcomes.table import OutcomeTable
+from mixmerge.outcomes.table import OutcomeTable, Price
 
 Floats = NDArray[np.float64]
 TOKENS_A_CHARACTER = 0.25  # of English text, where no tokens were counted
@@ -75,6 +75,20 @@ class CostModel:
             return np.array([np.nan if x is None else x for x in values], np.float64)
 
         return cls(numbers(given["fixed"]), numbers(given["a_character"]))
+
+
+def mean_costs(
+    recorded: Floats, experts: Sequence[str], prices: Mapping[str, Price], texts: Sequence[str]
+) -> Floats:
+    """``(E,)`` mean dollars a query: as recorded, else from prices and the length of the texts; NaN without either."""
+    characters = sum(len(text) for text in texts) / max(len(texts), 1)
+    costs = recorded.copy()
+    for e, name in enumerate(experts):
+        price = prices.get(name)
+        if price is not None and np.isnan(recorded[e]):
+            prompt = price.input * TOKENS_A_CHARACTER * characters
+            costs[e] = (prompt + price.output * ANSWER_TOKENS) / 1e6
+    return costs
 
 
 def _mean(values: Floats | None) -> float | None:
