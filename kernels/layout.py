@@ -33,6 +33,9 @@ RANK_STEP = 4
 # Columns it does at once: four rows of its inputs and of the output then stay in a 48 KiB first-level cache.
 TILE = 1024
 
+# Similarities are multiples of 1 / NEAREST_ONE; beside one, NEAREST_LOW less the place of its row has 32 bits.
+NEAREST_ONE, NEAREST_LOW = 1 << 22, (1 << 32) - 1
+
 
 def bin_count(row: int) -> int:
     """Bins for a row of that many entries."""

@@ -32,9 +32,52 @@ class RouterRow:
 
 
 ROUTERS: dict[str, RouterRow] = {
+    "random": RouterRow(
+        "mixmerge.routers.constants:RandomRouter", "a draw for each query and expert, by seed", learns=False
+    ),
+    "best_single": RouterRow(
+        "mixmerge.routers.constants:BestSingleRouter", "the expert of the best mean, always", learns=False
+    ),
+    "cheapest": RouterRow(
+        "mixmerge.routers.constants:CheapestRouter",
+        "the expert of the lowest expected cost, always",
+        learns=False,
+    ),
+    "length": RouterRow(
+        "mixmerge.routers.constants:LengthRouter", "score as a line of the query's length", learns=False
+    ),
+    "task_mean": RouterRow(
+        "mixmerge.routers.constants:TaskMeanRouter", "mean score on the query's task, which has to be given"
+    ),
+    "oracle_task": RouterRow(
+        "mixmerge.routers.references:OracleTaskRouter",
+        "the best expert of the query's task, by the outcomes it is evaluated on",
+        reference=True,
+    ),
+    "oracle": RouterRow(
+        "mixmerge.routers.references:OracleRouter",
+        "the best expert of the very query, by the outcomes it is evaluated on",
+        reference=True,
+        learns=False,
+    ),
     "knn": RouterRow(
         "mixmerge.routers.nearest:NearestRouter",
         "mean score of the nearest queries, shrunk to the expert's mean",
+    ),
+    "pilots": RouterRow(
+        "mixmerge.routers.pilots:PilotRouter",
+        "likeness to the queries an expert is best at",
+        "RouterRetriever, arXiv 2409.02685",
+    ),
+    "sw_ranking": RouterRow(
+        "mixmerge.routers.ranking:RankingRouter",
+        "strengths from pairs of outcomes, weighted by similarity",
+        "RouteLLM, arXiv 2406.18665",
+    ),
+    "avengers": RouterRow(
+        "mixmerge.routers.clusters:ClusterRouter",
+        "mean score in the nearest clusters of queries, shrunk to the expert's mean",
+        "The Avengers, arXiv 2505.19797",
     ),
     "ridge": RouterRow(
         "mixmerge.routers.linear:RidgeRouter",
@@ -66,6 +109,11 @@ ROUTERS: dict[str, RouterRow] = {
         "mixmerge.routers.finetuned:CausalRouter",
         "a causal language model fine-tuned to score experts by label tokens",
         "RouteLLM, arXiv 2406.18665",
+    ),
+    "skills": RouterRow(
+        "mixmerge.routers.skills:SkillRouter",
+        "the expert's mean and what it gains at the query's skills, shrunk; explains itself by skills",
+        "Symbolic-MoE, arXiv 2503.05641",
     ),
     "categories": RouterRow(
         "mixmerge.routers.categories:CategoriesRouter",

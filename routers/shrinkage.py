@@ -1,6 +1,10 @@
-"""Means of few numbers, pulled towards what is known without them. G groups, E experts."""
+"""Means of few numbers, pulled towards what is known without them. Q queries, G groups, E experts."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,6 +12,7 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 # A prior worth less or more than this many observations is noise in the estimate, not knowledge.
 WEAKEST, STRONGEST = 0.5, 1e6
+NOTHING = 1e-9  # what a prior of no worth counts for: where nothing else is known, it still stands
 
 
 def moments(score: Floats) -> tuple[Floats, Floats, Floats]:
@@ -45,7 +50,13 @@ def strength(group_mean: Floats, group_count: Floats, mean: Floats, variance: Fl
 
 
 def shrink(
-    total: Floats, count: Floats, prior: Floats, worth: Floats, variance: Floats
+    total: Floats,
+    count: Floats,
+    prior: Floats,
+    worth: Floats,
+    variance: Floats,
+    *,
+    seen: Floats | None = None,
 ) -> tuple[Floats, Floats]:
     """Posterior mean and its standard deviation.
 
@@ -54,6 +65,89 @@ def shrink(
         prior: expected before seeing them.
         worth: how many observations the prior counts for.
         variance: of one observation.
+        seen: observations that the prior is the mean of: it is known no better than that. By default it is certain.
     """
     mean = (total + worth * prior) / (count + worth)
-    return mean, np.sqrt(variance / (count + worth))
+    spread = variance / (count + worth)
+    if seen is not None:
+        spread = spread + (worth / (count + worth)) ** 2 * variance / seen
+    return mean, np.sqrt(spread)
+
+
+def group_sums(score: Floats, group: NDArray[np.int64], groups: int) -> tuple[Floats, Floats]:
+    """Sum and number of the known scores of every group: ``(G, E)`` each.
+
+    Args:
+        score: ``(Q, E)``, NaN where missing.
+        group: ``(Q,)`` of every query, 0 to ``groups - 1``.
+        groups: G.
+    """
+    total, count = np.zeros((groups, score.shape[1])), np.zeros((groups, score.shape[1]))
+    for e, column in enumerate(score.T):
+        known = ~np.isnan(column)
+        count[:, e] = np.bincount(group[known], minlength=groups)
+        total[:, e] = np.bincount(group[known], column[known], minlength=groups)
+    return total, count
+
+
+@dataclass(frozen=True, eq=False)
+class Line:
+    """Every expert's score as a straight line of one number, its slope pulled towards 0.
+
+    The slope of least squares is multiplied by F / (1 + F), where F is its square over the variance it is known with:
+    a slope that noise explains as well all but goes, a sure one stays, none changes its sign.
+
+    Args:
+        mean, center: ``(E,)`` mean score, and mean of the number.
+        slope: ``(E,)``, shrunk.
+        spread: ``(E,)`` sum of squares of the number about ``center``.
+        variance: ``(E,)`` of one score about the line.
+        count: ``(E,)`` known scores.
+    """
+
+    mean: Floats
+    center: Floats
+    slope: Floats
+    spread: Floats
+    variance: Floats
+    count: Floats
+
+    names: ClassVar[tuple[str, ...]] = ("mean", "center", "slope", "spread", "variance", "count")
+
+    @classmethod
+    def fit(cls, number: Floats, score: Floats) -> Self:
+        """The lines of all experts.
+
+        Args:
+            number: ``(Q, 1)``, or ``(Q, E)`` if it differs by expert.
+            score: ``(Q, E)``, NaN where missing.
+        """
+        mean, variance, count = moments(score)
+        known = ~np.isnan(score)
+        center = np.where(known, number, 0.0).sum(axis=0) / np.maximum(count, 1)
+        offset = np.where(known, number - center, 0.0)
+        off_score = np.where(known, score - mean, 0.0)
+        spread = (offset**2).sum(axis=0)
+        straight = spread > 1e-12 * np.maximum(count, 1)
+        slope = np.where(straight, (offset * off_score).sum(axis=0) / np.where(straight, spread, 1.0), 0.0)
+        left = ((off_score - slope * offset) ** 2).sum(axis=0) / np.maximum(count - 2, 1)
+        variance = np.where((count > 2) & (left > 0), left, variance)
+        signal = slope**2 * spread / variance
+        return cls(mean, center, slope * signal / (1 + signal), spread, variance, count)
+
+    def at(self, number: Floats) -> tuple[Floats, Floats]:
+        """Expected score and its standard deviation, ``(Q, E)`` each, at ``(Q, 1)`` or ``(Q, E)`` numbers."""
+        offset = number - self.center
+        lever = np.where(self.slope != 0, offset**2 / np.maximum(self.spread, 1e-12), 0.0)
+        return self.mean + self.slope * offset, np.sqrt(
+            self.variance * (1 / np.maximum(self.count, 1) + lever)
+        )
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """Its arrays by their names, ``(E,)`` each."""
+        return {name: getattr(self, name) for name in self.names}
+
+    @classmethod
+    def of(cls, arrays: Mapping[str, NDArray[Any]]) -> Self:
+        """The lines that ``arrays`` gave."""
+        return cls(*(arrays[name] for name in cls.names))

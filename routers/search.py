@@ -1,0 +1,248 @@
+"""The nearest of many embeddings: by faiss up to some thousands of rows, by an inverted file above.
+
+Q queries, N stored rows, D dimensions, L lists, k neighbours.
+
+Embeddings are rounded to multiples of ``STEP``. The product of two entries is then a multiple of ``STEP ** 2``, and
+so is every partial sum; of vectors of unit length they stay below 2, so float32 holds each exactly. Similarities
+are therefore the same whatever the order of the sum and the size of the batch, and so are the neighbours. float16
+holds the entries exactly too, which halves what is stored.
+
+The inverted file is searched list by list for all queries of a batch, not query by query as faiss does: products of
+matrices are several times faster than the same products one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mixmerge.errors import DependencyError, Fault, MixmergeError
+from mixmerge.kernels import loops
+from mixmerge.kernels.nearest import NONE, parts_of
+from mixmerge.machine import cores
+from mixmerge.routers.draws import Keys, some
+
+Embedding = NDArray[np.float32]
+Rows = NDArray[np.int64]
+STEP = 2.0**-11
+FLAT_ROWS = 20_000  # comparing with all of that many rows is fast enough
+_LISTS = 2  # lists for each square root of the rows
+_TRAINED_ON = 64  # rows for each list that its centre is found from
+_ROUNDS = 10  # of k-means
+_HELD_OUT = 1_000  # rows the number of probed lists is chosen on
+_SPARE = 3  # candidates for each neighbour that are kept before the best are chosen
+_PART = 4_096  # queries that share products of matrices
+
+
+def on_grid(rows: NDArray[Any]) -> Embedding:
+    """Rows of at most unit length, rounded to multiples of ``STEP``."""
+    return np.asarray(
+        np.round(np.asarray(rows, np.float32) / np.float32(STEP)) * np.float32(STEP), np.float32
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Embeddings in the order an index stores them, and what is needed to open it.
+
+    Args:
+        order: ``(N,)``: which of the rows given is at each place; those of one list are side by side.
+        arrays: ``embedding`` ``(N, D)`` and ``centres`` ``(L, D)`` float16, ``sizes`` ``(L,)`` of the lists; L is 0
+            if there are none.
+        probes: lists that are searched for a query.
+        recall: share of the k nearest that they held, of rows that were kept out for this; 1 without lists.
+    """
+
+    order: Rows
+    arrays: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    probes: int = 0
+    recall: float = 1.0
+
+
+def lay_out(embedding: Embedding, keys: Keys, *, k: int, recall: float, flat_rows: int, seed: int) -> Layout:
+    """How to store embeddings.
+
+    Above ``flat_rows`` rows: ``2 sqrt(N)`` lists by spherical k-means. Then as many lists are searched as it takes
+    for a recall of ``recall``, less two standard errors, on 1,000 rows that are neither stored nor trained on then.
+
+    Args:
+        embedding: ``(N, D)`` of unit length.
+        keys: ``(N,)`` hashes of the texts, by which the rows to keep out are drawn.
+        k: neighbours the recall is for.
+        recall: in (0, 1).
+        flat_rows: most rows that are all compared with.
+        seed: of what is drawn.
+    """
+    stored, dimensions = on_grid(embedding), embedding.shape[1]
+    if len(stored) <= flat_rows:
+        none: dict[str, NDArray[Any]] = {"centres": np.empty((0, dimensions), np.float16), "sizes": np.empty(0, np.int64)}
+        return Layout(np.arange(len(stored)), {"embedding": stored.astype(np.float16), **none})
+    held = some(keys, at_most=min(_HELD_OUT, len(keys) // 10), seed=seed)
+    kept = np.setdiff1d(np.arange(len(stored)), held)
+    centres = _centres(stored[kept], seed=seed)
+    assigned = _nearest_list(centres, stored)
+    without = _Lists.of(stored[kept], assigned[kept], centres)
+    probes, reached = _probes(without, stored[held], k=k, recall=recall)
+    lists = _Lists.of(stored, assigned, centres)
+    return Layout(lists.order, lists.arrays, probes, reached)
+
+
+class Index:
+    """Opened embeddings.
+
+    Args:
+        arrays: of a ``Layout``.
+        probes: lists that are searched for a query; of no effect without lists.
+
+    Raises:
+        DependencyError: faiss is not installed, and there are no lists.
+    """
+
+    def __init__(self, arrays: Mapping[str, NDArray[Any]], probes: int) -> None:
+        self.rows, self.dimensions = arrays["embedding"].shape
+        self.probes = probes
+        self._stored = arrays["embedding"].astype(np.float32)
+        self._centres = arrays["centres"].astype(np.float32)
+        self._ends = np.cumsum(arrays["sizes"])
+        if not len(self._centres):
+            self._flat = _faiss().IndexFlatIP(self.dimensions)
+            self._flat.add(self._stored)
+
+    @property
+    def parallel(self) -> bool:
+        """It runs on one thread, so that several can search at once; without lists, faiss takes all there are."""
+        return len(self._centres) > 0
+
+    def search(self, queries: Embedding, k: int, *, probes: int | None = None) -> tuple[Embedding, Rows]:
+        """Cosine and place of the ``k`` nearest, nearest first: ``(Q, k)`` each.
+
+        Fewer where there are fewer rows; where the lists searched hold fewer than k, the last places are -1.
+
+        Args:
+            queries: ``(Q, D)`` of unit length.
+            k: 1 or more.
+            probes: lists to search, other than the index was opened with.
+
+        Raises:
+            MixmergeError: the queries have another dimension.
+        """
+        if queries.shape[1] != self.dimensions:
+            raise MixmergeError(
+                Fault(
+                    "embedding",
+                    f"has {queries.shape[1]} dimensions",
+                    f"The router was fitted on {self.dimensions}",
+                )
+            )
+        asked, k = on_grid(queries), min(k, self.rows)
+        if self.parallel:
+            return self._search_lists(asked, k, min(probes or self.probes, len(self._centres)))
+        similarity, rows = self._flat.search(asked, k)
+        return similarity, rows
+
+    def _search_lists(self, queries: Embedding, k: int, probes: int) -> tuple[Embedding, Rows]:
+        """List by list, with all the queries that search it: so the products are those of matrices."""
+        keys = np.full((len(queries), _SPARE * k), NONE)
+        counts, least = np.zeros(len(queries), np.int64), np.full(len(queries), NONE)
+        similar = queries @ self._centres.T  # (Q, L)
+        chosen = np.argpartition(-similar, probes - 1, axis=1)[:, :probes].astype(np.uint32).ravel()
+        asking = np.argsort(chosen, kind="stable") // probes
+        start = 0
+        for which, count in zip(*np.unique(chosen, return_counts=True), strict=True):
+            first, end = self._ends[which - 1] if which else 0, self._ends[which]
+            mine = asking[start : start + count]
+            start += count
+            if end > first:
+                near = queries[mine] @ self._stored[first:end].T
+                loops.keep_largest(near, first, mine, keys, counts, least, k)
+        return parts_of(np.sort(keys, axis=1)[:, : -k - 1 : -1])
+
+
+def in_parts(work: Callable[[slice], None], size: int, *, parallel: bool) -> None:
+    """Do ``work`` for slices that make up 0 to ``size``, on all cores if they are many and ``parallel``.
+
+    BLAS then has one thread for each: its own would wait for one another.
+    """
+    parts = [slice(start, start + _PART) for start in range(0, size, _PART)]
+    if len(parts) < 2 or not parallel or cores() < 2:
+        for part in parts:
+            work(part)
+        return
+    from threadpoolctl import threadpool_limits
+
+    with threadpool_limits(limits=1, user_api="blas"), ThreadPoolExecutor(cores()) as pool:
+        for done in [pool.submit(work, part) for part in parts]:
+            done.result()
+
+
+@dataclass(frozen=True, eq=False)
+class _Lists:
+    """Rows sorted by the list they are in."""
+
+    order: Rows
+    arrays: Mapping[str, NDArray[Any]]
+
+    @classmethod
+    def of(cls, stored: Embedding, assigned: Rows, centres: Embedding) -> Self:
+        order = np.argsort(assigned, kind="stable")
+        return cls(
+            order,
+            {
+                "embedding": stored[order].astype(np.float16),
+                "centres": centres.astype(np.float16),
+                "sizes": np.bincount(assigned, minlength=len(centres)).astype(np.int64),
+            },
+        )
+
+
+def _centres(stored: Embedding, *, seed: int) -> Embedding:
+    """``(L, D)`` by spherical k-means."""
+    faiss = _faiss()
+    lists = min(int(_LISTS * len(stored) ** 0.5), len(stored))
+    kmeans = faiss.Kmeans(
+        stored.shape[1],
+        lists,
+        niter=_ROUNDS,
+        seed=seed % 2**31,
+        spherical=True,
+        max_points_per_centroid=_TRAINED_ON,
+        min_points_per_centroid=1,
+    )
+    kmeans.train(stored)
+    return on_grid(kmeans.centroids)
+
+
+def _nearest_list(centres: Embedding, stored: Embedding) -> Rows:
+    """``(N,)`` the list of every row."""
+    flat = _faiss().IndexFlatIP(centres.shape[1])
+    flat.add(centres)
+    assigned: Rows = flat.search(stored, 1)[1][:, 0]
+    return assigned
+
+
+def _probes(lists: _Lists, queries: Embedding, *, k: int, recall: float) -> tuple[int, float]:
+    """How many lists to search, and the recall that has."""
+    exact = Index({**lists.arrays, "centres": lists.arrays["centres"][:0]}, 0)
+    wanted = exact.search(queries, k)[0][:, -1]  # similarity of the k-th
+    total, probes, index = len(lists.arrays["centres"]), 1, Index(lists.arrays, 1)
+    while True:
+        found = (index.search(queries, k, probes=probes)[0] >= wanted[:, None]).mean(axis=1)
+        reached, error = float(found.mean()), float(found.std() / len(found) ** 0.5)
+        if probes >= total or reached - 2 * error >= recall:
+            return probes, reached
+        probes = min(total, max(probes + 1, int(probes * 1.2)))
+
+
+def _faiss() -> Any:
+    try:
+        import faiss
+    except ImportError as error:
+        raise DependencyError(
+            Fault("nearest queries", "need faiss", run="pip install 'mixmerge[route]'")
+        ) from error
+    return faiss
