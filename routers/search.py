@@ -13,7 +13,10 @@ matrices are several times faster than the same products one by one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+import functools
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -80,8 +83,9 @@ def lay_out(embedding: Embedding, keys: Keys, *, k: int, recall: float, flat_row
     """
     stored, dimensions = on_grid(embedding), embedding.shape[1]
     if len(stored) <= flat_rows:
-        none: dict[str, NDArray[Any]] = {"centres": np.empty((0, dimensions), np.float16), "sizes": np.empty(0, np.int64)}
-        return Layout(np.arange(len(stored)), {"embedding": stored.astype(np.float16), **none})
+        none, empty = np.empty((0, dimensions), np.float16), np.empty(0, np.int64)
+        arrays = {"embedding": stored.astype(np.float16), "centres": none, "sizes": empty}
+        return Layout(np.arange(len(stored)), arrays)
     held = some(keys, at_most=min(_HELD_OUT, len(keys) // 10), seed=seed)
     kept = np.setdiff1d(np.arange(len(stored)), held)
     centres = _centres(stored[kept], seed=seed)
@@ -164,20 +168,49 @@ class Index:
 
 
 def in_parts(work: Callable[[slice], None], size: int, *, parallel: bool) -> None:
-    """Do ``work`` for slices that make up 0 to ``size``, on all cores if they are many and ``parallel``.
-
-    BLAS then has one thread for each: its own would wait for one another.
-    """
+    """Do ``work`` for slices that make up 0 to ``size``; if ``parallel``, on all cores and each with one BLAS thread."""
     parts = [slice(start, start + _PART) for start in range(0, size, _PART)]
-    if len(parts) < 2 or not parallel or cores() < 2:
+    if not parallel:
         for part in parts:
             work(part)
         return
-    from threadpoolctl import threadpool_limits
+    with _blas().alone():
+        if len(parts) < 2 or cores() < 2:
+            for part in parts:
+                work(part)
+            return
+        with ThreadPoolExecutor(cores()) as pool:
+            for done in [pool.submit(work, part) for part in parts]:
+                done.result()
 
-    with threadpool_limits(limits=1, user_api="blas"), ThreadPoolExecutor(cores()) as pool:
-        for done in [pool.submit(work, part) for part in parts]:
-            done.result()
+
+class _Blas:
+    """BLAS with one thread while anybody asks for that: for small products, several wait longer than they work."""
+
+    def __init__(self) -> None:
+        from threadpoolctl import ThreadpoolController
+
+        self._controller, self._lock = ThreadpoolController(), threading.Lock()
+        self._users, self._limit = 0, contextlib.ExitStack()
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        with self._lock:
+            self._users += 1
+            if self._users == 1:
+                self._limit.enter_context(self._controller.limit(limits=1, user_api="blas"))
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._users -= 1
+                if not self._users:
+                    self._limit.close()
+
+
+@functools.cache
+def _blas() -> _Blas:
+    return _Blas()
 
 
 @dataclass(frozen=True, eq=False)

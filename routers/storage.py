@@ -28,7 +28,7 @@ _TRAINED = "trained_on.safetensors"  # hashes of the queries it was fitted on
 
 
 def save(router: Router, folder: Path, *, overwrite: bool) -> None:
-    """Write a fitted router; the folder appears when it is whole.
+    """Write a fitted router; the folder appears when it is whole, and takes the place of an old one by two renames.
 
     Raises:
         OutputError: the folder exists, or cannot be written.
@@ -50,17 +50,28 @@ def save(router: Router, folder: Path, *, overwrite: bool) -> None:
         folder.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:
-            _write(router, state, partial)
-            if folder.exists():
-                shutil.rmtree(folder)
-            partial.rename(folder)
+            _write(router, state, partial / "new")
+            _place(partial / "new", folder, old=partial / "old")
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
         raise OutputError(Fault(str(folder), f"cannot be written: {error.strerror or error}")) from error
 
 
+def _place(new: Path, folder: Path, *, old: Path) -> None:
+    if not folder.exists():
+        new.rename(folder)
+        return
+    folder.rename(old)
+    try:
+        new.rename(folder)
+    except OSError:
+        old.rename(folder)
+        raise
+
+
 def _write(router: Router, state: State, folder: Path) -> None:
+    folder.mkdir()
     save_file(_contiguous(state.arrays), folder / _STATE)
     features = router.features
     if features is not None:
@@ -82,9 +93,8 @@ def _write(router: Router, state: State, folder: Path) -> None:
     }
     card["fingerprint"] = fingerprint(card, folder)
     (folder / _CARD).write_text(json.dumps(card, ensure_ascii=False), encoding="utf-8")
-    folder.chmod(0o755)  # mkdtemp makes it, and safetensors its files, for their owner alone
     for path in folder.iterdir():
-        path.chmod(0o644)
+        path.chmod(0o644)  # safetensors makes its files for their owner alone
         with path.open("rb") as file:
             os.fsync(file.fileno())
 
