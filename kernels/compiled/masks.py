@@ -70,13 +70,13 @@ def _add_kept(values, keep, every, kept):
 @njit
 def mask_chunk(
     raw, codes, direct, n, first, row, expert, stream, density, epsilon, mask, delta, draws, keep, base, words,
-    bins, ranks, lanes, sums,
+    ranks, lanes, sums,
 ):  # fmt: skip
     """Draw the keep-mask of one expert's chunk into ``mask`` (bits) and sum |delta| into ``sums``: (all, kept).
 
-    ``row`` is the length of a row for ranked masks (it divides n), or 0 for one probability everywhere; ranks are
-    found by ``bins`` bins. Scratch: ``delta`` (n) float32, ``draws`` (n) uint32, ``keep`` (n) uint8, ``base`` (B),
-    ``words`` as in ``draw_block``, ``ranks`` (``layout.rank_words(row)``) uint32, ``lanes`` (2, LANES).
+    ``row`` is the length of a row for ranked masks (it divides n), or 0 for one probability everywhere. Scratch:
+    ``delta`` (n) float32, ``draws`` (n) uint32, ``keep`` (n) uint8, ``base`` (B), ``words`` as in ``draw_block``,
+    ``ranks`` (``layout.rank_words(row)``) uint32, ``lanes`` (2, LANES).
     """
     ranked = row > 1 and epsilon > 0.0
     length = row if ranked else 1
@@ -94,7 +94,7 @@ def mask_chunk(
         if ranked:
             for r in range(0, m, row):
                 e = r + row
-                keep_ranked(part[r:e], drawn[r:e], density, epsilon, flags[r:e], bins, ranks)
+                keep_ranked(part[r:e], drawn[r:e], density, epsilon, flags[r:e], ranks)
         else:
             _keep_random(drawn, _limit(density), flags)
         _pack(flags, mask[s // 8 :])
@@ -104,24 +104,25 @@ def mask_chunk(
 
 @njit
 def inverse_chunk(
-    raw, codes, direct, n, first, row, expert, stream, density, epsilon, draws, base, words, ranks, delta
-):
+    raw, codes, direct, n, first, row, expert, stream, density, epsilon, draws, keep, base, words, ranks, delta,
+):  # fmt: skip
     """Sparsify one expert's chunk into ``delta`` (n), what is kept over its own keep-probability. Scratch as in
     ``mask_chunk``."""
-    delta, draws = delta[:n], draws[:n]
+    delta, draws, keep = delta[:n], draws[:n], keep[:n]
     deltas_chunk(raw, codes, direct, expert, 0, delta, base)
     _draws(stream, first, draws, words)
+    # x - x is 0, or NaN where the input is not finite: the pass that writes has to see it.
     if row <= 1 or epsilon == 0.0:
+        _keep_random(draws, _limit(density), keep)
         for i in range(n):
-            kept = F64(draws[i]) < density * 4294967296.0
-            delta[i] = delta[i] * F32(1 / density) if kept else delta[i] - delta[i]
+            delta[i] = delta[i] * F32(1 / density) if keep[i] else delta[i] - delta[i]
         return
     low, span = density - epsilon, 2 * epsilon / (row - 1)
     counts, order, spare = ranks[:RADIX], ranks[RADIX : RADIX + row], ranks[RADIX + row : RADIX + 2 * row]
     for s in range(0, n, row):
-        part = delta[s : s + row]
+        part, flags = delta[s : s + row], keep[s : s + row]
+        keep_ranked(part, draws[s : s + row], density, epsilon, flags, ranks)
         sort_row(part.view(np.uint32), counts, order, spare)
         for r in range(row):
-            i, p = order[r], low + span * r
-            # x - x is 0, or NaN where the input is not finite: the pass that writes has to see it.
-            part[i] = part[i] * F32(1 / p) if F64(draws[s + i]) < p * 4294967296.0 else part[i] - part[i]
+            i = order[r]
+            part[i] = part[i] * F32(1 / (low + span * r)) if flags[i] else part[i] - part[i]
