@@ -115,6 +115,16 @@ def test_draws_are_the_plain_ones(start: int, length: int) -> None:
     assert np.array_equal(found.astype(np.int64), expected.numpy())
 
 
+@pytest.mark.parametrize("density", [0.5, 0.3, 1 / 3, 2**-16, 2**-16 + 2**-17, 2**-32, 1 - 2**-20])
+def test_masks_of_one_chance_are_the_plain_ones(density: float) -> None:
+    """In 300,000 draws about five have the upper half of the bound: there the lower halves decide."""
+    delta, draw = np.ones((1, 300_000), np.float32), Draw(9, "w")
+    mask, _, kept = drawn_mask(delta, 0, density, 0.0, 8 * 4096)
+    plain = draws(draw, expert=3, start=8 * 4096, stop=8 * 4096 + delta.size).double() < density * 2.0**32
+    assert np.array_equal(mask, plain.numpy())
+    assert kept == plain.sum()
+
+
 # --- sums in a fixed order
 
 
