@@ -22,10 +22,7 @@ HIGH_BINS, LOW_BINS, LOW_SHIFT = 1 << 16, 1 << 15, 15
 # Blocks of four draws made at a time.
 DRAW_BLOCKS = 2048
 
-# Bins of a row's histogram where entries are ranked, powers of two. Finer ones cost more to clear and to sum than
-# they save; with coarser ones more bins are of several magnitudes.
-MIN_BINS, MAX_BINS, PER_BIN = 512, 4096, 2
-# Digits of the sort that ranks what the histogram does not.
+# Digits of the sort that ranks a row.
 RADIX = 1 << 11
 
 # The low-rank product takes the rank this many at a time.
@@ -37,14 +34,6 @@ TILE = 1024
 NEAREST_ONE, NEAREST_LOW = 1 << 22, (1 << 32) - 1
 
 
-def bin_count(row: int) -> int:
-    """Bins for a row of that many entries."""
-    count = MIN_BINS
-    while count < MAX_BINS and count * PER_BIN < row:
-        count *= 2
-    return count
-
-
 def rank_words(row: int) -> int:
-    """uint32 words of scratch that ranking a row of that many entries takes."""
-    return 5 * (row + 1) + RADIX + 3 * bin_count(row) + row // 4 + 3
+    """uint32 words of scratch that a row of that many entries takes, ranked or kept by rank."""
+    return RADIX + 2 * row

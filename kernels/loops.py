@@ -29,9 +29,11 @@ ties_chunk = Loop("select.ties_chunk", f"{_CHUNK} i8 i8 i8 f4[:,:] i8[:]")
 draw_block = Loop("random.draw_block", "u4[:] i8 u4[:] u4[:]")
 mask_chunk = Loop(
     "masks.mask_chunk",
-    f"{_CHUNK} i8 i8 i8 u4[:] f8 f8 u1[:] f4[:] u4[:] u1[:] f4[:] u4[:] i8 u4[:] f8[:,:] f8[:]",
+    f"{_CHUNK} i8 i8 i8 u4[:] f8 f8 u1[:] f4[:] u4[:] u1[:] f4[:] u4[:] u4[:] f8[:,:] f8[:]",
 )
-inverse_chunk = Loop("masks.inverse_chunk", f"{_CHUNK} i8 i8 i8 u4[:] f8 f8 u4[:] f4[:] u4[:] u4[:] f4[:]")
+inverse_chunk = Loop(
+    "masks.inverse_chunk", f"{_CHUNK} i8 i8 i8 u4[:] f8 f8 u4[:] u1[:] f4[:] u4[:] u4[:] f4[:]"
+)
 
 compare_chunk = Loop("compare.compare_chunk", f"{_CHUNK} f4[:,:] u1[:,:] f8[:,:] f8[:,:] i8[:,:] f8[:] u4[:]")
 

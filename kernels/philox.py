@@ -3,10 +3,12 @@
 Source: Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3 (SC 2011), section 3.4; the published
 known-answer vectors are in the tests.
 
-The 32-bit draw of one element is lane ``element % 4`` of the block with
+A block is made from
     key     = (seed low, seed high)
-    counter = (block low 32, expert << 16 | block high 16, name low, name high),  block = element // 4
-where name is a 64-bit BLAKE2b digest of the tensor's name. An entry is kept when draw < p * 2**32.
+    counter = (block low 32, expert << 16 | block high 16, name low, name high)
+where name is a 64-bit BLAKE2b digest of the tensor's name. Blocks 2 g and 2 g + 1 hold the 32-bit draws of elements
+8 g to 8 g + 7, the first their upper halves, the second their lower ones, 16 bits each from the lowest up: whether a
+draw is below p * 2**32, which keeps an entry, almost never takes the second.
 """
 
 from __future__ import annotations
@@ -65,8 +67,8 @@ def draws(draw: Draw, *, expert: int, start: int, stop: int) -> torch.Tensor:
     """The draws of elements ``start`` to ``stop``, below 2**32, of one expert: ``(stop - start,)`` int64."""
     import torch
 
-    first, last = start // 4, -(-stop // 4)
-    block = torch.arange(first, last, dtype=torch.int64)  # (b,)
+    first, last = start // 8, -(-stop // 8)
+    block = torch.arange(2 * first, 2 * last, dtype=torch.int64)  # (2 g,)
     low, high = draw.name_words
     counter = torch.stack(
         (
@@ -76,5 +78,6 @@ def draws(draw: Draw, *, expert: int, start: int, stop: int) -> torch.Tensor:
             torch.full_like(block, high),
         )
     )
-    words = blocks(counter, draw.key)  # (4, b)
-    return words.T.reshape(-1)[start - 4 * first : stop - 4 * first]
+    words = blocks(counter, draw.key).T  # (2 g, 4)
+    halves = torch.stack((words & 0xFFFF, words >> 16), dim=-1).reshape(-1, 2, 8)  # (g, 2, 8)
+    return ((halves[:, 0] << 16) | halves[:, 1]).reshape(-1)[start - 8 * first : stop - 8 * first]

@@ -18,7 +18,7 @@ from torch import Tensor
 from mixmerge.engine import cuts
 from mixmerge.kernels import loops
 from mixmerge.kernels.compiled import combine, ranks
-from mixmerge.kernels.layout import BLOCK, CODES, DRAW_BLOCKS, KEEP_CUT, LANES, bin_count, rank_words
+from mixmerge.kernels.layout import BLOCK, CODES, DRAW_BLOCKS, KEEP_CUT, LANES, rank_words
 from mixmerge.kernels.loops import decode, draw_block, encode
 from mixmerge.kernels.philox import Draw, draws
 from mixmerge.methods import sparsify as sp
@@ -115,6 +115,16 @@ def test_draws_are_the_plain_ones(start: int, length: int) -> None:
     assert np.array_equal(found.astype(np.int64), expected.numpy())
 
 
+@pytest.mark.parametrize("density", [0.5, 0.3, 1 / 3, 2**-16, 2**-16 + 2**-17, 2**-32, 1 - 2**-20])
+def test_masks_of_one_chance_are_the_plain_ones(density: float) -> None:
+    """In 300,000 draws about five have the upper half of the bound: there the lower halves decide."""
+    delta, draw = np.ones((1, 300_000), np.float32), Draw(9, "w")
+    mask, _, kept = drawn_mask(delta, 0, density, 0.0, 8 * 4096)
+    plain = draws(draw, expert=3, start=8 * 4096, stop=8 * 4096 + delta.size).double() < density * 2.0**32
+    assert np.array_equal(mask, plain.numpy())
+    assert kept == plain.sum()
+
+
 # --- sums in a fixed order
 
 
@@ -157,7 +167,7 @@ def test_bits_of_a_mask(mask: list[bool], start: int) -> None:
     assert np.array_equal(delta != 0, keep.astype(np.bool_))
 
 
-# --- random masks, by rank within rows
+# --- random masks, of one chance or by rank within rows
 
 values = st.one_of(
     st.integers(-3, 3).map(float),
@@ -167,15 +177,15 @@ values = st.one_of(
 
 
 def rows_of(kind: str, rows: int, row: int) -> Floats:
-    """Rows of magnitudes that are hard to bin, or all alike."""
+    """Rows of many equal magnitudes, of ones far apart, or all alike."""
     plain = np.random.default_rng(rows * row).standard_normal((rows, row))
     made = {
         "plain": plain,
         "tied": np.round(plain),  # a handful of distinct magnitudes
-        "crowds": np.where(plain > 0.3, np.round(plain * 3), plain),  # some bins of one magnitude, some mixed
+        "crowds": np.where(plain > 0.3, np.round(plain * 3), plain),
         "signs": np.sign(plain),
         "zeros": np.zeros((rows, row)),
-        "outlier": np.where(np.arange(row) == row // 2, 1e6, plain),  # all others fall into the lowest bin
+        "outlier": np.where(np.arange(row) == row // 2, 1e6, plain),
         "outlier_tied": np.where(np.arange(row) == row // 2, 1e6, np.round(plain)),
         "subnormal": plain * 1e-41,
         "wide": np.sign(plain) * 10.0 ** (plain * 8),
@@ -212,27 +222,24 @@ def drawn_mask(
     loops.mask_chunk(
         raw, np.array([2, 2]), np.array([0, 1], np.uint8), n, first, row, 1, stream, density, epsilon, mask,
         np.empty(n, np.float32), np.empty(n, np.uint32), np.empty(n, np.uint8), np.empty(BLOCK, np.float32),
-        np.empty(4 * DRAW_BLOCKS, np.uint32), bin_count(row), np.empty(rank_words(row), np.uint32),
-        np.empty((2, LANES)), sums,
+        np.empty(4 * DRAW_BLOCKS, np.uint32), np.empty(rank_words(row), np.uint32), np.empty((2, LANES)), sums,
     )  # fmt: skip
     return np.unpackbits(mask, bitorder="little")[:n].astype(np.bool_), *map(float, sums)
 
 
 def check_mask(delta: Floats, density: float, epsilon: float, *, first: int = 0) -> None:
-    """Equal to ranks by a sort and the plain draws wherever an entry is not zero."""
-    tensor, row = torch.from_numpy(delta), delta.shape[-1]
+    """Equal to the plain definition, which is asked for the entries before ``first`` too."""
+    row, skipped = delta.shape[-1], first // delta.shape[-1]
     mask, every, kept = drawn_mask(delta, row, density, epsilon, first)
-    uniform = draws(Draw(9, "w"), expert=3, start=first, stop=first + delta.size).double()
-    chance = sp.ranked(tensor, density, epsilon)
-    expected = (uniform.reshape(delta.shape) < chance * 2.0**32).numpy()
-    there = delta != 0
-    assert np.array_equal(mask.reshape(delta.shape)[there], expected[there])
+    padded = torch.from_numpy(np.concatenate([np.zeros((skipped, row), np.float32), delta]))
+    expected = sp.sampled_by_rank(padded, density, epsilon, draw=Draw(9, "w"), expert=3)[skipped:].numpy()
+    assert np.array_equal(mask.reshape(delta.shape), expected)
     assert every == pytest.approx(np.abs(delta.astype(np.float64)).sum(), rel=1e-12)
     assert kept == pytest.approx(np.abs(delta.astype(np.float64))[expected].sum(), rel=1e-12)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_ranked_masks_equal_a_sort(kind: str) -> None:
+def test_ranked_masks_equal_the_definition(kind: str) -> None:
     for (rows, row), (density, epsilon) in itertools.product(
         [(3, 1), (5, 2), (4, 7), (2, 4095), (1, 4097), (1, 9001), (40, 64)], CHANCES
     ):
@@ -243,12 +250,14 @@ def test_ranked_masks_equal_a_sort(kind: str) -> None:
     delta=st.lists(values, min_size=2, max_size=60),
     density=st.floats(0.01, 0.99),
     share=st.floats(0, 1),
-    first=st.integers(0, 9),
+    skipped=st.integers(0, 3),
 )
 @settings(max_examples=150)
-def test_ranks_of_anything_equal_a_sort(delta: list[float], density: float, share: float, first: int) -> None:
+def test_ranked_masks_of_anything_equal_the_definition(
+    delta: list[float], density: float, share: float, skipped: int
+) -> None:
     finite = np.clip(np.array([delta], np.float32), -1e30, 1e30)
-    check_mask(finite, density, share * min(density, 1 - density), first=first)
+    check_mask(finite, density, share * min(density, 1 - density), first=skipped * len(delta))
 
 
 @pytest.mark.parametrize("wide", [False, True])
@@ -267,7 +276,7 @@ def test_draws_between_two_limits(wide: bool, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
-def test_ranks_survive_what_is_not_finite(bad: float) -> None:
+def test_ranked_masks_survive_what_is_not_finite(bad: float) -> None:
     """The engine refuses such a tensor when it writes; until then nothing may be read or written out of bounds."""
     delta = rows_of("plain", 6, 640)
     delta[2, 5], delta[4, 600] = bad, bad
@@ -288,11 +297,11 @@ def test_each_entry_over_its_own_chance(kind: str, density: float, epsilon: floa
         found = np.empty(n, np.float32)
         loops.inverse_chunk(
             raw, np.array([2, 2]), np.array([0, 1], np.uint8), n, 0, row, 1, stream, density, epsilon,
-            np.empty(n, np.uint32), np.empty(BLOCK, np.float32), np.empty(4 * DRAW_BLOCKS, np.uint32),
-            np.empty(rank_words(row), np.uint32), found,
+            np.empty(n, np.uint32), np.empty(n, np.uint8), np.empty(BLOCK, np.float32),
+            np.empty(4 * DRAW_BLOCKS, np.uint32), np.empty(rank_words(row), np.uint32), found,
         )  # fmt: skip
         tensor = torch.from_numpy(delta)
         chance = sp.ranked(tensor, density, epsilon)
-        mask = sp.sampled(tensor, chance, draw=draw, expert=0)
+        mask = sp.sampled_by_rank(tensor, density, epsilon, draw=draw, expert=0)
         expected = sp.survivors(tensor, mask, rescale_by="inverse_p", p=chance)
         assert np.array_equal(found, expected.reshape(-1).numpy())

@@ -67,7 +67,35 @@ def test_della_chances_are_chances_around_density(delta: Tensor, density: float,
 @settings(max_examples=30, deadline=None)
 def test_della_without_epsilon_is_dare(delta: Tensor, density: float) -> None:
     dare = sp.sampled(delta, density, draw=DRAW, expert=1)
-    assert torch.equal(sp.sampled(delta, sp.ranked(delta, density, 0.0), draw=DRAW, expert=1), dare)
+    assert torch.equal(sp.sampled_by_rank(delta, density, 0.0, draw=DRAW, expert=1), dare)
+
+
+@pytest.mark.parametrize(
+    ("density", "epsilon"), [(0.5, 0.15), (0.5, 0.5), (0.9, 0.3), (0.05, 0.15), (0.4, 0.0)]
+)
+def test_della_keeps_each_rank_as_often_as_its_chance(density: float, epsilon: float) -> None:
+    """And independently of the other entries: five entries, two of them tied, in 40,000 rows."""
+    delta = vector(3, -1, 2, 2, 0.5).expand(40_000, 5)
+    kept = sp.sampled_by_rank(delta, density, epsilon, draw=DRAW, expert=0).double()
+    chance = sp.ranked(delta[:1], density, epsilon)[0]
+    error = 5 * (chance * (1 - chance) / len(delta)).sqrt() + 1e-12  # five standard errors
+    assert ((kept.mean(0) - chance).abs() <= error).all()
+    both = kept.T @ kept / len(delta)  # (5, 5)
+    expected = torch.outer(chance, chance).where(~torch.eye(5, dtype=torch.bool), torch.diag(chance))
+    assert ((both - expected).abs() <= 5 * (expected * (1 - expected) / len(delta)).sqrt() + 1e-12).all()
+
+
+def test_a_draw_between_the_chances_picks_a_rival() -> None:
+    """By hand: density 0.5, epsilon 0.25, four entries; a draw of 1/4 to 3/4 picks one of the other three."""
+    row = vector(2, -2, 1, 3)
+    uniform = draws(DRAW, expert=0, start=0, stop=4).double() / 2**32
+    expected = []
+    for i, (draw, mine) in enumerate(zip(uniform.tolist(), row.abs().tolist(), strict=True)):
+        others = [j for j in range(4) if j != i]
+        rival = others[int(min(max(draw - 0.25, 0.0) * 2, 0.999) * 3)]
+        after = (row[rival].abs(), -rival) < (mine, -i)
+        expected.append(draw < 0.25 or (draw < 0.75 and after))
+    assert sp.sampled_by_rank(row, 0.5, 0.25, draw=DRAW, expert=0).tolist() == expected
 
 
 def test_rows_of_one_entry_are_kept_with_chance_density() -> None:

@@ -177,7 +177,8 @@ def test_della_by_hand() -> None:
     chances = sp.ranked(torch.stack((row, row.flip(0))), 0.5, 0.3)
     expected = torch.tensor([[0.8, 0.2, 0.6, 0.4], [0.6, 0.4, 0.2, 0.8]], dtype=torch.float64)
     torch.testing.assert_close(chances, expected)
-    kept = draws(DRAW, expert=0, start=0, stop=4) < expected[0] * 2**32
+    kept = sp.sampled_by_rank(row, 0.5, 0.3, draw=DRAW, expert=0)
+    assert 0 < int(kept.sum()) < 4
     merged = tv.della([row], base=torch.zeros(4), weight=[1], density=[0.5], epsilon=[0.3], draw=DRAW)
     alone = row * kept
     close(merged, *(alone * 8 / float(alone.abs().sum())).tolist())

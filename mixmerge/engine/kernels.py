@@ -14,7 +14,7 @@ from mixmerge.engine.schedule import Job, Pass
 from mixmerge.engine.worker import Worker, chunk_length, chunks, inputs_of
 from mixmerge.errors import CheckpointError, Fault
 from mixmerge.kernels import loops
-from mixmerge.kernels.layout import CODES, KEEP_ALL, KEEP_BITS, KEEP_CUT, WIDTHS, bin_count, rank_words
+from mixmerge.kernels.layout import CODES, KEEP_ALL, KEEP_BITS, KEEP_CUT, WIDTHS, rank_words
 from mixmerge.kernels.philox import Draw
 from mixmerge.plan import Plan, Task
 
@@ -295,19 +295,18 @@ def _draw_masks(
     streams = [_stream(context.plan, task, k) for k in range(count)]
     state.keep[drawn] = KEEP_BITS
     row = max(row for row, _, _ in chances)
-    bins, words = bin_count(row), rank_words(row)
 
     def draw(worker: Worker, number: int, start: int, stop: int) -> NDArray[np.float64]:
         worker.load(task, start, stop)
         draws = worker.extra("draws", (worker.length,), np.uint32)
         keep = worker.extra("keep", (worker.length,), np.uint8)
-        ranks, sums = worker.extra("ranks", (words,), np.uint32), np.empty((len(drawn), 2))
+        ranks, sums = worker.extra("ranks", (rank_words(row),), np.uint32), np.empty((len(drawn), 2))
         for at, k in enumerate(drawn):
             _, density, epsilon = chances[k]
             loops.mask_chunk(
                 worker.raw, worker.codes, worker.direct, stop - start, start, row, k + 1, streams[k],
                 density, epsilon, state.masks[number, k], worker.values, draws, keep, worker.scratch[0],
-                worker.words, bins, ranks, worker.lanes, sums[at],
+                worker.words, ranks, worker.lanes, sums[at],
             )  # fmt: skip
         return sums
 
@@ -323,12 +322,13 @@ def _inverse_ranked(context: Context, task: Task) -> Callable[[Worker, int, int]
 
     def prepare(worker: Worker, start: int, stop: int) -> None:
         draws = worker.extra("draws", (worker.length,), np.uint32)
+        keep = worker.extra("keep", (worker.length,), np.uint8)
         for k in range(count):
             row, density, epsilon = _chance(task, k)
             ranks = worker.extra("ranks", (rank_words(row),), np.uint32)
             loops.inverse_chunk(
                 worker.raw, worker.codes, worker.direct, stop - start, start, row, k + 1, streams[k],
-                density, epsilon, draws, worker.scratch[0], worker.words, ranks, worker.values,
+                density, epsilon, draws, keep, worker.scratch[0], worker.words, ranks, worker.values,
             )  # fmt: skip
             worker.raw[k + 1].view(np.float32)[: stop - start] = worker.values[: stop - start]
             worker.codes[k + 1], worker.direct[k + 1] = CODES["F32"], True

@@ -7,6 +7,7 @@ into density, gamma or epsilon. Flat indices are row-major.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
@@ -117,17 +118,51 @@ def ranked(delta: Tensor, density: float, epsilon: float) -> Tensor:
     return (density - eps) + 2 * eps * rank.double() / (length - 1)
 
 
-def sampled(delta: Tensor, p: float | Tensor, *, draw: Draw, expert: int) -> Tensor:
+def sampled(delta: Tensor, p: float, *, draw: Draw, expert: int) -> Tensor:
     """Mask that keeps each entry with chance ``p``: where its 32-bit draw is below ``p * 2**32``.
 
     Args:
         delta: gives shape and device only.
-        p: 0 to 1; one for all entries, or float64 of shape ``S``.
+        p: 0 to 1.
         draw: seed and tensor name the draws are a function of.
         expert: position of the expert among the deltas, 0 to 65535.
     """
-    words = draws(draw, expert=expert, start=0, stop=delta.numel()).to(delta.device)
-    return words.reshape(delta.shape).double() < p * 2.0**32
+    return _words(delta, draw, expert) < p * 2.0**32
+
+
+def sampled_by_rank(delta: Tensor, density: float, epsilon: float, *, draw: Draw, expert: int) -> Tensor:
+    """Mask that keeps each entry with its chance in ``ranked``, found without ranks.
+
+    A 32-bit draw below ``2**32 * (density - eps)`` keeps the entry and one of at least ``2**32 * (density + eps)``
+    drops it, whatever its rank. Where a draw falls between them picks one of the n - 1 others in the row, each as
+    often, and the entry is kept if it comes after that one: as r others come before it, with chance r / (n - 1).
+
+    Source: DELLA-Merging (arXiv:2406.11617), MagPrune.
+
+    Args:
+        delta: ``S``; a row runs over its last dimension.
+        density, epsilon: 0 to 1.
+        draw, expert: as ``sampled``.
+    """
+    length = delta.shape[-1] if delta.ndim else 1
+    if length <= 1 or delta.numel() == 0:
+        return sampled(delta, density, draw=draw, expert=expert)
+    eps = min(epsilon, density, 1 - density)
+    low, high = (min(math.ceil(p * 2.0**32), 2**32) for p in (density - eps, density + eps))
+    words, size = _words(delta, draw, expert), delta.detach().abs()
+    share = (length - 1) / max(high - low, 1)
+    index = torch.arange(length, device=delta.device)  # (n,)
+    rival = ((words - low).clamp(0, max(high - low - 1, 0)) * share).long()
+    rival = rival + (rival >= index)
+    other = size.gather(-1, rival)
+    after = (other < size) | ((other == size) & (rival > index))
+    return (words < low) | ((words < high) & after)
+
+
+def _words(delta: Tensor, draw: Draw, expert: int) -> Tensor:
+    """The draws of a delta's entries: ``S``, whole numbers in float64."""
+    words = draws(draw, expert=expert, start=0, stop=delta.numel())
+    return words.to(delta.device).reshape(delta.shape).double()
 
 
 def survivors(

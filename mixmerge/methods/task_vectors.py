@@ -20,7 +20,15 @@ from torch import Tensor
 from mixmerge.errors import Fault, MethodError
 from mixmerge.kernels.philox import Draw
 from mixmerge.methods.average import ZERO_SUM, scalar
-from mixmerge.methods.sparsify import RescaleBy, above, band, magnitude, ranked, sampled, survivors
+from mixmerge.methods.sparsify import (
+    RescaleBy,
+    above,
+    band,
+    magnitude,
+    ranked,
+    sampled_by_rank,
+    survivors,
+)
 
 Number = float | Tensor
 Agg = Literal["mean", "sum"] | None
@@ -80,17 +88,20 @@ def _averages(agg: Agg, normalize: bool) -> bool:
 
 def _drop(
     deltas: Sequence[Tensor],
-    chances: Sequence[float | Tensor],
+    density: Sequence[float],
+    epsilon: Sequence[float] | None,
     draw: Draw,
     rescale: bool,
     rescale_by: RescaleBy,
 ) -> list[Tensor]:
-    """Deltas whose entries were kept by chance."""
-    by = rescale_by if rescale else None
-    return [
-        survivors(delta, sampled(delta, p, draw=draw, expert=i), rescale_by=by, p=p)
-        for i, (delta, p) in enumerate(zip(deltas, chances, strict=True))
-    ]
+    """Deltas whose entries were kept with one chance, or with DELLA's."""
+    by, kept = rescale_by if rescale else None, []
+    for i, (delta, share) in enumerate(zip(deltas, density, strict=True)):
+        eps = epsilon[i] if epsilon is not None else 0.0
+        mask = sampled_by_rank(delta, share, eps, draw=draw, expert=i)
+        p = ranked(delta, share, eps) if by == "inverse_p" and eps else share
+        kept.append(survivors(delta, mask, rescale_by=by, p=p))
+    return kept
 
 
 def _crumbs(
@@ -100,11 +111,6 @@ def _crumbs(
     by: RescaleBy | None = "l1" if rescale else None
     rows = zip(deltas, density, gamma, strict=True)
     return [survivors(delta, band(delta, keep, top), rescale_by=by) for delta, keep, top in rows]
-
-
-def _chances(deltas: Sequence[Tensor], density: Sequence[float], epsilon: Sequence[float]) -> list[Tensor]:
-    """DELLA's chances of every expert's entries."""
-    return [ranked(delta, keep, eps) for delta, keep, eps in zip(deltas, density, epsilon, strict=True)]
 
 
 def task_arithmetic(
@@ -217,7 +223,7 @@ def dare_linear(
         by default the tensor's L1 norm is restored, as in mergekit, not each entry's expectation. Masks come
         from Philox counters, so no mask equals one of mergekit's.
     """
-    kept = _drop(deltas, density, draw, rescale, rescale_by)
+    kept = _drop(deltas, density, None, draw, rescale, rescale_by)
     return consensus(kept, base=base, weight=weight, elect=False, normalize=normalize, lambda_=lambda_)
 
 
@@ -250,7 +256,7 @@ def dare_ties(
         as ``dare_linear``; and as in mergekit there is no trim by magnitude after the random drop, and the
         default is the sum, where the papers take the mean (``agg="mean"``).
     """
-    kept = _drop(deltas, density, draw, rescale, rescale_by)
+    kept = _drop(deltas, density, None, draw, rescale, rescale_by)
     return consensus(
         kept, base=base, weight=weight, elect=True, normalize=_averages(agg, normalize), lambda_=lambda_
     )
@@ -346,7 +352,7 @@ def della(
     Deviations:
         as ``della_linear``; elects on weighted deltas, a sum of 0 being positive.
     """
-    kept = _drop(deltas, _chances(deltas, density, epsilon), draw, rescale, rescale_by)
+    kept = _drop(deltas, density, epsilon, draw, rescale, rescale_by)
     return consensus(
         kept, base=base, weight=weight, elect=True, normalize=_averages(agg, normalize), lambda_=lambda_
     )
@@ -388,5 +394,5 @@ def della_linear(
         a wide epsilon shrinks where mergekit refuses it; rows of one entry are kept with chance density; rows
         are the last dimension of any tensor.
     """
-    kept = _drop(deltas, _chances(deltas, density, epsilon), draw, rescale, rescale_by)
+    kept = _drop(deltas, density, epsilon, draw, rescale, rescale_by)
     return consensus(kept, base=base, weight=weight, elect=False, normalize=normalize, lambda_=lambda_)
