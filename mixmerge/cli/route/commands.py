@@ -13,6 +13,7 @@ from mixmerge.cli.route.calibrate import calibrate
 from mixmerge.cli.route.evaluate import evaluate
 from mixmerge.cli.route.experts import add_expert, remove_expert
 from mixmerge.cli.route.fit import fit
+from mixmerge.cli.route.importing import import_outcomes
 from mixmerge.cli.route.listing import check, ls
 
 _COMMANDS: dict[str, Callable[..., None]] = {
@@ -24,6 +25,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "remove-expert": remove_expert,
     "ls": ls,
     "check": check,
+    "import": import_outcomes,
 }
 
 
