@@ -25,7 +25,7 @@ class NearestOptions(Options):
     """Which neighbours count how much.
 
     Args:
-        k: how many, 1 or more.
+        k: how many, 1 to 1,000.
         temperature: a neighbour counts for exp(cosine / temperature); all the same if not given.
         worth: neighbours that an expert's mean counts for, 0 or more. By default the number with which the stored
             queries are best predicted from their neighbours, for each expert.
@@ -34,7 +34,7 @@ class NearestOptions(Options):
         excerpt: characters of each stored query kept for explanations.
     """
 
-    k: int = Field(40, ge=1, le=10_000)
+    k: int = Field(40, ge=1, le=1_000)
     temperature: float | None = Field(None, gt=0)
     worth: float | None = Field(None, ge=0)
     flat_rows: int = Field(FLAT_ROWS, ge=100)

@@ -14,11 +14,11 @@ matrices are several times faster than the same products one by one.
 from __future__ import annotations
 
 import contextlib
-import functools
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cache, partial
 from typing import Any, Self
 
 import numpy as np
@@ -35,10 +35,11 @@ Rows = NDArray[np.int64]
 STEP = 2.0**-11
 FLAT_ROWS = 20_000  # comparing with all of that many rows is fast enough
 _LISTS = 2  # lists for each square root of the rows
-_TRAINED_ON = 64  # rows for each list that its centre is found from
+_TRAINED_ON = 128  # rows for each list that its centre is found from
 _ROUNDS = 10  # of k-means
 _HELD_OUT = 1_000  # rows the number of probed lists is chosen on
-_SPARE = 3  # candidates for each neighbour that are kept before the best are chosen
+_SPARE = 2  # candidates for each neighbour that are kept before the best are chosen
+_FIRST = 6  # lists that are searched before the others
 _PART = 4_096  # queries that share products of matrices
 
 
@@ -84,7 +85,8 @@ def lay_out(embedding: Embedding, keys: Keys, *, k: int, recall: float, flat_row
     stored, dimensions = on_grid(embedding), embedding.shape[1]
     if len(stored) <= flat_rows:
         none, empty = np.empty((0, dimensions), np.float16), np.empty(0, np.int64)
-        arrays = {"embedding": stored.astype(np.float16), "centres": none, "sizes": empty}
+        arrays: dict[str, NDArray[Any]] = {"embedding": stored.astype(np.float16)}
+        arrays.update({"centres": none, "sizes": empty})
         return Layout(np.arange(len(stored)), arrays)
     held = some(keys, at_most=min(_HELD_OUT, len(keys) // 10), seed=seed)
     kept = np.setdiff1d(np.arange(len(stored)), held)
@@ -113,6 +115,7 @@ class Index:
         self._stored = arrays["embedding"].astype(np.float32)
         self._centres = arrays["centres"].astype(np.float32)
         self._ends = np.cumsum(arrays["sizes"])
+        self._longest = int(arrays["sizes"].max(initial=0))
         if not len(self._centres):
             self._flat = _faiss().IndexFlatIP(self.dimensions)
             self._flat.add(self._stored)
@@ -150,25 +153,46 @@ class Index:
         return similarity, rows
 
     def _search_lists(self, queries: Embedding, k: int, probes: int) -> tuple[Embedding, Rows]:
-        """List by list, with all the queries that search it: so the products are those of matrices."""
+        """The nearest lists first: then most of the rest are seen at once to be none of the k nearest."""
         keys = np.full((len(queries), _SPARE * k), NONE)
         counts, least = np.zeros(len(queries), np.int64), np.full(len(queries), NONE)
-        similar = queries @ self._centres.T  # (Q, L)
-        chosen = np.argpartition(-similar, probes - 1, axis=1)[:, :probes].astype(np.uint32).ravel()
-        asking = np.argsort(chosen, kind="stable") // probes
-        start = 0
-        for which, count in zip(*np.unique(chosen, return_counts=True), strict=True):
-            first, end = self._ends[which - 1] if which else 0, self._ends[which]
-            mine = asking[start : start + count]
-            start += count
-            if end > first:
-                near = queries[mine] @ self._stored[first:end].T
-                loops.keep_largest(near, first, mine, keys, counts, least, k)
+        places = np.empty(self._longest, np.int64)
+        similar, first = queries @ self._centres.T, min(_FIRST, probes)  # (Q, L)
+        chosen = np.argpartition(-similar, sorted({first - 1, probes - 1}), axis=1)
+        for lists in (chosen[:, :first], chosen[:, first:probes]):
+            if lists.size:
+                self._visit(queries, lists, partial(_keep, keys, counts, least, k, places))
         return parts_of(np.sort(keys, axis=1)[:, : -k - 1 : -1])
+
+    def _visit(self, queries: Embedding, lists: Rows, keep: Callable[[Embedding, int, Rows], None]) -> None:
+        """List by list, with all the queries that search it: so the products are those of matrices."""
+        few = len(self._centres) < 1 << 16  # then numpy sorts by digits, which is fast
+        flat = np.ascontiguousarray(lists, np.uint16 if few else np.uint32).ravel()
+        asking = np.argsort(flat, kind="stable") // lists.shape[1]
+        counts, start = np.bincount(flat, minlength=len(self._centres)), 0
+        for which in np.flatnonzero(counts).tolist():
+            first, end = int(self._ends[which - 1]) if which else 0, int(self._ends[which])
+            mine = asking[start : start + counts[which]]
+            start += counts[which]
+            if end > first:
+                keep(queries[mine] @ self._stored[first:end].T, first, mine)
+
+
+def _keep(
+    keys: Rows,
+    counts: Rows,
+    least: Rows,
+    k: int,
+    places: Rows,
+    near: Embedding,
+    first: int,
+    mine: Rows,
+) -> None:
+    loops.keep_largest(near, first, mine, keys, counts, least, k, places)
 
 
 def in_parts(work: Callable[[slice], None], size: int, *, parallel: bool) -> None:
-    """Do ``work`` for slices that make up 0 to ``size``; if ``parallel``, on all cores and each with one BLAS thread."""
+    """Do ``work`` for slices that make up 0 to ``size``; if ``parallel``, on all cores, each with one BLAS thread."""
     parts = [slice(start, start + _PART) for start in range(0, size, _PART)]
     if not parallel:
         for part in parts:
@@ -208,7 +232,7 @@ class _Blas:
                     self._limit.close()
 
 
-@functools.cache
+@cache
 def _blas() -> _Blas:
     return _Blas()
 
@@ -268,7 +292,7 @@ def _probes(lists: _Lists, queries: Embedding, *, k: int, recall: float) -> tupl
         reached, error = float(found.mean()), float(found.std() / len(found) ** 0.5)
         if probes >= total or reached - 2 * error >= recall:
             return probes, reached
-        probes = min(total, max(probes + 1, int(probes * 1.2)))
+        probes = min(total, max(probes + 1, int(probes * 1.05)))
 
 
 def _faiss() -> Any:

@@ -40,28 +40,43 @@ def _largest(keys, k):
     return least
 
 
+@njit(fastmath={"reassoc"})
+def _count_from(values, low):
+    # Whole numbers add exactly in float32 in any order, and float32 vectorises.
+    count = np.float32(0)
+    for i in range(values.size):
+        count += np.float32(1) if values[i] >= low else np.float32(0)
+    return count
+
+
 @njit
-def keep_largest(similar, first, queries, keys, counts, least, k):  # (n, m), (n,), (Q, C), (Q,), (Q,)
+def keep_largest(
+    similar, first, queries, keys, counts, least, k, places
+):  # (n, m), (n,), (Q, C), (Q,), (Q,), (m,)
     """Take in the similarities of queries to the m rows from ``first`` on.
 
     ``keys`` of a query has its ``counts`` best so far and some more; what is below ``least`` is none of the k best.
-    When all places are taken, the k best stay.
+    When all places are taken, the k best stay. ``places`` is scratch, m or more.
     """
     for i in range(queries.size):
-        q = queries[i]
-        row, mine = similar[i], keys[q]
-        count, bound = counts[q], least[q]
-        low = np.float32(bound >> 32) / np.float32(NEAREST_ONE)
-        for j in range(row.size):
-            if row[j] >= low:
-                key = (I64(row[j] * np.float32(NEAREST_ONE)) << 32) | (I64(NEAREST_LOW) - (first + j))
-                if key > bound:
-                    mine[count] = key
-                    count += 1
-                    if count == mine.size:
-                        bound = _largest(mine, k)
-                        count = k
-                        low = np.float32(bound >> 32) / np.float32(NEAREST_ONE)
+        q, row = queries[i], similar[i]
+        low = np.float32(least[q] >> 32) / np.float32(NEAREST_ONE)
+        if _count_from(row, low) == 0:
+            continue
+        found = 0
+        for j in range(row.size):  # no branch: whether one is large enough cannot be foreseen
+            places[found] = j
+            found += row[j] >= low
+        mine, count, bound = keys[q], counts[q], least[q]
+        for at in range(found):
+            j = places[at]
+            key = (I64(row[j] * np.float32(NEAREST_ONE)) << 32) | (I64(NEAREST_LOW) - (first + j))
+            if key > bound:
+                mine[count] = key
+                count += 1
+                if count == mine.size:
+                    bound = _largest(mine, k)
+                    count = k
         counts[q], least[q] = count, bound
 
 

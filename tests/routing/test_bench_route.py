@@ -64,7 +64,7 @@ def test_points_are_of_unit_length_and_differ_by_seed(bench: Any) -> None:
 
 
 def test_without_an_encoder_the_share_is_skipped_and_said(bench: Any) -> None:
-    one = dict.fromkeys(("seconds", "early", "peak", "load", "first", "batch", "alone", "fit"), 1.0)
+    one = dict.fromkeys(("seconds", "cpu", "early", "peak", "load", "first", "batch", "alone", "fit"), 1.0)
     found = {"avengers": {**one, "megabytes": 2.0}, "embed": {}, "baseline": {"seconds": 3.0}}
     lines = {line.what: line for line in bench.figures(bench.Sizes(10, 1000, 3, 4, 30), found)}
     share = lines["avengers: time beside MiniLM's, in batches of 256"]

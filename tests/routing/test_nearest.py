@@ -325,7 +325,7 @@ def test_the_largest_are_kept_whatever_the_order(seed: int, k: int, m: int) -> N
     for part in rng.permutation(4):
         first = int(part) * m
         near = np.ascontiguousarray(similar[:, first : first + m])
-        loops.keep_largest(near, first, np.arange(3), keys, counts, least, k)
+        loops.keep_largest(near, first, np.arange(3), keys, counts, least, k, np.empty(m, np.int64))
         wanted = keep_largest_reference(near, first, wanted, k)
     assert np.array_equal(np.sort(keys, axis=1)[:, : -k - 1 : -1], wanted)
     near, rows = parts_of(wanted)
