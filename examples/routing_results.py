@@ -53,7 +53,10 @@ def main() -> None:
         resamples=options.resamples,
         note=note,
     )
-    command = f"--draws {options.draws} --repeats {options.repeats}, {(time.perf_counter() - start) / 60:.0f} minutes"
+    asked = f"--draws {options.draws} --repeats {options.repeats}" + (
+        f" --kinds {options.kinds}" if kinds else ""
+    )
+    command = f"{asked}: {(time.perf_counter() - start) / 60:.0f} minutes"
     text = page(command=command, draws=options.draws, repeats=options.repeats, sets=sets, found=found)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(text, encoding="utf-8")

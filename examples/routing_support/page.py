@@ -12,9 +12,9 @@ from routing_support.two_experts import PUBLISHED, DataSet, Line
 
 HEAD = """# Routing on real outcomes
 
-Made by `examples/routing_results.py` ({command}), with the data its help names; nothing is
-downloaded. Embeddings are the default: TF-IDF, SVD and the shape of the text, fitted on each training part alone.
-Routers have their default options unless a line says otherwise.
+Made by `examples/routing_results.py` ({command}), with the data its help names;
+nothing is downloaded. Embeddings are the default: TF-IDF, SVD and the shape of the text, fitted on each training
+part alone. Routers have their default options unless a line says otherwise.
 """
 
 TWO = """## Two experts: RouteLLM's data
@@ -34,7 +34,7 @@ MANY = """## Nine experts: LLMRouter's data
 
 {train} training queries and {test} test queries, of which {leaked} are in the training file word for word; the others
 are the clean rows, as they are counted elsewhere, {near} of which are near copies of training queries. The router is
-chosen by grouped five-fold cross-validation inside the training file, repeated {repeats} times; the gain is over the
+chosen by grouped five-fold cross-validation inside the training file ({repeats} partitions); the gain is over the
 expert that is best on each training part, paired by query, with its 95 % bootstrap interval.
 """
 

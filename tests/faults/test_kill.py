@@ -209,7 +209,7 @@ def test_damaged_partials(kit: Any, killable: Any, whole: Files, files_of: Any, 
         resumed.append(result.resumed)
         shutil.rmtree(kit.out)
         shutil.copytree(kept, kit.partial)
-    assert {0, TENSORS} < set(resumed)
+    assert {0, TENSORS} <= set(resumed)  # how many lines the journal has in between is the writers' timing
 
 
 def test_ctrl_c_loses_nothing(kit: Any, killable: Any, whole: Files, files_of: Any) -> None:
