@@ -3,9 +3,10 @@
     python examples/bench_route.py                                        # about ten minutes on two cores
     python examples/bench_route.py --rows 3000 --queries 20000 --experts 5   # does it run?
 
-Outcomes and queries are made here: points of unit length about a 20-dimensional subspace, which takes an inverted
-file about as many lists for the same recall as do embeddings of real questions of as many rows (MMLU and LLMRouter's,
-TF-IDF): independent points would be harder than any text, tight clusters easier. Queries are made block by block, so
+Outcomes and queries are made here: points of unit length about a 20-dimensional subspace. They are not text: nearly all
+of their energy is in few dimensions, and how many lists a recall takes may differ from real embeddings. The texts that
+are embedded beside them are made of random letters, which are more tokens than prose of as many words: the share of the
+embedding's time is a lower bound. Queries are made block by block, so
 that memory says what the router needs. Every step is a process of its own. Other load on the machine spoils the
 seconds.
 """
