@@ -190,13 +190,11 @@ def over_seeds(side: str, method: str, delta: Tensor, **parameters: object) -> t
 @pytest.mark.parametrize("method", DRAWN)
 def test_random_masks_keep_the_same_share_and_mean(method: str) -> None:
     row = torch.linspace(0.1, 1, 10)
-    delta = row.repeat(200, 1)  # every column is one magnitude, 12,000 draws of it
+    delta = row.repeat(640, 1)  # every column is one magnitude, 38,400 draws of it
     mean, kept = (x.mean(dim=0) for x in over_seeds("ours", method, delta, **DRAWN[method]))
     other_mean, other_kept = (x.mean(dim=0) for x in over_seeds("theirs", method, delta, **DRAWN[method]))
     torch.testing.assert_close(kept, other_kept, atol=0.02, rtol=0)
-    torch.testing.assert_close(
-        mean, other_mean, atol=0.08, rtol=0
-    )  # four and a half standard errors of the largest
+    torch.testing.assert_close(mean, other_mean, atol=0.05, rtol=0)  # four and a half standard errors or more
     if "epsilon" in DRAWN[method]:
         torch.testing.assert_close(kept, torch.linspace(0.1, 0.7, 10), atol=0.02, rtol=0)
 

@@ -174,7 +174,10 @@ def test_other_inputs_are_not_resumed(kit: Any, killable: Any, whole: Files, fil
 def damaged(partial: Path) -> Iterator[str]:
     """Spoil a partial in one way after another."""
     journal = partial / "journal.jsonl"
-    noted = journal.read_bytes()
+    # One tensor a line, as a slow disk would have it: how many go together is the writers' timing.
+    head, *lines = journal.read_text().splitlines()
+    names = [name for line in lines for name in json.loads(line)]
+    noted = "".join(f"{line}\n" for line in (head, *(json.dumps([name]) for name in names))).encode()
     for cut in (0, 1, 40, len(noted) // 2, len(noted) - 2, len(noted) - 1):
         journal.write_bytes(noted[:cut])
         yield f"journal cut at byte {cut}"
@@ -209,7 +212,7 @@ def test_damaged_partials(kit: Any, killable: Any, whole: Files, files_of: Any, 
         resumed.append(result.resumed)
         shutil.rmtree(kit.out)
         shutil.copytree(kept, kit.partial)
-    assert {0, TENSORS} <= set(resumed)  # how many lines the journal has in between is the writers' timing
+    assert {0, TENSORS} < set(resumed)
 
 
 def test_ctrl_c_loses_nothing(kit: Any, killable: Any, whole: Files, files_of: Any) -> None:
