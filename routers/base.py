@@ -110,8 +110,6 @@ class Router(ABC):
     options_type: ClassVar[type[Options]] = Options
     # It needs embeddings of the queries.
     embeds: ClassVar[bool] = True
-    # The scores of an expert depend on no other expert's outcomes. Where options decide, ``__init__`` sets it.
-    independent: bool = False
     # Arrays of the state whose last axis is the experts: what removing one takes from.
     per_expert: ClassVar[tuple[str, ...]] = ()
 
@@ -130,6 +128,11 @@ class Router(ABC):
         self.state: State | None = None
         self.trained_on: TrainedOn | None = None
         self.version = UNSAVED  # or the first digits of its fingerprint
+
+    @property
+    def independent(self) -> bool:
+        """Whether an expert's scores depend on no other expert's outcomes."""
+        return False
 
     @abstractmethod
     def learn(self, data: Training) -> State:

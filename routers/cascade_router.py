@@ -80,8 +80,12 @@ class CascadeRouter(Router):
         seed: int = 0,
     ) -> None:
         super().__init__(options, features=features, seed=seed)
+        self._inner()  # wrong options of the router inside show before there are outcomes
+
+    @property
+    def independent(self) -> bool:
         # An order names experts, which then have to be there.
-        self.independent = self.options.order is None and self._inner().independent
+        return self.options.order is None and self._inner().independent
 
     def learn(self, data: Training) -> State:
         unknown = [name for name in self.options.order or () if name not in data.experts]

@@ -6,7 +6,7 @@ whenever a limit or the experts change, without touching the classifier.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal, Self
 
@@ -27,7 +27,6 @@ from mixmerge.routers.category_model import (
     tuned_threshold,
     uncertainty,
 )
-from mixmerge.routers.features import Features
 
 Floats = NDArray[np.float64]
 Flags = NDArray[np.bool_]
@@ -87,17 +86,11 @@ class CategoriesRouter(Router):
     per_expert = PER_EXPERT
     options: CategoriesOptions
 
-    def __init__(
-        self,
-        options: Options | Mapping[str, Any] | None = None,
-        *,
-        features: Features | None = None,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(options, features=features, seed=seed)
+    @property
+    def independent(self) -> bool:
         given = self.options
         limits = (given.budget, given.mean_cost, given.fallback, given.unsure)
-        self.independent = not given.lookup and all(one is None for one in limits)
+        return not given.lookup and all(one is None for one in limits)
 
     def learn(self, data: Training) -> State:
         options = self.options

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -12,9 +11,9 @@ from pydantic import Field
 
 from mixmerge.errors import DependencyError, Fault, MixmergeError
 from mixmerge.routers.base import Embedding, Floats, Inputs, Options, Prediction, Router, State, Training
-from mixmerge.routers.features import Features, unit
+from mixmerge.routers.features import unit
 from mixmerge.routers.search import on_grid
-from mixmerge.routers.shrinkage import NOTHING, group_sums, moments, shrink, strength
+from mixmerge.routers.shrinkage import grouped, shrink
 
 RANK_OFFSET = 0.1  # an expert of rank r in a cluster gets 1 / (r + RANK_OFFSET)
 _ROWS = 10  # queries a cluster has on average, at least
@@ -59,15 +58,9 @@ class ClusterRouter(Router):
     per_expert = ("total", "count", "mean", "variance", "seen", "worth", "cost")
     options: ClusterOptions
 
-    def __init__(
-        self,
-        options: Options | Mapping[str, Any] | None = None,
-        *,
-        features: Features | None = None,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(options, features=features, seed=seed)
-        self.independent = self.options.fuse == "mean" and self.options.alpha is None
+    @property
+    def independent(self) -> bool:
+        return self.options.fuse == "mean" and self.options.alpha is None
 
     def learn(self, data: Training) -> State:
         embedding = on_grid(data.inputs.embedded())
@@ -95,20 +88,8 @@ class ClusterRouter(Router):
                     run="Give costs, or prices and tokens, with the outcomes, or leave alpha out",
                 )
             )
-        total, count = group_sums(data.score, nearest, clusters)
-        mean, variance, seen = moments(data.score)
-        worth = strength(total / np.maximum(count, 1), count, mean, variance)
-        if self.options.worth is not None:
-            worth = np.full_like(worth, max(self.options.worth, NOTHING))
-        return {
-            "total": total,
-            "count": count,
-            "mean": mean,
-            "variance": variance,
-            "seen": seen,
-            "worth": worth,
-            "cost": data.costs,
-        }
+        known = grouped(data.score, nearest, clusters, of=data.score, worth=self.options.worth)
+        return {**known, "cost": data.costs}
 
     def predict(self, state: State, inputs: Inputs) -> Prediction:
         chosen, weight, _ = self._nearest(state, inputs.embedded())

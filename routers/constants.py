@@ -16,8 +16,7 @@ from mixmerge.errors import Fault, MixmergeError
 from mixmerge.routers.base import Floats, Inputs, Options, Prediction, Router, State, Training
 from mixmerge.routers.costs import ANSWER_TOKENS, TOKENS_A_CHARACTER
 from mixmerge.routers.draws import uniform
-from mixmerge.routers.features import Features
-from mixmerge.routers.shrinkage import NOTHING, Line, group_sums, moments, shrink, strength
+from mixmerge.routers.shrinkage import Line, grouped, moments, shrink
 from mixmerge.routers.trained import text_hashes
 
 LABELS = ("task", "category")  # columns that hold labels, if none is named
@@ -126,15 +125,9 @@ class LengthRouter(_Constant):
     per_expert = (*Line.names, "low", "high")
     options: LengthOptions
 
-    def __init__(
-        self,
-        options: Options | Mapping[str, Any] | None = None,
-        *,
-        features: Features | None = None,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(options, features=features, seed=seed)
-        self.independent = self.options.learned
+    @property
+    def independent(self) -> bool:
+        return self.options.learned
 
     def learn(self, data: Training) -> State:
         length = _length(data.inputs.texts)
@@ -193,19 +186,7 @@ class TaskMeanRouter(_Constant):
         at = {task: place for place, task in enumerate(tasks)}
         labelled = np.array([task in at for task in column], np.bool_)
         group = np.array([at[task] for task in column if task in at], np.int64)
-        total, count = group_sums(data.score[labelled], group, len(tasks))
-        mean, variance, seen = moments(data.score)
-        worth = strength(total / np.maximum(count, 1), count, mean, variance)
-        if self.options.worth is not None:
-            worth = np.full_like(worth, max(self.options.worth, NOTHING))
-        return {
-            "total": total,
-            "count": count,
-            "mean": mean,
-            "variance": variance,
-            "seen": seen,
-            "worth": worth,
-        }
+        return grouped(data.score[labelled], group, len(tasks), of=data.score, worth=self.options.worth)
 
     def predict(self, state: State, inputs: Inputs) -> Prediction:
         known = state.arrays

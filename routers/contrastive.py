@@ -5,7 +5,7 @@ D dimensions of an embedding, H of the space that queries and experts share.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from mixmerge.errors import DependencyError, Fault
-from mixmerge.routers.base import Embedding, Inputs, Options, Prediction, Router, State, Training
-from mixmerge.routers.features import Features, unit
+from mixmerge.routers.base import Embedding, Inputs, Prediction, Router, State, Training
+from mixmerge.routers.features import unit
 from mixmerge.routers.pretrained import Pretrained, PretrainedOptions, pack, read_pretrained, unpack
 from mixmerge.routers.strengths import CALIBRATION, calibrated, expected, moves
 from mixmerge.routers.training import arranged, held_out, seeded, stream, train, unarranged
@@ -141,15 +141,7 @@ class ContrastiveRouter(Router):
     per_expert = ("vectors", *CALIBRATION)
     options: ContrastiveOptions
 
-    def __init__(
-        self,
-        options: Options | Mapping[str, Any] | None = None,
-        *,
-        features: Features | None = None,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(options, features=features, seed=seed)
-        self._made: tuple[State, Pretrained] | None = None  # the encoder of a state, made once
+    _made: tuple[State, Pretrained] | None = None  # the encoder of a state, made once
 
     def learn(self, data: Training) -> State:
         ordered = arranged(data)

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from mixmerge.routers.base import Inputs, Options, Prediction, Router, State, Training
-from mixmerge.routers.features import Features
 from mixmerge.routers.neural import Scale, masked_loss, scores_of
 from mixmerge.routers.pretrained import (
     Kind,
@@ -56,15 +55,7 @@ class FineTunedRouter(Router):
     model_kind: ClassVar[Kind]
     options: FineTunedOptions
 
-    def __init__(
-        self,
-        options: Options | Mapping[str, Any] | None = None,
-        *,
-        features: Features | None = None,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(options, features=features, seed=seed)
-        self._made: tuple[State, Pretrained] | None = None  # the model of a state, made once
+    _made: tuple[State, Pretrained] | None = None  # the model of a state, made once
 
     @abstractmethod
     def tune(self, net: Pretrained, data: Training, scale: Scale, out: NDArray[np.bool_]) -> dict[str, Any]:

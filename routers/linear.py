@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from mixmerge.routers.base import Embedding, Inputs, Options, Prediction, Router, State, Training
-from mixmerge.routers.features import Features
 from mixmerge.routers.shrinkage import moments
 from mixmerge.routers.strengths import moves
 
@@ -145,8 +144,11 @@ def _choose(
 class LinearRouter(Router):
     """What ridge and logistic regression share: a frame, a linear function for each expert, and what is saved."""
 
-    independent = True
     per_expert = ("coef", "intercept", "spread", "lean", "offset", "alpha", "average")
+
+    @property
+    def independent(self) -> bool:
+        return True
 
     @abstractmethod
     def solve(self, embedding: Embedding, score: Floats, frame: Frame) -> Linear:
@@ -224,15 +226,9 @@ class RidgeRouter(LinearRouter):
     options_type = RidgeOptions
     options: RidgeOptions
 
-    def __init__(
-        self,
-        options: Options | Mapping[str, Any] | None = None,
-        *,
-        features: Features | None = None,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(options, features=features, seed=seed)
-        self.independent = self.options.target == "score"
+    @property
+    def independent(self) -> bool:
+        return self.options.target == "score"
 
     def learn(self, data: Training) -> State:
         if self.options.target == "score":

@@ -90,6 +90,24 @@ def group_sums(score: Floats, group: NDArray[np.int64], groups: int) -> tuple[Fl
     return total, count
 
 
+def grouped(
+    score: Floats, group: NDArray[np.int64], groups: int, *, of: Floats, worth: float | None
+) -> dict[str, Floats]:
+    """What shrunk means of groups are made of: ``total`` and ``count`` ``(G, E)``; ``mean``, ``variance``, ``seen`` and
+    ``worth`` ``(E,)``.
+
+    Args:
+        score, group, groups: as for ``group_sums``.
+        of: ``(N, E)`` all scores of the experts, of queries without a group too.
+        worth: observations that an expert's mean counts for, 0 or more; None estimates it.
+    """
+    total, count = group_sums(score, group, groups)
+    mean, variance, seen = moments(of)
+    estimated = strength(total / np.maximum(count, 1), count, mean, variance)
+    given = estimated if worth is None else np.full_like(estimated, max(worth, NOTHING))
+    return {"total": total, "count": count, "mean": mean, "variance": variance, "seen": seen, "worth": given}
+
+
 @dataclass(frozen=True, eq=False)
 class Line:
     """Every expert's score as a straight line of one number, its slope pulled towards 0.

@@ -114,8 +114,11 @@ class SkillRouter(Router):
     ) -> None:
         super().__init__(options, features=features or CharacterFeatures(), seed=seed)
         self.generate = generate
-        self.independent = self.options.scores == "expected"
         self._named: dict[str, tuple[str, ...]] = {}  # what the model said last: scores and reasons ask alike
+
+    @property
+    def independent(self) -> bool:
+        return self.options.scores == "expected"
 
     def learn(self, data: Training) -> State:
         asked = self.generate is not None

@@ -264,7 +264,7 @@ def _load(model: str, revision: str | None, dtype: Dtype, device: str, name: str
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     try:
-        with _no_bars():
+        with no_bars():
             # Said each time: left open, transformers asks on the terminal whether to run a repository's code.
             config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False)
             _refuse_architecture(config, name)
@@ -314,7 +314,7 @@ def _limits(model: Any, tokenizer: Any) -> tuple[int | None, frozenset[int], int
 
 
 @contextmanager
-def _no_bars() -> Iterator[None]:
+def no_bars() -> Iterator[None]:
     """Without transformers' progress bars: who loads many experts shows progress in another way."""
     from transformers.utils import logging
 

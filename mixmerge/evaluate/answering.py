@@ -5,10 +5,10 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from mixmerge.engines.local import no_bars
 from mixmerge.errors import DependencyError, Fault, MixmergeError
 from mixmerge.recipe import ModelRef
 
@@ -61,7 +61,7 @@ def load(model: str, *, device: str = "cpu") -> Answerer:
 
     ref = ModelRef.parse(model)
     try:
-        with _no_bars():
+        with no_bars():
             loaded = AutoModelForCausalLM.from_pretrained(
                 ref.path, revision=ref.revision, dtype=torch.float32
             )
@@ -74,20 +74,6 @@ def load(model: str, *, device: str = "cpu") -> Answerer:
     if ref.adapter is not None:
         loaded = _with_adapter(loaded, model, ref.adapter, ref.adapter_revision)
     return Answerer(loaded.to(device).eval(), tokenizer)
-
-
-@contextmanager
-def _no_bars() -> Iterator[None]:
-    """Without transformers' progress bars: who loads many models shows progress in another way."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def _with_adapter(base: Any, model: str, adapter: str, revision: str | None) -> Any:
