@@ -19,7 +19,7 @@ KEEP_ALL, KEEP_CUT, KEEP_BITS = 0, 1, 2
 # A magnitude's 31 bits are counted in two steps: the high 16, then the low 15 under one high value.
 HIGH_BINS, LOW_BINS, LOW_SHIFT = 1 << 16, 1 << 15, 15
 
-# Blocks of four draws made at a time.
+# Philox blocks of four words that the scratch of the draws holds.
 DRAW_BLOCKS = 2048
 
 # Digits of the sort that ranks a row.

@@ -144,10 +144,9 @@ def sampled_by_rank(delta: Tensor, density: float, epsilon: float, *, draw: Draw
         density, epsilon: 0 to 1.
         draw, expert: as ``sampled``.
     """
-    length = delta.shape[-1] if delta.ndim else 1
-    if length <= 1 or delta.numel() == 0:
+    length, eps = delta.shape[-1] if delta.ndim else 1, min(epsilon, density, 1 - density)
+    if length <= 1 or eps == 0 or delta.numel() == 0:
         return sampled(delta, density, draw=draw, expert=expert)
-    eps = min(epsilon, density, 1 - density)
     low, high = (min(math.ceil(p * 2.0**32), 2**32) for p in (density - eps, density + eps))
     words, size = _words(delta, draw, expert), delta.detach().abs()
     share = (length - 1) / max(high - low, 1)
