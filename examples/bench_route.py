@@ -5,10 +5,8 @@
 
 Outcomes and queries are made here: points of unit length about a 20-dimensional subspace. They are not text: nearly all
 of their energy is in few dimensions, and how many lists a recall takes may differ from real embeddings. The texts that
-are embedded beside them are made of random letters, which are more tokens than prose of as many words: the share of the
-embedding's time is a lower bound. Queries are made block by block, so
-that memory says what the router needs. Every step is a process of its own. Other load on the machine spoils the
-seconds.
+are embedded beside them are passages of Python's own documentation. Queries are made block by block, so that memory
+says what the router needs. Every step is a process of its own. Other load on the machine spoils the seconds.
 """
 
 from __future__ import annotations
@@ -24,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Annotated, Any
 
 import numpy as np
@@ -35,7 +34,7 @@ from rich.table import Table
 from mixmerge.machine import cores
 
 Points = NDArray[np.float32]
-BLOCK = 16_384
+BLOCK = 32_768
 KINDS = ("knn", "avengers", "ridge")
 SECONDS, LOADING, OVERHEAD, RECALL = 60.0, 1.0, 0.05, 0.95
 BATCH = 256  # queries whose embedding and scoring are compared
@@ -201,11 +200,9 @@ def embed(kind: str, sizes: Sizes, folder: Path) -> dict[str, float]:
 
     model = next(path.parent for path in Path(package.origin).parent.rglob("modules.json"))
     features = SentenceFeatures(model=str(model), cache=False)
-    rng, letters = np.random.default_rng(0), np.array(list("etaoinshrdlu"))
-    texts = [
-        " ".join("".join(rng.choice(letters, rng.integers(2, 8))) for _ in range(WORDS)) for _ in range(BATCH)
-    ]
-    queries = [Query(text) for text in texts]
+    words = [word for text in topics.values() for word in text.split() if word.strip(".=*-~")]
+    starts = np.random.default_rng(0).integers(0, len(words) - WORDS, BATCH)
+    queries = [Query(" ".join(words[start : start + WORDS])) for start in starts]
     features.embed(queries[:8])
 
     def timed(asked: Sequence[Query]) -> float:

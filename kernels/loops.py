@@ -40,5 +40,5 @@ compare_chunk = Loop("compare.compare_chunk", f"{_CHUNK} f4[:,:] u1[:,:] f8[:,:]
 product = Loop("lowrank.product", "f4[:,:] f4[:,:] f4[:,:] f4[:,:]")
 row_norms = Loop("lowrank.row_norms", "f4[:,:] f8[:] f8[:]")
 
-keep_largest = Loop("nearest.keep_largest", "f4[:,:] i8 i8[:] i8[:,:] i8[:] i8[:] i8 i8[:]")
+keep_largest = Loop("nearest.keep_largest", "f4[:,:] i8 i8[:] i8[:,:] i8[:] i8[:] i8")
 weighted_sums = Loop("nearest.weighted_sums", "i8[:,:] f4[:,:] f4[:,:] f4[:,:]")

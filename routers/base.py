@@ -25,7 +25,7 @@ from mixmerge.routers.trained import TrainedOn
 
 Floats = NDArray[np.float64]
 Embedding = NDArray[np.float32]
-BLOCK = 16_384  # queries scored at a time: what a prediction needs stays bounded
+BLOCK = 32_768  # queries scored at a time: what a prediction needs stays bounded
 UNSAVED = "unsaved"  # version of a router that is not what a folder holds
 
 

@@ -14,11 +14,12 @@ matrices are several times faster than the same products one by one.
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache
 from typing import Any, Self
 
 import numpy as np
@@ -40,7 +41,10 @@ _ROUNDS = 10  # of k-means
 _HELD_OUT = 1_000  # rows the number of probed lists is chosen on
 _SPARE = 2  # candidates for each neighbour that are kept before the best are chosen
 _FIRST = 6  # lists that are searched before the others
-_PART = 4_096  # queries that share products of matrices
+_PART = (
+    16_384  # most queries that are searched together: the more of them share a list, the faster the products
+)
+_ROWS = 4_096  # most of them in one product: what it takes stays bounded where all ask for the same list
 
 
 def on_grid(rows: NDArray[Any]) -> Embedding:
@@ -154,46 +158,68 @@ class Index:
 
     def _search_lists(self, queries: Embedding, k: int, probes: int) -> tuple[Embedding, Rows]:
         """The nearest lists first: then most of the rest are seen at once to be none of the k nearest."""
-        keys = np.full((len(queries), _SPARE * k), NONE)
-        counts, least = np.zeros(len(queries), np.int64), np.full(len(queries), NONE)
-        places = np.empty(self._longest, np.int64)
-        similar, first = queries @ self._centres.T, min(_FIRST, probes)  # (Q, L)
-        chosen = np.argpartition(-similar, sorted({first - 1, probes - 1}), axis=1)
-        for lists in (chosen[:, :first], chosen[:, first:probes]):
-            if lists.size:
-                self._visit(queries, lists, partial(_keep, keys, counts, least, k, places))
-        return parts_of(np.sort(keys, axis=1)[:, : -k - 1 : -1])
+        found, first = _Largest.none(len(queries), k), min(_FIRST, probes)
+        lists = _Largest.none(len(queries), probes)
+        lists.take_in(queries @ self._centres.T, 0, np.arange(len(queries)))  # (Q, L)
+        chosen = parts_of(lists.sorted())[1]  # (Q, probes)
+        for some_lists in (chosen[:, :first], chosen[:, first:]):
+            if some_lists.size:
+                self._visit(queries, some_lists, found)
+        return parts_of(found.sorted())
 
-    def _visit(self, queries: Embedding, lists: Rows, keep: Callable[[Embedding, int, Rows], None]) -> None:
+    def _visit(self, queries: Embedding, lists: Rows, found: _Largest) -> None:
         """List by list, with all the queries that search it: so the products are those of matrices."""
         few = len(self._centres) < 1 << 16  # then numpy sorts by digits, which is fast
         flat = np.ascontiguousarray(lists, np.uint16 if few else np.uint32).ravel()
         asking = np.argsort(flat, kind="stable") // lists.shape[1]
-        counts, start = np.bincount(flat, minlength=len(self._centres)), 0
+        counts = np.bincount(flat, minlength=len(self._centres))
+        most, start = min(int(counts.max()), _ROWS), 0
+        gathered = np.empty((most, queries.shape[1]), np.float32)
+        products = np.empty(most * self._longest, np.float32)
         for which in np.flatnonzero(counts).tolist():
             first, end = int(self._ends[which - 1]) if which else 0, int(self._ends[which])
-            mine = asking[start : start + counts[which]]
+            all_mine = asking[start : start + counts[which]]
             start += counts[which]
-            if end > first:
-                keep(queries[mine] @ self._stored[first:end].T, first, mine)
+            for part in range(0, len(all_mine) if end > first else 0, _ROWS):
+                mine = all_mine[part : part + _ROWS]
+                rows = np.take(queries, mine, axis=0, out=gathered[: len(mine)], mode="clip")
+                near = products[: len(mine) * (end - first)].reshape(len(mine), end - first)
+                found.take_in(np.matmul(rows, self._stored[first:end].T, out=near), first, mine)
 
 
-def _keep(
-    keys: Rows,
-    counts: Rows,
-    least: Rows,
-    k: int,
-    places: Rows,
-    near: Embedding,
-    first: int,
-    mine: Rows,
-) -> None:
-    loops.keep_largest(near, first, mine, keys, counts, least, k, places)
+@dataclass(frozen=True, eq=False)
+class _Largest:
+    """The k largest similarities of each query, of those taken in.
+
+    Args:
+        keys: ``(Q, C)`` as ``mixmerge.kernels.nearest`` says, C more than k.
+        counts: ``(Q,)`` places that are in use.
+        least: ``(Q,)`` below it is none of the k largest.
+    """
+
+    keys: Rows
+    counts: Rows
+    least: Rows
+    k: int
+
+    @classmethod
+    def none(cls, queries: int, k: int) -> Self:
+        keys = np.full((queries, _SPARE * k + 1), NONE)
+        return cls(keys, np.zeros(queries, np.int64), np.full(queries, NONE), k)
+
+    def take_in(self, similar: Embedding, first: int, queries: Rows) -> None:
+        """Similarities ``(n, m)`` of these ``(n,)`` queries to the m rows from ``first`` on."""
+        loops.keep_largest(similar, first, queries, self.keys, self.counts, self.least, self.k)
+
+    def sorted(self) -> Rows:
+        """``(Q, k)`` keys, the largest first."""
+        return np.sort(self.keys, axis=1)[:, : -self.k - 1 : -1]
 
 
 def in_parts(work: Callable[[slice], None], size: int, *, parallel: bool) -> None:
     """Do ``work`` for slices that make up 0 to ``size``; if ``parallel``, on all cores, each with one BLAS thread."""
-    parts = [slice(start, start + _PART) for start in range(0, size, _PART)]
+    step = max(1, min(_PART, math.ceil(size / cores())))
+    parts = [slice(start, start + step) for start in range(0, size, step)]
     if not parallel:
         for part in parts:
             work(part)

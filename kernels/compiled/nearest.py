@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from mixmerge.kernels.layout import NEAREST_LOW, NEAREST_ONE
+from mixmerge.kernels.layout import NEAREST_BLOCK, NEAREST_LOW, NEAREST_ONE
 
 I64 = np.int64
 
@@ -50,33 +50,33 @@ def _count_from(values, low):
 
 
 @njit
-def keep_largest(
-    similar, first, queries, keys, counts, least, k, places
-):  # (n, m), (n,), (Q, C), (Q,), (Q,), (m,)
+def keep_largest(similar, first, queries, keys, counts, least, k):  # (n, m), (n,), (Q, C), (Q,), (Q,)
     """Take in the similarities of queries to the m rows from ``first`` on.
 
     ``keys`` of a query has its ``counts`` best so far and some more; what is below ``least`` is none of the k best.
-    When all places are taken, the k best stay. ``places`` is scratch, m or more.
+    When all places are taken, the k best stay.
     """
     for i in range(queries.size):
         q, row = queries[i], similar[i]
-        low = np.float32(least[q] >> 32) / np.float32(NEAREST_ONE)
-        if _count_from(row, low) == 0:
-            continue
-        found = 0
-        for j in range(row.size):  # no branch: whether one is large enough cannot be foreseen
-            places[found] = j
-            found += row[j] >= low
         mine, count, bound = keys[q], counts[q], least[q]
-        for at in range(found):
-            j = places[at]
-            key = (I64(row[j] * np.float32(NEAREST_ONE)) << 32) | (I64(NEAREST_LOW) - (first + j))
-            if key > bound:
-                mine[count] = key
-                count += 1
-                if count == mine.size:
-                    bound = _largest(mine, k)
-                    count = k
+        low = np.float32(bound >> 32) / np.float32(NEAREST_ONE)
+        for start in range(0, row.size, NEAREST_BLOCK):  # most blocks have none: that is seen 16 at a time
+            block = row[start : start + NEAREST_BLOCK]
+            if _count_from(block, low) == 0:
+                continue
+            for j in range(block.size):
+                if block[j] < low:
+                    continue
+                key = (I64(block[j] * np.float32(NEAREST_ONE)) << 32) | (
+                    I64(NEAREST_LOW) - (first + start + j)
+                )
+                if key > bound:
+                    mine[count] = key
+                    count += 1
+                    if count == mine.size:
+                        bound = _largest(mine, k)
+                        count = k
+                        low = np.float32(bound >> 32) / np.float32(NEAREST_ONE)
         counts[q], least[q] = count, bound
 
 
