@@ -48,7 +48,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "decision": frozenset({"errors", "registry", "outcomes"}),
     "routers": SHARED - {"checkpoint"} | {"decision"},
     "engines": SHARED | {"decision"},
-    "aggregate": SHARED | {"decision"},
+    "aggregate": SHARED | {"decision", "engines"},
     "dynamic": SHARED | {"decision", "engines"},
     "latent": SHARED | {"decision", "engines"},
     "logits": SHARED | {"decision", "engines"},

@@ -47,14 +47,14 @@ class Engine(ABC):
         """Bytes that the expert's weights take when it is loaded; None if that cannot be told."""
         return None
 
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names that a request's ``adapter`` may have."""
+        return ()
+
     def check(self, requests: Sequence[Request]) -> list[Fault | None]:
         """What keeps the engine from answering each request; None where nothing does."""
-        if "logprobs" in self.capabilities:
-            return [None] * len(requests)
-        return [
-            Fault(f"request {one.id}: logprobs", f"{self.name} cannot give them") if one.logprobs else None
-            for one in requests
-        ]
+        return [self._unable(request) for request in requests]
 
     @abstractmethod
     def generate(self, requests: Sequence[Request]) -> list[Generation]:
@@ -91,6 +91,15 @@ class Engine(ABC):
         trace: TracebackType | None,
     ) -> None:
         self.unload()
+
+    def _unable(self, request: Request) -> Fault | None:
+        if request.logprobs and "logprobs" not in self.capabilities:
+            return Fault(f"request {request.id}: logprobs", f"{self.name} cannot give them")
+        if request.adapter is not None and request.adapter not in self.adapters:
+            known = ", ".join(self.adapters) or "none"
+            what = f"{self.name} has no adapter {request.adapter!r}"
+            return Fault(f"request {request.id}: adapter", what, f"Known: {known}")
+        return None
 
     def _refuse(self, requests: Sequence[Request]) -> None:
         faults = [fault for fault in self.check(requests) if fault is not None]

@@ -108,7 +108,7 @@ class TransformersEngine(Engine):
         return sum(header.elements for header in headers) * DTYPE_BYTES[_FULL[self.dtype]]
 
     def check(self, requests: Sequence[Request]) -> list[Fault | None]:
-        return [self._read(request)[1] for request in requests]
+        return [self._unable(request) or self._read(request)[1] for request in requests]
 
     def generate(self, requests: Sequence[Request]) -> list[Generation]:
         expert, rows = self._expert(), self._rows(requests)
@@ -181,6 +181,7 @@ class TransformersEngine(Engine):
         rows, faults = [], []
         for request in requests:
             tokens, fault = self._read(request)
+            fault = self._unable(request) or fault
             if fault is not None:
                 faults.append(fault)
                 continue

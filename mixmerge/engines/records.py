@@ -34,6 +34,7 @@ class Request:
         stop: texts that end the answer before them; none is empty.
         seed: of the draws, 0 to 2**63 - 1. They depend on it and on the prompt, on nothing else in the batch.
         logprobs: give the log-probability of every token that was generated.
+        adapter: which of the engine's adapters answers; None for the model itself.
 
     Raises:
         MixmergeError: everything above that does not hold, at once.
@@ -47,6 +48,7 @@ class Request:
     stop: tuple[str, ...] = ()
     seed: int = 0
     logprobs: bool = False
+    adapter: str | None = None
 
     def __post_init__(self) -> None:
         wrong = [
