@@ -53,3 +53,11 @@ class MethodError(MixmergeError):
 
 class DependencyError(MixmergeError):
     """An optional package is needed and not installed."""
+
+
+class OutOfMemoryError(MixmergeError):
+    """A batch is too large for the memory that is left: half of it may do."""
+
+
+class EngineDiedError(MixmergeError):
+    """The process of an engine ended by itself, or was killed."""

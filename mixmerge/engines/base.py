@@ -64,6 +64,13 @@ class Engine(ABC):
             MixmergeError: what ``check`` says, of all requests at once.
         """
 
+    def generate_each(self, requests: Sequence[Request]) -> list[Generation | Fault]:
+        """A text for each request, or why there is none: what is wrong with one is no matter of the others."""
+        faults = self.check(requests)
+        able = [request for request, fault in zip(requests, faults, strict=True) if fault is None]
+        made = iter(self.generate(able) if able else [])
+        return [next(made) if fault is None else fault for fault in faults]
+
     def stream(self, request: Request) -> Iterator[Chunk]:
         """The text of one request as it comes; the pieces joined are ``generate``'s text.
 

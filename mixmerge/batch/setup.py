@@ -1,0 +1,142 @@
+"""What a job is made of: who answers, how it is decided and composed, where it runs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from mixmerge.aggregate import Composition
+from mixmerge.batch.decided import Route
+from mixmerge.batch.placing import Device
+from mixmerge.batch.records import Item
+from mixmerge.errors import Fault, MixmergeError
+from mixmerge.experts import ExpertSet
+
+_MEMORY_SHARE = 0.8  # of what is free, that experts may take
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of a job's input.
+
+    Args:
+        number: 1, 2, ...
+        offset: where ``Source.read`` finds the request again.
+        item: the request; None if there is a fault.
+        fault: what is wrong with it.
+        id: ``custom_id``, as far as it could be read.
+    """
+
+    number: int
+    offset: int
+    item: Item | None = None
+    fault: Fault | None = None
+    id: str | None = None
+
+
+class Source(Protocol):
+    """Where requests come from: read once from end to end, then one by one."""
+
+    @property
+    def digest(self) -> str:
+        """What tells this input from another; known once it has been scanned."""
+        ...
+
+    def scan(self) -> Iterator[Line]: ...
+
+    def read(self, offset: int) -> Item: ...
+
+
+@dataclass(frozen=True)
+class Listed:
+    """Requests that are in memory."""
+
+    items: tuple[Item, ...]
+
+    @property
+    def digest(self) -> str:
+        return "listed"
+
+    def scan(self) -> Iterator[Line]:
+        seen: set[str] = set()
+        for at, item in enumerate(self.items):
+            if item.id in seen:
+                fault = Fault(f"request {item.id}", "another one has this id", "One id for each")
+                yield Line(at + 1, at, None, fault, item.id)
+            else:
+                seen.add(item.id)
+                yield Line(at + 1, at, item, None, item.id)
+
+    def read(self, offset: int) -> Item:
+        return self.items[offset]
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """How experts generate where neither a request nor the composition says so; as in ``engines.records.Request``."""
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    stop: tuple[str, ...] = ()
+    seed: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Setup:
+    """What answers a job.
+
+    Args:
+        experts: that may be asked.
+        composition: makes one answer of several.
+        route: decides who answers.
+        whole: the policy has to see all queries at once.
+        defaults: of generation.
+        identity: hash of the mixture: experts, router, policy, composition, defaults.
+    """
+
+    experts: ExpertSet
+    composition: Composition
+    route: Route
+    whole: bool
+    defaults: Defaults
+    identity: str
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """Where and how long a job runs. Answers do not depend on it, but for ``batch_tokens``.
+
+    Args:
+        devices: at least one.
+        batch_tokens: of a batch, prompts by estimate and what may be generated; 1 or more.
+        deadline: seconds after which no further batch is started; None for no end.
+    """
+
+    devices: tuple[Device, ...] = field(default_factory=lambda: (Device("cpu", free_memory()),))
+    batch_tokens: int = 8192
+    deadline: float | None = None
+
+    def __post_init__(self) -> None:
+        faults = []
+        if not self.devices:
+            faults.append(Fault("devices", "there is none", "cpu, cuda:0, ..."))
+        if self.batch_tokens < 1:
+            faults.append(Fault("batch_tokens", f"is {self.batch_tokens}", "1 or more"))
+        if self.deadline is not None and not self.deadline > 0:
+            faults.append(Fault("deadline", f"is {self.deadline} seconds", "More than 0"))
+        if faults:
+            raise MixmergeError(faults)
+
+
+def free_memory() -> int:
+    """Bytes that experts may take of this machine's memory."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        kilobytes = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+        return int(kilobytes * 1024 * _MEMORY_SHARE)
+    except (OSError, StopIteration):  # not Linux
+        return int(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * _MEMORY_SHARE / 2)
