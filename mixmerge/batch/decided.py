@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mixmerge.batch.journal import data_of, fault_of, line_of
+from mixmerge.batch.journal import data_of, fault_of, line_at, line_of
 from mixmerge.batch.plan import Integers
 from mixmerge.batch.records import Item
 from mixmerge.decision.records import Decision, Pick, Query
@@ -68,10 +69,16 @@ class Decided:
         offset = int(self._offsets[row])
         if offset < 0:
             return None
-        with self._path.open("rb") as file:
-            file.seek(offset)
-            data = data_of(file.readline())
+        data = data_of(line_at(self._file, offset))
         return None if data is None or "decision" not in data else _decision(data["decision"])
+
+    @cached_property
+    def _file(self) -> int:
+        return os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def close(self) -> None:
+        if "_file" in self.__dict__:
+            os.close(self.__dict__.pop("_file"))
 
     def _decide(
         self, block: Sequence[tuple[int, Item]], route: Route

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 import threading
 import time
+from array import array
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -16,23 +14,21 @@ from typing import Any, Self
 
 import numpy as np
 
-from mixmerge.aggregate import Ask, Question, Said, Settled
 from mixmerge.batch.costs import Report, report
 from mixmerge.batch.decided import Decided
-from mixmerge.batch.journal import Journal, key_of
+from mixmerge.batch.journal import Journal
 from mixmerge.batch.opening import open_engine, size_of
 from mixmerge.batch.placing import REMOTE, Placement, place
 from mixmerge.batch.plan import Stage, estimated, groups, loads_in_order
 from mixmerge.batch.records import Answer, Item
+from mixmerge.batch.replay import Replay, key
 from mixmerge.batch.residence import Residence
 from mixmerge.batch.running import Hooks, StageRun
 from mixmerge.batch.setup import Conditions, Line, Setup, Source
-from mixmerge.engines.records import Request
 from mixmerge.errors import Fault, MixmergeError
 
 Progress = Callable[[str, int, int], None]  # (what, done, in all)
 MOST_STAGES = 64
-ABSTAINS = "nobody is picked: the policy abstains"
 
 
 class Job:
@@ -120,101 +116,45 @@ class Job:
         items = ((row, self.item(row)) for row in good)
         self.decided.make(items, self.setup.route, whole=self.setup.whole, progress=more)
 
-    def question(self, row: int) -> Question | None:
-        """What a request asks, and of whom; None if nobody answers."""
-        decision = self.decided.of(row)
-        if decision is None or decision.abstains:
-            return None
-        return Question(decision.query_id, self.item(row).prompt, decision)
-
-    def _step(self, row: int, stage: int) -> tuple[Ask, ...] | Settled | None:
-        """What a request asks in a stage, or how it ended before; None if nobody answers."""
-        question = self.question(row)
-        if question is None:
-            return None
-        asks = self.setup.composition.first(question)
-        said: list[tuple[Said, ...]] = []
-        for number in range(stage):
-            said.append(self._said(row, number, asks))
-            following = self.setup.composition.then(question, said)
-            if isinstance(following, Settled):
-                return following
-            asks = following
-        return asks
-
-    def _said(self, row: int, number: int, asks: Sequence[Ask]) -> tuple[Said, ...]:
-        stage = self.stages[number]
-        return tuple(
-            self._one_said(stage, call, ask) for call, ask in zip(stage.calls_of(row), asks, strict=True)
+    def replay(self, row: int) -> Replay:
+        """A request as far as it has come."""
+        return Replay(
+            row, self.item(row), lambda: self.decided.of(row), self.setup, self.stages, self.journal
         )
-
-    def _one_said(self, stage: Stage, call: int, ask: Ask) -> Said:
-        if stage.offsets[call] < 0:
-            return Said(ask, "", None, stage.faults.get(call, "was not asked"))
-        answer = self.journal.answer(int(stage.offsets[call]))
-        logprobs = answer.get("logprobs")
-        return Said(ask, answer["text"], None if logprobs is None else tuple(logprobs))
 
     def next_stage(self) -> Stage | None:
         """The next stage, with the answers that are in the journal; None if every request has settled."""
         number = len(self.stages)
-        before = None if not number else self.stages[-1]
-        rows = (
-            [row for row in range(len(self)) if row not in self.bad]
-            if before is None
-            else np.unique(before.rows)
-        )
-        columns: list[tuple[int, int, int, int, int, int]] = []
-        for row in (int(one) for one in rows):
-            asks = self._step(row, number)
-            if not isinstance(asks, tuple):
-                continue
-            for at, ask in enumerate(asks):
-                request = self._request(row, ask)
-                expert = self.setup.experts.names.index(ask.expert)
-                texts = (
-                    request.prompt if isinstance(request.prompt, str) else [m.content for m in request.prompt]
-                )
-                columns.append(
-                    (row, at, expert, estimated(texts), request.max_new_tokens, _key(request, number, ask))
-                )
-        if not columns:
-            return None
         if number >= MOST_STAGES:
             raise MixmergeError(Fault("compose", f"asks for more than {MOST_STAGES} stages"))
-        rows_, places, experts, tokens, new = (np.array([c[i] for c in columns], np.int64) for i in range(5))
-        keys = np.array([column[5] for column in columns], np.uint64)
-        stage = Stage(number, rows_, places, experts, tokens, new, keys, self.journal.find(keys))
+        names = {name: at for at, name in enumerate(self.setup.experts.names)}
+        columns: list[array[int]] = [array("q") for _ in range(5)]
+        keys = array("Q")
+        for row in self._unsettled():
+            view = self.replay(row)
+            asks = view.outcome(number)
+            for at, ask in enumerate(asks if isinstance(asks, tuple) else ()):
+                request = view.request(ask)
+                numbers = (row, at, names[ask.expert], estimated(request.prompt), request.max_new_tokens)
+                for column, value in zip(columns, numbers, strict=True):
+                    column.append(value)
+                keys.append(key(request, number, ask))
+        if not keys:
+            return None
+        names_of = np.array(keys, np.uint64)
+        rows, places, experts, tokens, new = (np.array(one, np.int64) for one in columns)
+        found = self.journal.find(names_of)
+        stage = Stage(number, rows, places, experts, tokens, new, names_of, found)
         self.stages.append(stage)
         self.naive_loads += loads_in_order(stage, self.setup.experts)
         return stage
 
-    def _request(self, row: int, ask: Ask) -> Request:
-        item, defaults = self.item(row), self.setup.defaults
-        asked = item.settings
-        temperature = ask.temperature
-        if temperature is None:
-            temperature = defaults.temperature if asked.temperature is None else asked.temperature
-        expert = self.setup.experts[ask.expert]
-        return Request(
-            id=item.id,
-            prompt=item.prompt if ask.prompt is None else ask.prompt,
-            max_new_tokens=asked.max_new_tokens or defaults.max_new_tokens,
-            temperature=temperature,
-            top_p=defaults.top_p if asked.top_p is None else asked.top_p,
-            stop=defaults.stop if asked.stop is None else asked.stop,
-            seed=_seed(defaults.seed if asked.seed is None else asked.seed, ask.draw),
-            logprobs=asked.logprobs or ask.logprobs,
-            adapter=expert.name if expert.adapter is not None else None,
-        )
-
-    def request(self, call: int, stage: Stage) -> Request:
-        """What is asked of an engine in a call."""
-        row = int(stage.rows[call])
-        asks = self._step(row, stage.number)
-        if not isinstance(asks, tuple):
-            raise AssertionError("a call of a request that has settled")
-        return self._request(row, asks[int(stage.places[call])])
+    def _unsettled(self) -> Iterator[int]:
+        """Rows that may ask more."""
+        if self.stages:
+            yield from map(int, np.unique(self.stages[-1].rows))
+        else:
+            yield from (row for row in range(len(self)) if row not in self.bad)
 
     # --- running
 
@@ -281,7 +221,7 @@ class Job:
         loaded = frozenset().union(*(one.units for one in residences.values()))
         run = StageRun(
             stage,
-            lambda call: self.request(call, stage),
+            lambda call: self.replay(int(stage.rows[call])).asked(stage, call),
             self.journal,
             residences,
             self.setup.experts.names,
@@ -323,72 +263,21 @@ class Job:
         if row in self.bad:
             name, fault = self.bad[row]
             return Answer(name or "", fault=fault, row=row)
-        decision = self.decided.of(row)
-        item = self.item(row)
-        where = f"request {item.id}"
-        if decision is None:
-            return Answer(
-                item.id, fault=Fault(where, self.decided.faults.get(row, "was not decided")), row=row
-            )
-        if decision.abstains:
-            fault = Fault(where, ABSTAINS, run="Lower abstain_below, or name a fallback")
-            return Answer(item.id, decision=decision.as_dict(), fault=fault, row=row)
-        outcome = self._step(row, stage)
-        if not isinstance(outcome, Settled):
-            return None
-        return self._composed(row, item, outcome)
-
-    def _composed(self, row: int, item: Item, settled: Settled) -> Answer:
-        decision = self.decided.of(row)
-        heard = [
-            (stage.number, int(stage.places[call]), self.journal.answer(int(stage.offsets[call])))
-            for stage in self.stages
-            for call in stage.calls_of(row)
-            if stage.offsets[call] >= 0
-        ]
-        source = self._source(row, settled)
-        fault = None if settled.fault is None else Fault(f"request {item.id}", settled.fault)
-        return Answer(
-            item.id,
-            settled.text,
-            settled.expert,
-            None if source is None else source["finish"],
-            sum(one["tokens_in"] for _, _, one in heard),
-            sum(one["tokens_out"] for _, _, one in heard),
-            len(heard),
-            self._cost([one for _, _, one in heard]),
-            tuple(source["logprobs"]) if source and item.settings.logprobs and "logprobs" in source else None,
-            {} if item.expert is not None or decision is None else decision.as_dict(),
-            settled.reason,
-            fault,
-            row,
-        )
-
-    def _source(self, row: int, settled: Settled) -> dict[str, Any] | None:
-        """The generation whose words the answer has."""
-        if settled.source is None:
-            return None
-        number, expert, draw = settled.source
-        asks, stage = self._step(row, number), self.stages[number]
-        if not isinstance(asks, tuple):
-            return None
-        for call, ask in zip(stage.calls_of(row), asks, strict=True):
-            if (ask.expert, ask.draw) == (expert, draw) and stage.offsets[call] >= 0:
-                return self.journal.answer(int(stage.offsets[call]))
-        return None
-
-    def _cost(self, answers: Sequence[dict[str, Any]]) -> float | None:
-        total = 0.0
-        for one in answers:
-            price = self.setup.experts[one["expert"]].price
-            if price is None:
-                return None
-            total += (one["tokens_in"] * price.input + one["tokens_out"] * price.output) / 1e6
-        return total
+        if row in self.decided.faults:
+            item = self.item(row)
+            return Answer(item.id, fault=Fault(f"request {item.id}", self.decided.faults[row]), row=row)
+        return self.replay(row).answer(stage)
 
     def _emit_unasked(self, settled: Callable[[Answer], None] | None) -> None:
-        rows = [row for row in range(len(self)) if row in self.bad or self.question(row) is None]
-        self._emit(settled, rows, 0)
+        if settled is not None:
+            self._emit(settled, [row for row in range(len(self)) if self._unasked(row)], 0)
+
+    def _unasked(self, row: int) -> bool:
+        """Nobody is asked about it."""
+        if row in self.bad:
+            return True
+        decision = self.decided.of(row)
+        return decision is None or decision.abstains
 
     def _emit(self, settled: Callable[[Answer], None] | None, rows: Sequence[int], stage: int) -> None:
         if settled is None:
@@ -398,9 +287,12 @@ class Job:
             if answer is not None:
                 settled(answer)
 
-    def report(self) -> Report:
-        """What it took so far."""
-        failed = sum(1 for one in self.answers() if one.fault is not None)
+    def report(self, *, failed: int = 0) -> Report:
+        """What it took so far.
+
+        Args:
+            failed: requests without an answer.
+        """
         return report(
             self.journal.events,
             self.setup.experts,
@@ -415,6 +307,7 @@ class Job:
         shutil.rmtree(self.work, ignore_errors=True)
 
     def close(self) -> None:
+        self.decided.close()
         self.journal.close()
 
     def __enter__(self) -> Self:
@@ -424,21 +317,3 @@ class Job:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _key(request: Request, stage: int, ask: Ask) -> int:
-    """The name of an answer: whose, in which stage, and all that was asked."""
-    prompt = (
-        request.prompt if isinstance(request.prompt, str) else [[m.role, m.content] for m in request.prompt]
-    )
-    asked = replace(request, id="", prompt="asked")
-    whole = json.dumps([prompt, repr(asked)], ensure_ascii=False)
-    return key_of(request.id, stage, ask.expert, ask.draw, whole)
-
-
-def _seed(seed: int, draw: int) -> int:
-    """Another seed for every further draw."""
-    if draw == 0:
-        return seed % 2**63
-    digest = hashlib.blake2b(f"{seed} {draw}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1

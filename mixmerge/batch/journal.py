@@ -63,6 +63,17 @@ def data_of(line: bytes) -> dict[str, Any] | None:
     return data if isinstance(data, dict) else None
 
 
+def line_at(file: int, offset: int) -> bytes:
+    """The line of an open file that starts there."""
+    found, step = b"", 4096
+    while b"\n" not in found:
+        more = os.pread(file, step, offset + len(found))
+        if not more:
+            return found
+        found, step = found + more, step * 4
+    return found[: found.index(b"\n") + 1]
+
+
 class Journal:
     """The journal of a job, open for reading and appending; one process at a time.
 
@@ -105,7 +116,7 @@ class Journal:
 
     def answer(self, offset: int) -> dict[str, Any]:
         """The answer at a place that ``find`` or ``end`` told."""
-        data = data_of(self._line(offset))
+        data = data_of(line_at(self._file, offset))
         if data is None:
             raise OutputError(
                 Fault(str(self.path), f"the answer at byte {offset:,} was damaged while the job ran")
@@ -228,15 +239,6 @@ class Journal:
             for line in file:
                 yield offset, line
                 offset += len(line)
-
-    def _line(self, offset: int) -> bytes:
-        found, step = b"", 4096
-        while b"\n" not in found:
-            more = os.pread(self._file, step, offset + len(found))
-            if not more:
-                return found
-            found, step = found + more, step * 4
-        return found[: found.index(b"\n") + 1]
 
     def _append(self, events: Iterable[Data]) -> None:
         self._write(b"".join(map(line_of, events)))

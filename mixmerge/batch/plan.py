@@ -6,13 +6,14 @@ A call is one generation: of a request (its row), in a stage, by an expert, in a
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mixmerge.engines.batching import packed
+from mixmerge.engines.records import Message
 from mixmerge.experts import Expert, ExpertSet
 
 Integers = NDArray[np.int64]
@@ -181,7 +182,7 @@ def loads_in_order(stage: Stage, experts: ExpertSet) -> int:
     return int(1 + np.count_nonzero(loaded[1:] != loaded[:-1]))
 
 
-def estimated(text: str | Sequence[str]) -> int:
+def estimated(prompt: str | tuple[Message, ...]) -> int:
     """Tokens of a prompt, by its characters."""
-    characters = len(text) if isinstance(text, str) else sum(len(one) + 12 for one in text)
-    return max(1, -(-characters // CHARACTERS))
+    texts = [prompt] if isinstance(prompt, str) else [turn.role + turn.content for turn in prompt]
+    return max(1, -(-sum(map(len, texts)) // CHARACTERS))
