@@ -40,6 +40,7 @@ class Job:
         work: folder of the journal; made if it is not there.
         conditions: where it runs.
         progress: told how far it is.
+        stop: set to end the run after the batches that are at work.
 
     Raises:
         MixmergeError: the folder is of another job, or in use; there is no request.
@@ -53,11 +54,12 @@ class Job:
         conditions: Conditions | None = None,
         *,
         progress: Progress | None = None,
+        stop: threading.Event | None = None,
     ) -> None:
         self.source, self.setup, self.work = source, setup, work
         self.conditions = conditions or Conditions()
         self._tell: Progress = progress or (lambda what, done, total: None)
-        self.stop = threading.Event()
+        self.stop = stop or threading.Event()
         self.stages: list[Stage] = []
         self.naive_loads = 0
         self._read()

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
+import numpy as np
+
 from mixmerge.batch.journal import Journal
 from mixmerge.batch.placing import REMOTE, Placement
 from mixmerge.batch.plan import Batch, Group, Stage
@@ -145,24 +147,8 @@ class StageRun:
         start = time.perf_counter()
         found = engine.generate_each(requests)
         seconds = time.perf_counter() - start
-        made = [(call, one) for call, one in zip(calls, found, strict=True) if isinstance(one, Generation)]
-        names = [self.experts[int(self.stage.experts[call])] for call, _ in made]
-        answers = [
-            (int(self.stage.keys[call]), {"expert": name, "stage": self.stage.number, **_said(one)})
-            for (call, one), name in zip(made, names, strict=True)
-        ]
-        done = {"stage": self.stage.number, "unit": batch.unit, "seconds": seconds}
-        per_expert: dict[str, list[int]] = {}
-        for name, (_, one) in zip(names, made, strict=True):
-            counts = per_expert.setdefault(name, [0, 0, 0])
-            for place, more in enumerate((1, one.tokens_in, one.tokens_out)):
-                counts[place] += more
-        places = self.journal.end(batch.id, answers, {**done, "experts": per_expert})
-        for (call, _), place in zip(made, places, strict=True):
-            self.stage.offsets[call] = place
-        for call, fault in zip(calls, found, strict=True):
-            if isinstance(fault, Fault):
-                self.stage.faults[call] = str(fault)
+        names = [self.experts[int(self.stage.experts[call])] for call in calls]
+        record(self.journal, self.stage, batch.unit, calls, found, seconds, names)
         self.hooks.done(calls)
 
     def _left(self, batch: Batch) -> list[int]:
@@ -177,6 +163,32 @@ class StageRun:
         for call in calls:
             self.stage.faults[call] = str(error.faults[0])
         self.hooks.done(calls)
+
+
+def record(
+    journal: Journal,
+    stage: Stage,
+    unit: str,
+    calls: Sequence[int],
+    found: Sequence[Generation | Fault],
+    seconds: float,
+    names: Sequence[str],
+) -> None:
+    """Write what came of the calls of a batch, and note where in their stage."""
+    batch = Batch.of(unit, np.array(calls, np.int64), stage.keys)
+    answers, answered = [], []
+    per_expert: dict[str, list[int]] = {}
+    for call, one, name in zip(calls, found, names, strict=True):
+        if isinstance(one, Fault):
+            stage.faults[call] = str(one)
+            continue
+        answered.append(call)
+        answers.append((int(stage.keys[call]), {"expert": name, "stage": stage.number, **_said(one)}))
+        counts = per_expert.setdefault(name, [0, 0, 0])
+        for place, more in enumerate((1, one.tokens_in, one.tokens_out)):
+            counts[place] += more
+    done = {"stage": stage.number, "unit": unit, "seconds": seconds, "experts": per_expert}
+    stage.offsets[answered] = journal.end(batch.id, answers, done)
 
 
 def _said(one: Generation) -> dict[str, object]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -130,6 +130,16 @@ class Conditions:
             faults.append(Fault("deadline", f"is {self.deadline} seconds", "More than 0"))
         if faults:
             raise MixmergeError(faults)
+
+
+def memory_of(device: str, devices: Sequence[str]) -> int:
+    """Bytes that experts may take on a device, when a job starts; devices of one kind share this machine's."""
+    if device.startswith("cuda"):
+        import torch
+
+        free, _ = torch.cuda.mem_get_info(torch.device(device))
+        return int(free * _MEMORY_SHARE)
+    return free_memory() // sum(not name.startswith("cuda") for name in devices)
 
 
 def free_memory() -> int:
