@@ -52,9 +52,7 @@ def line_of(data: Data) -> bytes:
 def data_of(line: bytes) -> dict[str, Any] | None:
     """What a line says; None if it is damaged."""
     text = line[_DATA_AT : -len(_TAIL)]
-    if not (line.startswith(_HEAD) and line.endswith(_TAIL)):
-        return None
-    if line[len(_HEAD) : len(_HEAD) + 8] != b"%08x" % zlib.crc32(text):
+    if line[:_DATA_AT] != _HEAD + b"%08x" % zlib.crc32(text) + _MIDDLE or not line.endswith(_TAIL):
         return None
     try:
         data = json.loads(text)

@@ -113,8 +113,7 @@ class Replay:
         settled = self.outcome(stage)
         if not isinstance(settled, Settled):
             return None
-        heard = [self._answer(one.number, call) for one in self._stages for call in one.calls_of(self.row)]
-        there = [one for one in heard if one is not None]
+        there = [one for one in self.heard() if one is not None]
         source = self._source(settled)
         logprobs = source["logprobs"] if source and self.item.settings.logprobs else None
         return Answer(
@@ -132,6 +131,10 @@ class Replay:
             fault=None if settled.fault is None else Fault(where, settled.fault),
             row=self.row,
         )
+
+    def heard(self) -> list[dict[str, Any] | None]:
+        """What was said in all its calls, in the order they were asked; None where there is no answer."""
+        return [self._answer(one.number, call) for one in self._stages for call in one.calls_of(self.row)]
 
     def _said(self, number: int, call: int, ask: Ask) -> Said:
         answer = self._answer(number, call)
