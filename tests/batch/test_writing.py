@@ -390,6 +390,7 @@ with Unordered(sys.argv[2], Form(job, created=0), resume=True) as output:
 """
 
 
+@pytest.mark.slow
 def test_killed_while_it_writes(tmp_path: Path) -> None:
     path, out, wanted = tmp_path / "job.txt", tmp_path / "out", tmp_path / "wanted"
     path.write_text("\n".join(f"question {n}" for n in range(3000)))
