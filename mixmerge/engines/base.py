@@ -64,6 +64,17 @@ class Engine(ABC):
             MixmergeError: what ``check`` says, of all requests at once.
         """
 
+    def generate_each(self, requests: Sequence[Request]) -> list[Generation | Fault]:
+        """Like ``generate``, but a request that cannot be answered gets its fault, and the others their texts.
+
+        Raises:
+            MixmergeError: what is no single request's fault, such as an expert that cannot be loaded.
+        """
+        refused = self.check(requests)
+        able = [request for request, fault in zip(requests, refused, strict=True) if fault is None]
+        given = iter(self.generate(able))
+        return [next(given) if fault is None else fault for fault in refused]
+
     def stream(self, request: Request) -> Iterator[Chunk]:
         """The text of one request as it comes; the pieces joined are ``generate``'s text.
 
