@@ -64,8 +64,9 @@ class OpenAIEngine(Engine):
         retries: attempts after the first, 0 or more.
         max_wait: seconds of one wait at most, above 0, whatever the server asks.
         max_tokens_field: what the server calls the largest number of tokens of a chat.
-        omit: fields that it does not take and that are not sent, of ``seed``, ``stop`` (texts are cut here in any
-            case), ``stream_options``, ``temperature``, ``top_p``.
+        omit: fields that it does not take and that are not sent, of ``seed``, ``stop``, ``stream_options``,
+            ``temperature``, ``top_p``. Stop texts are all sent, and OpenAI refuses more than four; they are cut
+            here too, so that they may be left out.
         name: what errors call it; by default the model.
         sleep, clock, uniform: of waits: what waits so many seconds, the seconds now, and the next uniform number in
             [0, 1).
@@ -142,7 +143,8 @@ class OpenAIEngine(Engine):
         """Look for the key; nothing is sent.
 
         Raises:
-            MixmergeError: the variable of the key is not set, or holds no key.
+            MixmergeError: the variable of the key is not set or holds no key, or the proxy or certificates that the
+                environment names cannot be used.
         """
         self._linked()
 
@@ -208,8 +210,7 @@ class OpenAIEngine(Engine):
 
         async def work() -> None:
             for at, request in waiting:
-                async with link.room:
-                    found[at] = await self._answer(link, request, known, put)
+                found[at] = await self._answer(link, request, known, put)
 
         await link.together(work, min(self.concurrency, len(requests)))
         return [
@@ -250,7 +251,7 @@ class OpenAIEngine(Engine):
         content = json.dumps(asked, ensure_ascii=True).encode()
         gathering = Gathering()
         async with posted(link.client, f"{self.endpoint}/{path}", content, self._headers()) as response:
-            kind = response.headers.get("content-type", "")
+            kind = response.headers.get("content-type", "").lower()
             if shown is None or not kind.startswith("text/event-stream"):
                 gathering.add(await read(response))
             else:
@@ -290,10 +291,10 @@ class OpenAIEngine(Engine):
             if self._link is None:
                 try:
                     self._key()
+                    self._link = Link(connections=self.concurrency, timeout=self.timeout)
                 except AttemptError as trouble:
                     fault = Fault(f"engine {self.name}", trouble.what, trouble.allowed, trouble.run)
                     raise MixmergeError(fault) from None
-                self._link = Link(connections=self.concurrency, timeout=self.timeout)
             return self._link
 
     def _headers(self) -> dict[str, str]:

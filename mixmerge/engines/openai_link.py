@@ -27,19 +27,25 @@ class Link:
     """A client, and the loop that it lives on. The thread is a daemon: a link that is not closed ends with Python.
 
     Args:
-        connections: open at once, at most; 1 or more.
+        connections: open at once, at most, of all that is asked; 1 or more.
         timeout: seconds without a byte.
+
+    Raises:
+        AttemptError: the proxy or the certificates that the environment names cannot be used.
     """
 
     def __init__(self, *, connections: int, timeout: float) -> None:
-        self.room = asyncio.Semaphore(connections)
         self.resume_at = 0.0  # by the engine's clock; the server asked to be left alone until then
         self._loop = asyncio.new_event_loop()
         self._closing = False
         self._workers: set[asyncio.Task[None]] = set()
         self._thread = threading.Thread(target=self._loop.run_forever, name="mixmerge-http", daemon=True)
         self._thread.start()
-        self.client = self.run(_client(connections, timeout))
+        try:
+            self.client = self.run(_client(connections, timeout))
+        except BaseException:
+            self._end()
+            raise
 
     def start(self, work: Coroutine[Any, Any, T]) -> Future[T]:
         """Begin some work on the loop; cancelling the future cancels it."""
@@ -74,6 +80,9 @@ class Link:
     def close(self) -> None:
         """End everything, then close the connections."""
         self.run(self._close())
+        self._end()
+
+    def _end(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
@@ -93,11 +102,17 @@ class Link:
 async def _client(connections: int, timeout: float) -> AsyncClient:
     import httpx2
 
-    return httpx2.AsyncClient(
-        follow_redirects=False,  # a key goes to no host that the user has not named
-        timeout=httpx2.Timeout(timeout, connect=min(timeout, _CONNECT), pool=None),
-        limits=httpx2.Limits(max_connections=connections, max_keepalive_connections=connections),
-    )
+    try:
+        return httpx2.AsyncClient(
+            follow_redirects=False,  # a key goes to no host that the user has not named
+            timeout=httpx2.Timeout(timeout, connect=min(timeout, _CONNECT), pool=None),  # waits for its turn
+            limits=httpx2.Limits(max_connections=connections, max_keepalive_connections=connections),
+        )
+    except (OSError, ValueError, ImportError, httpx2.InvalidURL) as error:
+        # What it says is not passed on: the address of a proxy may hold a password.
+        what = f"the environment's proxy or certificates cannot be used ({type(error).__name__})"
+        run = "Look at SSL_CERT_FILE, SSL_CERT_DIR, HTTPS_PROXY, HTTP_PROXY and ALL_PROXY"
+        raise AttemptError(what, run=run, shared=True) from None
 
 
 @asynccontextmanager

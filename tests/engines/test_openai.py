@@ -9,6 +9,7 @@ import shutil
 import socket
 import ssl
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -716,7 +717,7 @@ def test_events_by_hand(size: int) -> None:
             "refused it (403): not with [key], country",
         ),
         (404, {"detail": "Not Found"}, "knows no such model or path (404): Not Found"),
-        (422, {"message": "x" * 300 + KEY + "y" * 999}, "refused it (422): xxx"),
+        (422, {"message": "x" * 360 + KEY + "y" * 999}, "refused it (422): xxx"),
         (429, {"error": {"message": "pay", "code": "insufficient_quota"}}, "the quota is used up (429): pay"),
     ],
 )
@@ -867,10 +868,48 @@ def test_a_certificate_of_ones_own(
     assert "its certificate is not trusted" in str(fault), "it is not made out to that host"
 
 
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("SSL_CERT_FILE", "nothing.pem"),
+        ("HTTPS_PROXY", "socks5://ann:hunter2@127.0.0.1:9"),
+        ("HTTPS_PROXY", "gopher://ann:hunter2@127.0.0.1:9"),
+    ],
+)
+def test_an_environment_that_cannot_be_used(
+    variable: str, value: str, engine: Callable[..., OpenAIEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("NO_PROXY")
+    monkeypatch.setenv(variable, value)
+    before = threading.active_count()
+    remote = engine("https://127.0.0.1:9/v1")
+    with pytest.raises(MixmergeError, match="proxy or certificates cannot be used") as caught:
+        remote.load()
+    assert "hunter2" not in str(caught.value)
+    assert not remote.loaded
+    assert threading.active_count() == before
+
+
+def test_a_process_ends_though_nothing_was_unloaded(serve: Callable[..., Service]) -> None:
+    code = (
+        "from mixmerge.engines.openai import OpenAIEngine\n"
+        "from mixmerge.engines.records import Request\n"
+        f"engine = OpenAIEngine({serve().endpoint!r}, model='tiny')\n"
+        "reading = engine.stream(Request('a', 'x y'))\n"
+        "print(engine.generate([Request('a', 'x')])[0].text, next(reading).text)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "x x\n", "")
+
+
 def test_answers_that_are_none(serve: Callable[..., Service], engine: Callable[..., OpenAIEngine]) -> None:
     def act(count: int, handler: Handler) -> bool:
         said = {"message": {"content": None}, "finish_reason": handler.asked["messages"][0]["content"]}
         tokens = {"prompt_tokens": 3, "completion_tokens": 2}
+        if said["finish_reason"] == "eos":
+            said["logprobs"] = {"content": [{"token": "?", "logprob": 1e-9}]}
         handler.reply(200, {"choices": [{"index": 1, "text": "?"}, {"index": 0, **said}], "usage": tokens})
         return True
 
@@ -879,6 +918,8 @@ def test_answers_that_are_none(serve: Callable[..., Service], engine: Callable[.
     assert "the server ended the answer by 'content_filter'" in str(fault)
     (fault,) = refused(remote, [Request("a", chat("stop"), logprobs=True)])
     assert "the server gives no log-probabilities" in str(fault)
+    counted = remote.generate([Request("a", chat("eos"), logprobs=True)])[0]
+    assert (counted.tokens_out, counted.logprobs) == (1, (0.0,)), "one for each, and none is above 0"
     (silent,) = remote.generate([Request("a", chat("length"))])
     assert (silent.text, silent.finish, silent.tokens_in, silent.tokens_out) == ("", "length", 3, 2)
 
