@@ -8,5 +8,6 @@ from __future__ import annotations
 
 ENGINES: dict[str, str] = {
     "transformers": "mixmerge.engines.local:TransformersEngine",
+    "openai": "mixmerge.engines.openai:OpenAIEngine",
     "echo": "mixmerge.engines.echo:EchoEngine",
 }

@@ -65,11 +65,15 @@ class Engine(ABC):
         """
 
     def generate_each(self, requests: Sequence[Request]) -> list[Generation | Fault]:
-        """A text for each request, or why there is none: what is wrong with one is no matter of the others."""
-        faults = self.check(requests)
-        able = [request for request, fault in zip(requests, faults, strict=True) if fault is None]
-        made = iter(self.generate(able) if able else [])
-        return [next(made) if fault is None else fault for fault in faults]
+        """Like ``generate``, but a request that cannot be answered gets its fault, and the others their texts.
+
+        Raises:
+            MixmergeError: what is no single request's fault, such as an expert that cannot be loaded.
+        """
+        refused = self.check(requests)
+        able = [request for request, fault in zip(requests, refused, strict=True) if fault is None]
+        given = iter(self.generate(able))
+        return [next(given) if fault is None else fault for fault in refused]
 
     def stream(self, request: Request) -> Iterator[Chunk]:
         """The text of one request as it comes; the pieces joined are ``generate``'s text.

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from mixmerge.engines.base import Engine
 from mixmerge.engines.records import Generation, Message, Request, Scoring
+from mixmerge.errors import Fault
 
 _PROMPTS = ("a b c", "one two three four five six", "x", "the quick brown fox jumps")
 
@@ -38,6 +39,7 @@ def check_engine(make: Callable[[], Engine], *, tolerance: float = 1e-4) -> None
     named = [replace(request, id=f"other {request.id}") for request in requests]
     _same(answers, engine.generate(named), "the names of requests changed texts")
     assert engine.generate([]) == [], "no requests, no answers"
+    _each(engine, requests, answers)
     _stops(engine, requests, answers)
     if "stream" in engine.capabilities:
         _streams(engine, requests, answers)
@@ -61,6 +63,15 @@ def _whole(requests: list[Request], answers: list[Generation]) -> None:
         assert answer.finish in ("stop", "length")
         assert answer.seconds >= 0
         assert answer.logprobs is None, "log-probabilities come when they are asked for"
+
+
+def _each(engine: Engine, requests: list[Request], answers: list[Generation]) -> None:
+    unable = replace(requests[0], id="unable", adapter="an adapter that no engine has")
+    given = engine.generate_each([unable, *requests[:2], unable, *requests[2:]])
+    faults, texts = [given[0], given[3]], [*given[1:3], *given[4:]]
+    assert all(isinstance(one, Fault) for one in faults), "a request that cannot be answered gets a fault"
+    _same(answers, [one for one in texts if isinstance(one, Generation)], "a fault beside them changed texts")
+    assert engine.generate_each([]) == []
 
 
 def _stops(engine: Engine, requests: list[Request], answers: list[Generation]) -> None:
