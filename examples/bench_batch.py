@@ -62,7 +62,9 @@ class Clock:
         return sum(end - start for name, start, end in self.spans if name == what)
 
     def first(self, what: str) -> float:
-        return min(((start, end - start) for name, start, end in self.spans if name == what), default=(0, 0))[1]
+        return min(((start, end - start) for name, start, end in self.spans if name == what), default=(0, 0))[
+            1
+        ]
 
     def busy(self) -> float:
         """Seconds in which any engine was at work."""
@@ -108,7 +110,13 @@ class Figure:
             return [self.what, f"{self.value:,.3g} {self.unit}".strip(), "", "", self.note]
         met = self.value >= self.bar if self.least else self.value <= self.bar
         bar = f"{'at least' if self.least else 'at most'} {self.bar:g} {self.unit}".strip()
-        return [self.what, f"{self.value:,.3g} {self.unit}".strip(), bar, "met" if met else "MISSED", self.note]
+        return [
+            self.what,
+            f"{self.value:,.3g} {self.unit}".strip(),
+            bar,
+            "met" if met else "MISSED",
+            self.note,
+        ]
 
 
 def copies(model: Path, count: int, folder: Path) -> ExpertSet:
@@ -178,7 +186,9 @@ def one_by_one(experts: ExpertSet, path: Path, count: int) -> float:
 
 def many_lines(count: int, folder: Path) -> dict[str, float]:
     """A job of so many lines over an expert that answers at once: seconds and memory."""
-    experts = ExpertSet((Expert("expert-00", "echo", engine="echo"), Expert("expert-01", "echo 2", engine="echo")))
+    experts = ExpertSet(
+        (Expert("expert-00", "echo", engine="echo"), Expert("expert-01", "echo 2", engine="echo"))
+    )
     path = folder / f"{count}.jsonl"
     requests(path, experts, count)
     source = Input.open(path, experts=experts.names, mixture_name="bench")
@@ -248,7 +258,12 @@ def figures(experts: ExpertSet, folder: Path, *, queries: int, naive: int, lines
             least=True,
             note=f"if only loads cost, {limit:.3g}: queries / experts",
         ),
-        Figure(f"{lines:,} lines, an expert that answers at once", large["seconds"], "s", note=f"{1e6 * each:,.0f} µs a line"),
+        Figure(
+            f"{lines:,} lines, an expert that answers at once",
+            large["seconds"],
+            "s",
+            note=f"{1e6 * each:,.0f} µs a line",
+        ),
         Figure(
             f"memory of that above {lines // 10:,} lines",
             large["peak"] - small["peak"],
@@ -280,7 +295,11 @@ def main(
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work)
         found = figures(
-            copies(model or smollm(folder), experts, folder), folder, queries=queries, naive=naive, lines=lines
+            copies(model or smollm(folder), experts, folder),
+            folder,
+            queries=queries,
+            naive=naive,
+            lines=lines,
         )
     table = Table(*HEADINGS)
     for one in found:

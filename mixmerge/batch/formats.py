@@ -107,7 +107,7 @@ def parse_object(text: str, *, number: int, field: str | None) -> Parsed:
     except ValueError as error:
         return Parsed.wrong(f"is not JSON: {error}", "An object or a string")
     if isinstance(given, str):
-        return checked(Item(str(number), given), where={"prompt": ""}, named="")
+        return checked(Item(str(number), turn_of(given)), where={"prompt": ""}, named="")
     if not isinstance(given, dict):
         return Parsed.wrong(f"is JSON, but {kind(given)}", "An object or a string")
     try:
@@ -124,7 +124,7 @@ def parse_object(text: str, *, number: int, field: str | None) -> Parsed:
     if not isinstance(found.text, str):
         fault = no_text(dict.fromkeys(list(given)[:20]), found, field=field)
         return Parsed.wrong(fault.what, f"{fault.allowed}. {fault.run}", id=found.id)
-    item = Item(name, found.text, metadata=found.metadata)
+    item = Item(name, turn_of(found.text), metadata=found.metadata)
     return checked(item, where={"prompt": found.name}, named=found.id)
 
 
@@ -170,13 +170,18 @@ def parse_row(cells: Sequence[str], columns: Columns, *, number: int) -> Parsed:
         for at, (name, cell) in enumerate(zip(columns.names, cells, strict=True))
         if at not in (columns.text, columns.id)
     }
-    item = Item(named or str(number), cells[columns.text], metadata=metadata)
+    item = Item(named or str(number), turn_of(cells[columns.text]), metadata=metadata)
     return checked(item, where={"prompt": columns.names[columns.text]}, named=named)
 
 
 def parse_text(line: str, *, number: int) -> Parsed:
     """The request in a line of text."""
-    return checked(Item(str(number), line.rstrip("\r\n")), where={"prompt": ""}, named="")
+    return checked(Item(str(number), turn_of(line.rstrip("\r\n"))), where={"prompt": ""}, named="")
+
+
+def turn_of(text: str) -> tuple[Message, ...]:
+    """A text that is asked: a user's turn. Nothing at all if it is empty, which is a fault."""
+    return (Message("user", text),) if text else ()
 
 
 def messages(given: Any, *, where: str) -> tuple[tuple[Message, ...], list[Fault]]:

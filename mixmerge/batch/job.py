@@ -17,6 +17,7 @@ import numpy as np
 from mixmerge.batch.costs import Report, report
 from mixmerge.batch.decided import Decided
 from mixmerge.batch.journal import Journal
+from mixmerge.batch.lines import Line
 from mixmerge.batch.opening import open_engine, size_of
 from mixmerge.batch.placing import REMOTE, Placement, place
 from mixmerge.batch.plan import Stage, estimated, groups, loads_in_order
@@ -24,7 +25,7 @@ from mixmerge.batch.records import Answer, Item
 from mixmerge.batch.replay import Replay, key
 from mixmerge.batch.residence import Residence
 from mixmerge.batch.running import Hooks, StageRun
-from mixmerge.batch.setup import Conditions, Line, Setup, Source
+from mixmerge.batch.setup import Conditions, Setup, Source
 from mixmerge.errors import Fault, MixmergeError
 
 Progress = Callable[[str, int, int], None]  # (what, done, in all)
@@ -62,46 +63,59 @@ class Job:
         self.stop = stop or threading.Event()
         self.stages: list[Stage] = []
         self.naive_loads = 0
+        self.bad: dict[int, tuple[str, Fault]] = {}
         self._read()
         work.mkdir(parents=True, exist_ok=True)
         self.journal = Journal(work / "journal.jsonl", job=self._about())
-        self.decided = Decided(work / "decisions.jsonl", len(self._offsets))
+        self.decided = Decided(work / "decisions.jsonl", self._rows)
+
+    @cached_property
+    def created(self) -> int:
+        """Seconds since 1970 when the job was first run."""
+        for event in self.journal.events:
+            if "created" in event:
+                return int(event["created"])
+        now = int(time.time())
+        self.journal.note({"created": now})
+        return now
 
     # --- the input
 
     def _read(self) -> None:
-        lines = list(self._lines())
-        if not lines:
-            raise MixmergeError(Fault("input", "has no request", "One on each line"))
-        self._offsets = np.array([offset for offset, _, _ in lines], np.int64)
-        self.bad = {row: (name, fault) for row, (_, name, fault) in enumerate(lines) if fault is not None}
-
-    def _lines(self) -> Iterator[tuple[int, str | None, Fault | None]]:
+        """Look at every line once; a line that is no request is known by its fault."""
+        self._rows = 0
         for line in self.source.scan():
-            yield line.offset, (line.id if line.fault else None), line.fault or self._unfit(line)
+            fault = line.fault or self._unfit(line)
+            if fault is not None:
+                self.bad[line.index] = (line.id, fault)
+            self._rows += 1
+        if not self._rows:
+            raise MixmergeError(Fault("input", "has no request", "One on each line"))
 
     def _unfit(self, line: Line) -> Fault | None:
         """What keeps a request from being asked at all."""
         if line.item is None or line.item.expert is None or line.item.expert in self.setup.experts.names:
             return None
         known = ", ".join(self.setup.experts.names)
-        return Fault(
-            f"line {line.number}: model", f"no expert is called {line.item.expert!r}", f"Known: {known}"
-        )
+        what = f"no expert is called {line.item.expert!r}"
+        return Fault(f"line {line.number}: model", what, f"Known: {known}")
 
     def _about(self) -> dict[str, Any]:
         return {
             "version": 1,
-            "input": self.source.digest,
+            "input": self.source.sha256,
             "mixture": self.setup.identity,
             "batch_tokens": self.conditions.batch_tokens,
         }
 
     def item(self, row: int) -> Item:
-        return self.source.read(int(self._offsets[row]))
+        (line,) = self.source.read([row])
+        if line.item is None:
+            raise MixmergeError(line.fault or Fault(f"line {line.number}", "is no request"))
+        return line.item
 
     def __len__(self) -> int:
-        return len(self._offsets)
+        return self._rows
 
     # --- decisions and stages
 
@@ -264,7 +278,7 @@ class Job:
         """The answer of a request, if it has settled before that stage."""
         if row in self.bad:
             name, fault = self.bad[row]
-            return Answer(name or "", fault=fault, row=row)
+            return Answer(name, fault=fault, row=row)
         if row in self.decided.faults:
             item = self.item(row)
             return Answer(item.id, fault=Fault(f"request {item.id}", self.decided.faults[row]), row=row)

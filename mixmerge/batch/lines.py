@@ -70,8 +70,8 @@ class Line:
         return Answer(self.id, fault=self.fault)
 
 
-class Job:
-    """The requests of a file. Made by ``Job.open``, then read once by ``scan``.
+class Input:
+    """The requests of a file. Made by ``Input.open``, then read once by ``scan``.
 
     Attributes:
         format: ``openai``, ``jsonl``, ``csv`` or ``text``.
@@ -106,7 +106,7 @@ class Job:
         mixture_name: str,
         name: str | None = None,
         max_bytes: int = MAX_BYTES,
-    ) -> Job:
+    ) -> Input:
         """A file of requests; nothing of it is read yet but its first lines.
 
         Args:

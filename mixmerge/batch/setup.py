@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
 from mixmerge.aggregate import Composition
 from mixmerge.batch.decided import Route
+from mixmerge.batch.lines import Line
 from mixmerge.batch.placing import Device
 from mixmerge.batch.records import Item
 from mixmerge.errors import Fault, MixmergeError
@@ -18,36 +20,19 @@ from mixmerge.experts import ExpertSet
 _MEMORY_SHARE = 0.8  # of what is free, that experts may take
 
 
-@dataclass(frozen=True)
-class Line:
-    """A line of a job's input.
-
-    Args:
-        number: 1, 2, ...
-        offset: where ``Source.read`` finds the request again.
-        item: the request; None if there is a fault.
-        fault: what is wrong with it.
-        id: ``custom_id``, as far as it could be read.
-    """
-
-    number: int
-    offset: int
-    item: Item | None = None
-    fault: Fault | None = None
-    id: str | None = None
-
-
 class Source(Protocol):
-    """Where requests come from: read once from end to end, then one by one."""
+    """Where requests come from: read once from end to end, then one by one; ``lines.Input`` is one."""
 
     @property
-    def digest(self) -> str:
+    def sha256(self) -> str:
         """What tells this input from another; known once it has been scanned."""
         ...
 
     def scan(self) -> Iterator[Line]: ...
 
-    def read(self, offset: int) -> Item: ...
+    def lines(self) -> Iterator[Line]: ...
+
+    def read(self, indices: Iterable[int]) -> list[Line]: ...
 
 
 @dataclass(frozen=True)
@@ -57,21 +42,28 @@ class Listed:
     items: tuple[Item, ...]
 
     @property
-    def digest(self) -> str:
+    def sha256(self) -> str:
         return "listed"
 
     def scan(self) -> Iterator[Line]:
-        seen: set[str] = set()
-        for at, item in enumerate(self.items):
-            if item.id in seen:
-                fault = Fault(f"request {item.id}", "another one has this id", "One id for each")
-                yield Line(at + 1, at, None, fault, item.id)
-            else:
-                seen.add(item.id)
-                yield Line(at + 1, at, item, None, item.id)
+        return self.lines()
 
-    def read(self, offset: int) -> Item:
-        return self.items[offset]
+    def lines(self) -> Iterator[Line]:
+        return iter(self.read(range(len(self.items))))
+
+    def read(self, indices: Iterable[int]) -> list[Line]:
+        return [self._line(at) for at in indices]
+
+    @cached_property
+    def _first(self) -> dict[str, int]:
+        return {item.id: at for at, item in reversed(list(enumerate(self.items)))}
+
+    def _line(self, at: int) -> Line:
+        item = self.items[at]
+        if self._first[item.id] == at:
+            return Line(at, at + 1, 0, item.id, item)
+        fault = Fault(f"request {item.id}", "another one has this id", "One id for each")
+        return Line(at, at + 1, 0, item.id, None, (fault,))
 
 
 @dataclass(frozen=True)

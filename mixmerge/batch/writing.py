@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-from mixmerge.batch.lines import Job, Line
+from mixmerge.batch.lines import Input, Line
 from mixmerge.batch.records import CHAT, Answer
 
 _PLAIN = ("answer", "expert", "tokens_in", "tokens_out", "finish", "cost", "error")
@@ -38,7 +38,7 @@ class Form:
         explain: write decisions, reasons, calls and costs too: in OpenAI's bodies under ``mixmerge``.
     """
 
-    def __init__(self, job: Job, *, created: int, key: str = "", explain: bool = False) -> None:
+    def __init__(self, job: Input, *, created: int, key: str = "", explain: bool = False) -> None:
         self.job, self.created, self.explain = job, created, explain
         self._key = key
         self._own = (*_PLAIN, *(_EXPLAINED if explain else ()))

@@ -21,7 +21,7 @@ def write_ordered(
     """Write answers in the order they are given; the file appears when all are on the disk. Returns how many.
 
     Args:
-        answers: streamed, one at a time in memory; ``Job.lines`` has the lines in the input's order.
+        answers: streamed, one at a time in memory; ``Input.lines`` has the lines in the input's order.
 
     Raises:
         OutputError: the file exists and ``overwrite`` is not set, or it cannot be written; nothing half-written is

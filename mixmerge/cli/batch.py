@@ -76,8 +76,7 @@ def batch(
     goes on when the same command is given again.
     """
     from mixmerge.errors import Fault, MixmergeError
-    from mixmerge.mixture import Mixture
-    from mixmerge.mixture import batching
+    from mixmerge.mixture import Mixture, batching
 
     if output is None and not plan:
         raise MixmergeError(Fault("--output", "is missing", "A file, or --plan"))

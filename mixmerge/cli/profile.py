@@ -16,7 +16,8 @@ from mixmerge.cli.zoo import step_progress
 def profile(
     mixture: MixturePath,
     tasks: Annotated[
-        Path, typer.Option("--tasks", help="JSONL or CSV: a text and its answer on each line.", show_default=False)
+        Path,
+        typer.Option("--tasks", help="JSONL or CSV: a text and its answer on each line.", show_default=False),
     ],
     output: Annotated[
         Path, typer.Option("-o", "--output", help="Outcomes: .parquet or .jsonl.", show_default=False)
@@ -28,7 +29,9 @@ def profile(
         ),
     ] = "exact",
     reference: Annotated[str, typer.Option("--reference", help="Field of the right answer.")] = "answer",
-    field: Annotated[str | None, typer.Option("--field", help="Field of the text.", show_default=False)] = None,
+    field: Annotated[
+        str | None, typer.Option("--field", help="Field of the text.", show_default=False)
+    ] = None,
     draws: Annotated[int, typer.Option("--draws", min=1, help="Answers of each expert to a query.")] = 1,
     temperature: Annotated[
         float | None, typer.Option("--temperature", min=0.0, help="Of the answers.", show_default=False)

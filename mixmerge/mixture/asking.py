@@ -7,6 +7,7 @@ import tempfile
 import threading
 import time
 from collections.abc import AsyncIterator, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +17,7 @@ from mixmerge.batch.opening import open_engine
 from mixmerge.batch.plan import Stage
 from mixmerge.batch.records import Answer, Item
 from mixmerge.batch.running import record
-from mixmerge.batch.setup import Conditions, Listed
+from mixmerge.batch.setup import Conditions, Listed, Setup
 from mixmerge.decision.records import Query
 from mixmerge.engines.records import Generation, Message
 from mixmerge.mixture.answering import setup_of
@@ -57,10 +58,24 @@ def answers(
     items = items_of(asked)
     if not items:
         return []
-    with tempfile.TemporaryDirectory(prefix="mixmerge-") as work:
-        with Job(Listed(items), setup_of(mixture), Path(work), conditions) as job:
-            job.run()
-            return list(job.answers())
+    with _job(items, setup_of(mixture), conditions) as job:
+        job.run()
+        return list(job.answers())
+
+
+@contextmanager
+def _job(
+    items: tuple[Item, ...],
+    setup: Setup,
+    conditions: Conditions | None,
+    stop: threading.Event | None = None,
+) -> Iterator[Job]:
+    """A job in a folder that is gone afterwards."""
+    with (
+        tempfile.TemporaryDirectory(prefix="mixmerge-") as work,
+        Job(Listed(items), setup, Path(work), conditions, stop=stop) as job,
+    ):
+        yield job
 
 
 async def as_finished(
@@ -76,9 +91,8 @@ async def as_finished(
 
     def work() -> None:
         try:
-            with tempfile.TemporaryDirectory(prefix="mixmerge-") as folder:
-                with Job(Listed(items), setup, Path(folder), conditions, stop=stop) as job:
-                    job.run(settled=tell)
+            with _job(items, setup, conditions, stop) as job:
+                job.run(settled=tell)
         finally:
             tell(None)
 
@@ -98,21 +112,18 @@ async def as_finished(
 
 def stream(mixture: Mixture, asked: Asked, *, conditions: Conditions | None = None) -> Iterator[Piece]:
     """One answer as it comes: word by word where one expert answers and its engine can, else whole."""
-    items = items_of([asked])
-    with tempfile.TemporaryDirectory(prefix="mixmerge-") as work:
-        with Job(Listed(items), setup_of(mixture), Path(work), conditions) as job:
-            job.decide()
-            shown = ""
-            stage = job.next_stage() if mixture.spec.compose.kind == "answer" else None
-            if stage is not None:
-                for text in _words(job, stage):
-                    shown += text
-                    yield Piece(text)
-            job.stages.clear()
-            job.run()
-            (answer,) = job.answers()
-            rest = answer.text.removeprefix(shown) if answer.text.startswith(shown) else answer.text
-            yield Piece(rest, answer)
+    with _job(items_of([asked]), setup_of(mixture), conditions) as job:
+        job.decide()
+        shown = ""
+        stage = job.next_stage() if mixture.spec.compose.kind == "answer" else None
+        if stage is not None:
+            for text in _words(job, stage):
+                shown += text
+                yield Piece(text)
+        job.stages.clear()
+        job.run()
+        (answer,) = job.answers()
+        yield Piece(answer.text.removeprefix(shown), answer)
 
 
 def _words(job: Job, stage: Stage) -> Iterator[str]:

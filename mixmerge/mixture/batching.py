@@ -13,7 +13,7 @@ from mixmerge.batch.job import Job, Progress
 from mixmerge.batch.lines import Input, Line
 from mixmerge.batch.placing import REMOTE, Placement, load_seconds
 from mixmerge.batch.records import Answer
-from mixmerge.batch.setup import Conditions, Setup
+from mixmerge.batch.setup import Conditions
 from mixmerge.batch.writing import Form
 from mixmerge.batch.writing_files import Unordered, write_ordered
 from mixmerge.decision.whole import check_free

@@ -15,9 +15,9 @@ from mixmerge.aggregate import Ask, Composition, Question, Said, Settled
 from mixmerge.aggregate.extraction import extractor
 from mixmerge.batch.costs import Report
 from mixmerge.batch.job import Job, Progress
-from mixmerge.batch.lines import Input
+from mixmerge.batch.lines import Input, Line
 from mixmerge.batch.records import Item
-from mixmerge.batch.setup import Conditions, Line, Setup, Source
+from mixmerge.batch.setup import Conditions, Setup, Source
 from mixmerge.checkpoint.identity import canonical_hash
 from mixmerge.decision.records import Decision, Pick, Query
 from mixmerge.errors import Fault, MixmergeError
@@ -145,7 +145,9 @@ def _wrong(line: Line, reference: str) -> Fault | None:
     if line.item is None:
         return line.fault
     if not line.item.metadata.get(reference, "").strip():
-        return Fault(f"line {line.number}: {reference}", "is missing", "The reference answer", "--reference NAME")
+        return Fault(
+            f"line {line.number}: {reference}", "is missing", "The reference answer", "--reference NAME"
+        )
     return None
 
 

@@ -15,13 +15,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mixmerge.batch.lines import Job, Line
+from mixmerge.batch.lines import Input, Line
 from mixmerge.batch.lines_index import Index
 from mixmerge.batch.records import CHAT, COMPLETION, Item, Settings
 from mixmerge.engines.records import Message
 from mixmerge.errors import MixmergeError
 
-Make = Callable[..., Job]
+Make = Callable[..., Input]
 
 
 def request_line(name: str = "a", *, url: str = CHAT, **body: Any) -> str:
@@ -31,13 +31,13 @@ def request_line(name: str = "a", *, url: str = CHAT, **body: Any) -> str:
     return json.dumps({"custom_id": name, "method": "POST", "url": url, "body": full})
 
 
-def items(job: Job) -> list[Item]:
+def items(job: Input) -> list[Item]:
     lines = list(job.scan())
     assert [line.faults for line in lines] == [()] * len(lines)
     return [line.item for line in lines if line.item is not None]
 
 
-def faults(job: Job) -> list[str]:
+def faults(job: Input) -> list[str]:
     return [str(fault) for line in job.scan() for fault in line.faults]
 
 
@@ -47,7 +47,7 @@ def refused(call: Callable[[], Any]) -> str:
     return str(caught.value)
 
 
-def same_again(job: Job, lines: list[Line]) -> None:
+def same_again(job: Input, lines: list[Line]) -> None:
     """Reading by place gives what the scan gave, in any order."""
     order = list(range(len(lines)))[::-1]
     assert job.read(order) == [lines[at] for at in order]
@@ -456,8 +456,8 @@ def test_what_is_no_job(job: Make, name: str, content: Any, options: dict[str, A
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
-    def open_job(path: Path | str) -> Job:
-        return Job.open(path, experts=(), mixture_name="mix", name="the input")
+    def open_job(path: Path | str) -> Input:
+        return Input.open(path, experts=(), mixture_name="mix", name="the input")
 
     assert (
         refused(lambda: open_job(tmp_path / "none"))
@@ -594,7 +594,7 @@ def test_any_bytes(
     content = (b"id,text" + end if kind == "csv" else b"") + end.join(parts)
     path = tmp_path_factory.getbasetemp() / "any"
     path.write_bytes(content)
-    job = Job.open(path, format=kind, experts=("math",), mixture_name="mix", max_bytes=200)
+    job = Input.open(path, format=kind, experts=("math",), mixture_name="mix", max_bytes=200)
     lines: list[Line] = []
     try:
         lines.extend(job.scan())
@@ -618,13 +618,13 @@ def test_any_bytes(
 
 SCAN = """
 import resource, sys
-from mixmerge.batch.lines import Job
+from mixmerge.batch.lines import Input
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
 before = peak()
-job = Job.open(sys.argv[1], experts=("math",), mixture_name="mix")
+job = Input.open(sys.argv[1], experts=("math",), mixture_name="mix")
 count = sum(line.item is not None for line in job.scan())
 some = job.read(range(0, count, count // 100))
 assert [line.number for line in some] == list(range(1, count + 1, count // 100))

@@ -19,13 +19,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mixmerge.batch.lines import Job, Line
+from mixmerge.batch.lines import Input, Line
 from mixmerge.batch.records import CHAT, COMPLETION, Answer
 from mixmerge.batch.writing import Form
 from mixmerge.batch.writing_files import Unordered, write_ordered
 from mixmerge.errors import Fault, OutputError
 
-Make = Callable[..., Job]
+Make = Callable[..., Input]
 BODY = {
     CHAT: {"model": "mix", "messages": [{"role": "user", "content": "hi"}]},
     COMPLETION: {"model": "math", "prompt": "hi"},
@@ -37,7 +37,7 @@ OPENAI = "\n".join(
 ANSWER = Answer("", "4", "math", "stop", 7, 2, 1, 0.5, None, {"primary": "math"}, {"votes": 3})
 
 
-def scanned(job: Job) -> list[Line]:
+def scanned(job: Input) -> list[Line]:
     return list(job.scan())
 
 
@@ -376,12 +376,12 @@ def test_a_full_disk_keeps_the_answers_before(job: Make, tmp_path: Path) -> None
 
 KILLED = """
 import sys
-from mixmerge.batch.lines import Job
+from mixmerge.batch.lines import Input
 from mixmerge.batch.records import Answer
 from mixmerge.batch.writing import Form
 from mixmerge.batch.writing_files import Unordered
 
-job = Job.open(sys.argv[1], experts=(), mixture_name="mix")
+job = Input.open(sys.argv[1], experts=(), mixture_name="mix")
 lines = list(job.scan())
 with Unordered(sys.argv[2], Form(job, created=0), resume=True) as output:
     print("ready", flush=True)
@@ -430,7 +430,7 @@ def test_any_answer_in_csv(
     path, out = folder / "job.csv", folder / "any.csv"
     with path.open("w", newline="", encoding="utf-8", errors="replace") as file:
         csv.writer(file).writerows([("text", "note"), *(("x", cell) for cell in cells)])
-    job = Job.open(path, experts=(), mixture_name="mix")
+    job = Input.open(path, experts=(), mixture_name="mix")
     form = Form(job, created=0)
     lines = scanned(job)
     said = [Answer("", texts[at % len(texts)], "math", "stop") for at in range(len(lines))]
