@@ -53,3 +53,7 @@ class MethodError(MixmergeError):
 
 class DependencyError(MixmergeError):
     """An optional package is needed and not installed."""
+
+
+class OutOfMemory(MixmergeError):  # noqa: N818 - a state of the machine
+    """Memory ran out; less at once may fit."""
