@@ -4,9 +4,9 @@
     python examples/bench_batch.py                # about five minutes on two quiet cores
     python examples/bench_batch.py --model FOLDER --experts 3 --queries 9 --naive 3 --lines 2000   # does it run?
 
-The experts are copies of one model, so that a load costs what a load costs. Queries are short and interleaved: each goes
-to another expert than the one before. The per-query order answers them one by one with one expert in memory. Other load
-on the machine spoils the seconds; ratios less.
+The experts are copies of one model, so that a load costs what a load costs. Queries are short and interleaved: each
+goes to another expert than the one before. The per-query order answers them one by one with one expert in memory.
+Other load on the machine spoils the seconds; ratios less.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class TimedEngine(TransformersEngine):
 
 @dataclass(frozen=True)
 class Figure:
-    """One line of the report; ``value`` is held against ``bar``, which it must not exceed, or must reach (``least``)."""
+    """One line of the report: ``value`` must not exceed ``bar``, or must reach it (``least``)."""
 
     what: str
     value: float
@@ -268,7 +268,7 @@ def figures(experts: ExpertSet, folder: Path, *, queries: int, naive: int, lines
             f"memory of that above {lines // 10:,} lines",
             large["peak"] - small["peak"],
             "MB",
-            note=f"{1000 * (large['peak'] - small['peak']) / (0.9 * lines):.2f} kB a line, {large['peak']:,.0f} MB in all",
+            note=f"{1000 * (large['peak'] - small['peak']) / (0.9 * lines):.2f} kB a line; {large['peak']:,.0f} MB",
         ),
     ]
 

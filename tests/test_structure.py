@@ -37,7 +37,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "methods": frozenset({"errors", "registry", "kernels"}),
     "recipe": frozenset({"errors", "registry", "document", "methods"}),
     "checkpoint": frozenset({"errors", "registry", "kernels"}),
-    "experts": frozenset({"errors", "registry", "checkpoint", "kernels"}),
+    "experts": frozenset({"errors", "registry", "checkpoint", "kernels", "outcomes"}),
     "outcomes": frozenset({"errors", "registry"}),
     # merge side
     "plan": frozenset({"errors", "registry", "recipe", "methods", "checkpoint"}),

@@ -45,14 +45,16 @@ def ask(
 ) -> None:
     """One answer of a mixture, printed as it comes."""
     from mixmerge.batch.records import Item, Settings
-    from mixmerge.cli.route.parsing import labels
+    from mixmerge.cli.route.parsing import parse_options
     from mixmerge.engines.records import Message
+    from mixmerge.errors import Fault, MixmergeError
     from mixmerge.mixture import Mixture
 
     loaded = Mixture.load(mixture)
     text = sys.stdin.read() if prompt == "-" else prompt
     settings = Settings(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
-    item = Item("prompt", (Message("user", text),), expert, settings, labels(meta or ()))
+    labels = {label: str(value) for label, value in parse_options(meta or (), where="--meta").items()}
+    item = Item("prompt", (Message("user", text),), expert, settings, labels)
     conditions = conditions_of(device, memory, batch_tokens, None)
     shown = ""
     answer: Answer | None = None
@@ -61,11 +63,8 @@ def ask(
         if not json and piece.text:
             print(piece.text, end="", flush=True)
             shown += piece.text
-    assert answer is not None  # the last piece has it
-    if answer.fault is not None:
-        from mixmerge.errors import MixmergeError
-
-        raise MixmergeError(answer.fault)
+    if answer is None or answer.fault is not None:
+        raise MixmergeError(answer.fault if answer and answer.fault else Fault("ask", "gave no answer"))
     if json:
         emit_json(record_of(answer))
     elif not shown.endswith("\n"):

@@ -51,6 +51,8 @@ def profile(
     The router of the mixture need not be there yet. A run that was killed
     goes on when the same command is given again.
     """
+    import numpy as np
+
     from mixmerge.decision.whole import check_free
     from mixmerge.mixture import read
     from mixmerge.mixture.profiling import profile as run
@@ -73,7 +75,8 @@ def profile(
         )
     made.outcomes.write(output)
     shutil.rmtree(work, ignore_errors=True)
-    means = made.outcomes.means()
+    score = made.outcomes.score
+    means = {name: float(np.nanmean(score[:, e])) for e, name in enumerate(made.outcomes.experts)}
     if json:
         emit_json({"output": str(output), "score": means, **made.report.as_dict()})
         return

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from mixmerge.aggregate.cascade import Escalation
 from mixmerge.aggregate.records import Composition
@@ -15,6 +18,7 @@ from mixmerge.errors import Fault, MixmergeError
 from mixmerge.experts import Expert, ExpertSet, identity
 from mixmerge.mixture.schema import LATER, MixtureSpec
 from mixmerge.outcomes.table import Price
+from mixmerge.routers.base import UNSAVED, Router
 from mixmerge.routers.cascade_router import CascadeRouter
 
 if TYPE_CHECKING:
@@ -55,27 +59,39 @@ def setup_of(mixture: Mixture) -> Setup:
         MixmergeError: a composition that is not available; an expert whose folder is not there.
     """
     spec, router, policy = mixture.spec, mixture.router, mixture.policy
-    experts = expert_set(spec)
+    experts, made = expert_set(spec), _composition(mixture)
 
     def route(queries: Sequence[Query]) -> Sequence[Decision]:
         return policy.decide(router.score(queries), queries, version=router.version)
 
     return Setup(
         experts,
-        _composition(mixture),
+        made,
         route,
         whole=bool(policy.trim),
         defaults=defaults_of(spec),
         identity=canonical_hash(
             {
                 "experts": {one.name: identity(one) for one in experts},
-                "router": router.version,
+                "router": router.version if router.version != UNSAVED else fingerprint_of(router),
                 "policy": policy.model_dump(mode="json"),
                 "compose": spec.compose.model_dump(mode="json"),
                 "generate": spec.generate.model_dump(mode="json"),
             }
         ),
     )
+
+
+def fingerprint_of(router: Router) -> str:
+    """Hash of what a router knows that no folder holds."""
+    digest = hashlib.sha256(f"{router.kind} {router.options!r} {router.experts} {router.seed}".encode())
+    features = router.features
+    held = [router.state.arrays if router.state else {}, features.arrays() if features else {}]
+    for arrays in held:
+        for name in sorted(arrays):
+            digest.update(name.encode())
+            digest.update(np.ascontiguousarray(arrays[name]).tobytes())
+    return digest.hexdigest()
 
 
 def _composition(mixture: Mixture) -> Composition:
@@ -90,5 +106,5 @@ def _composition(mixture: Mixture) -> Composition:
         )
     escalation: Escalation | None = None
     if told.kind == "cascade" and "experts" not in told.options and isinstance(mixture.router, CascadeRouter):
-        escalation = mixture.router.cascade
+        escalation = mixture.router.cascade()
     return composition(told.kind, told.options, escalation=escalation)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, Self
+from typing import Any, Self
 
 from mixmerge import registry
+from mixmerge.batch.job import Progress
+from mixmerge.batch.records import Answer
+from mixmerge.batch.setup import Conditions
 from mixmerge.decision.files import FILE, read_policy
 from mixmerge.decision.policies import Policy
 from mixmerge.decision.records import Decision, Query, as_queries
 from mixmerge.errors import Fault, MixmergeError
+from mixmerge.mixture.asking import Asked, Piece, answers, as_finished, stream
+from mixmerge.mixture.batching import Batched, Files, run
 from mixmerge.mixture.reading import read
 from mixmerge.mixture.schema import ExpertSpec, MixtureSpec, RouterSpec
 from mixmerge.outcomes.table import OutcomeTable, Price
@@ -65,14 +70,56 @@ class Mixture:
             self.router.score(asked), asked, version=self.router.version, reasons=reasons
         )
 
-    def answer(self, queries: Iterable[str | Query]) -> NoReturn:
-        """Answers of the picked experts, composed as the mixture says: in this version, always refused.
+    def answer(self, asked: Iterable[Asked], *, conditions: Conditions | None = None) -> list[Answer]:
+        """Answers of the picked experts, composed as the mixture says, in the order asked.
+
+        Args:
+            asked: texts, queries or requests; a text is a user's turn of a chat.
+            conditions: where it runs; by default on the CPU.
 
         Raises:
-            MixmergeError: naming the composition that is not available.
+            MixmergeError: a composition that is not available; an expert that fits into no device. What keeps one
+                request from being answered is in its ``Answer.fault``.
         """
-        what = f"{self.spec.compose.kind} is not available in this version, which decides who answers"
-        raise MixmergeError(Fault("compose.kind", what, run="Mixture.route gives the decisions"))
+        return answers(self, asked, conditions=conditions)
+
+    def as_finished(
+        self, asked: Iterable[Asked], *, conditions: Conditions | None = None
+    ) -> AsyncIterator[Answer]:
+        """Answers as they finish: ``async for answer in mixture.as_finished(queries)``. As ``answer`` otherwise."""
+        return as_finished(self, asked, conditions=conditions)
+
+    def stream(self, asked: Asked, *, conditions: Conditions | None = None) -> Iterator[Piece]:
+        """One answer as it comes: word by word where one expert answers and its engine can. As ``answer`` otherwise."""
+        return stream(self, asked, conditions=conditions)
+
+    def batch(
+        self,
+        input: str | Path,
+        output: str | Path,
+        *,
+        conditions: Conditions | None = None,
+        overwrite: bool = False,
+        unordered: bool = False,
+        explain: bool = False,
+        progress: Progress | None = None,
+    ) -> Batched:
+        """Answer a file of requests; what was killed goes on with the same call. As ``mixmerge batch``.
+
+        Args:
+            input: OpenAI batch JSONL, JSONL, CSV or text.
+            output: answers, in the format that goes with the input's.
+            conditions: where it runs; by default on the CPU.
+            overwrite: replace an output that exists, and start again.
+            unordered: write answers as they come.
+            explain: write decisions and reasons too.
+            progress: told (what, done, in all).
+
+        Raises:
+            MixmergeError: as ``mixmerge.mixture.batching.run``.
+        """
+        files = Files(Path(input), Path(output), overwrite=overwrite, unordered=unordered, explain=explain)
+        return run(self, files, conditions or Conditions(), progress=progress)
 
 
 def _loaded(spec: MixtureSpec) -> Router:

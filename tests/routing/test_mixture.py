@@ -126,7 +126,7 @@ def test_all_faults_at_once_with_path_and_line() -> None:
         "router.outcoms (line 8): unknown key 'outcoms'. Did you mean 'outcomes'? Known: ",
         "policy.z (line 9): top_k does not use it. top_k takes k, fallback, abstain_below, seed.",
         "policy.abstain_below (line 9): should be a finite number, got nan.",
-        "compose.kind (line 10): expected 'answer', 'vote', 'aggregate', 'cascade', 'latent', 'logits', 'twin' or",
+        "compose.kind (line 10): no composition is called 'answr'. Did you mean 'answer'? Known: ",
         "compose (line 11): the key is given twice (first in line 10).",
         "generate.temprature (line 12): unknown key 'temprature'. Did you mean 'temperature'? Known: ",
         "generate.max_new_tokens (line 12): expected a number greater than or equal to 1, got 0.",
@@ -346,9 +346,9 @@ def test_what_is_not_there_is_refused(tmp_path: Path, outcomes: Path) -> None:
     router = f"{{kind: best_single, outcomes: {outcomes}}}"
     assert len(faults(written(tmp_path, "{kind: knn, outcomes: nowhere.jsonl}"))) == 1
     assert "is no fitted router" in faults(written(tmp_path, f"{{folder: {tmp_path}}}"))[0]
-    voting = Mixture.load(written(tmp_path, router, policy="compose: {kind: vote}"))
+    voting = Mixture.load(written(tmp_path, router, policy="compose: {kind: latent}"))
     assert voting.route(["a question"])[0].primary
-    with pytest.raises(MixmergeError, match="vote is not available in this version"):
+    with pytest.raises(MixmergeError, match="latent is not available in this version"):
         voting.answer(["a question"])
     budget = Mixture.load(written(tmp_path, router, policy="policy: {kind: budget, budget: 1e-3}"))
     with pytest.raises(MixmergeError, match="a budget needs the trade"):
