@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from mixmerge.aggregate.asking import given, named, samples_of, settle, unanswered
-from mixmerge.aggregate.extraction import extractor
 from mixmerge.aggregate.options import CascadeOptions
 from mixmerge.aggregate.records import Ask, Composition, Question, Said, Settled
 from mixmerge.aggregate.verification import verification_prompt, verified
@@ -88,8 +87,9 @@ class ConfidenceCascade(Composition):
     fails has no confidence, so the cascade goes on; if the expert whose answer is to stand has none, the latest answer
     stands (``fallback`` in the reason).
 
-    Source: AutoMix (arXiv 2310.12963) for ``verification``. The others are confidence escalation as of vLLM Semantic
-    Router's looper (mean log-probability) and the Avengers' agreement of samples (arXiv 2505.19797).
+    Source: AutoMix for ``verification``; ``mixmerge.routers.automix`` names the paper. The others are confidence
+    escalation as of vLLM Semantic Router's looper (mean log-probability) and the Avengers' agreement of samples
+    (arXiv 2505.19797).
 
     Args:
         options: how sure an answer is; and the experts and thresholds, unless there is an ``escalation``.
@@ -183,7 +183,7 @@ class ConfidenceCascade(Composition):
 
     def _agreed(self, answers: Sequence[Said]) -> tuple[Said, float]:
         """The first answer of what most say, and the share that says it; NaN where no answer can be read."""
-        sides = tally(answers, extractor(self.options.extract)).sides
+        sides = tally(answers, self.options.read).sides
         if not sides:
             return answers[0], math.nan
         return sides[0].said[0], len(sides[0].said) / len(answers)

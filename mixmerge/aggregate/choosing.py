@@ -177,10 +177,7 @@ def _overlap(pair: Sequence[str], known: Flags, right: Flags, at: Mapping[str, i
 
 
 def wilson_upper(count: int, of: int, *, z: float) -> float:
-    """Upper confidence bound of a share, 0 to 1; 1 of nothing.
-
-    Source: Wilson, "Probable inference, the law of succession, and statistical inference", 1927.
-    """
+    """Upper end of Wilson's score interval of a share, 0 to 1; 1 of nothing."""
     if not of:
         return 1.0
     share, spread = count / of, z * z / of

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,7 +15,9 @@ from mixmerge.errors import Fault, MixmergeError
 
 Extract = Callable[[str], str | None]  # None: the answer says nothing of the kind, which is no vote
 STARTS = 1000  # places of a text where a JSON object may begin that are looked at
-_THINKS, _THOUGHT, _BOXED, _MARK = "<think>", "</think>", "\\boxed{", "####"
+_THINKS, _THOUGHT, _MARK = "<think>", "</think>", "####"
+_BRACE = re.compile(r"\\boxed\s?\{|\{|\}")
+_FONT = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf)\b")
 
 
 def final_text(text: str) -> str:
@@ -41,8 +44,7 @@ def choice(text: str) -> str | None:
     said = final_text(text)
     boxed = last_boxed(said)
     if boxed is not None:
-        inner = boxed.replace("\\text", "").replace("\\textbf", "").strip(" {}().$*")
-        return inner if len(inner) == 1 and "A" <= inner <= "J" else None
+        return chosen_letter(_FONT.sub("", boxed).strip(" {}$"))
     return chosen_letter(said)
 
 
@@ -84,19 +86,17 @@ def json_field(text: str, *, path: str = "answer") -> str | None:
 
 
 def last_boxed(text: str) -> str | None:
-    """What is in the last ``\\boxed{}`` that is closed; None without any."""
-    end = len(text)
-    while (start := text.rfind(_BOXED, 0, end)) >= 0:
-        depth = 0
-        for at in range(start + len(_BOXED) - 1, len(text)):
-            depth += (text[at] == "{") - (text[at] == "}")
-            if not depth:
-                return text[start + len(_BOXED) : at]
-        end = start
-        if text.count("}", start) == 0:
-            # Nothing can close the ones before either, unless it stands before this one.
-            text = text[:start]
-    return None
+    """What is in the last ``\\boxed{}`` that is closed, by where it opens; None without any."""
+    opened: list[int | None] = []  # where each open brace's content begins, None if it is of no box
+    last: tuple[int, int] | None = None
+    for match in _BRACE.finditer(text):
+        if match.group() != "}":
+            opened.append(None if match.group() == "{" else match.end())
+        elif opened:
+            start = opened.pop()
+            if start is not None and (last is None or start > last[0]):
+                last = (start, match.start())
+    return None if last is None else text[last[0] : last[1]]
 
 
 def _objects(text: str) -> Iterator[Any]:

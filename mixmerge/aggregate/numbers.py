@@ -9,7 +9,7 @@ DIGITS = 100  # a number with more of them is no answer that can be compared
 
 # A sign counts where no operand stands before it: 7-5 holds 7 and 5, not -5.
 _NUMBER = re.compile(
-    r"(?<!\w)(?<![0-9][./])(?P<sign>(?<![\w)\]}])[-+−])?\$?"
+    r"(?<!\w)(?<![0-9][./])(?P<sign>(?<![)\]}])[-+−])?\$?"
     r"(?:(?P<whole>[0-9]{1,3}) (?=[0-9]{1,3}/[0-9]))?"
     r"(?P<number>[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
     r"(?:[eE](?P<power>[-+]?[0-9]{1,3})(?![\w.])|/(?P<below>[0-9]+)(?![\w/]))?"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from mixmerge.aggregate.extraction import extractor
+from mixmerge.aggregate.extraction import Extract, extractor
 from mixmerge.errors import Fault, MixmergeError
 from mixmerge.registry import choices
 
@@ -30,6 +31,11 @@ class Voting(Options):
     """
 
     extract: str = "exact"
+
+    @functools.cached_property
+    def read(self) -> Extract:
+        """The function of that name, looked up once: plug-ins are searched for on disk."""
+        return extractor(self.extract)
 
     @field_validator("extract")
     @classmethod

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from mixmerge.aggregate.asking import named, ranked, samples_of, unanswered
-from mixmerge.aggregate.extraction import extractor
 from mixmerge.aggregate.options import SelfConsistencyOptions
 from mixmerge.aggregate.records import Ask, Composition, Question, Said, Settled
 from mixmerge.aggregate.vote import settle_vote, tally
@@ -31,7 +30,7 @@ class SelfConsistency(Composition):
         if stage:
             reason["fallback"] = order[0]
         samples = sorted(said[stage], key=lambda one: one.ask.draw)
-        counted = tally(samples, extractor(self.options.extract))
+        counted = tally(samples, self.options.read)
         settled = settle_vote(counted, stage, said, reason)
         if settled is not None:
             return settled

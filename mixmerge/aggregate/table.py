@@ -76,7 +76,6 @@ COMPOSITIONS: dict[str, CompositionRow] = {
         "ConfidenceCascade",
         "CascadeOptions",
         "one expert after the other, until an answer is sure enough",
-        "arXiv 2310.12963",
     ),
 }
 

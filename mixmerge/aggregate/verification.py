@@ -1,6 +1,7 @@
 """An expert asked whether its own answer is right. The prompt and its examples are ours.
 
-Source: self-verification as in AutoMix (arXiv 2310.12963): few-shot, several verdicts, their share is the confidence.
+Source: self-verification as in AutoMix, whose paper ``mixmerge.routers.automix`` names: few-shot, several verdicts, and
+their share is the confidence.
 """
 
 from __future__ import annotations

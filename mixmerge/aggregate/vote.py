@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mixmerge.aggregate.asking import by_rank, given, picks_of, settle, unanswered
-from mixmerge.aggregate.extraction import Extract, extractor
+from mixmerge.aggregate.extraction import Extract
 from mixmerge.aggregate.options import VoteOptions
 from mixmerge.aggregate.records import Ask, Composition, Question, Said, Settled
 
@@ -142,7 +142,7 @@ class Vote(Composition):
 
     def then(self, question: Question, said: Sequence[Sequence[Said]]) -> tuple[Ask, ...] | Settled:
         cast = by_rank(question, given(said[0]))
-        counted = tally(cast, extractor(self.options.extract), [self._weight(one) for one in cast])
+        counted = tally(cast, self.options.read, [self._weight(one) for one in cast])
         reason = {"kind": "vote", "extract": self.options.extract}
         return settle_vote(counted, 0, said, reason) or unanswered(said, reason)
 

@@ -7,7 +7,7 @@ import string
 from fractions import Fraction
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mixmerge.aggregate.extraction import (
@@ -36,6 +36,8 @@ from mixmerge.registry import find
         ("x is -5", "-5"),
         ("x = −3", "-3"),
         ("3 - 4", "4"),
+        ("(3)-4", "4"),
+        ("(-4)", "-4"),
         ("3/4", "0.75"),
         ("6/3", "2"),
         ("-1/2", "-0.5"),
@@ -110,6 +112,8 @@ def test_any_number_is_found_again(value: Fraction, around: str) -> None:
         ("(A) is cold.\nSo (C)", "C"),
         (r"so \boxed{\text{E}}", "E"),
         (r"The answer is $\boxed{B}$", "B"),
+        (r"\boxed{\textbf{(D)}\ 12}", "D"),
+        (r"\boxed{\text{C. Paris}}", "C"),
         ("<think>Answer: A</think>Answer: B", "B"),
         ("", None),
         ("Answer: A dog", None),
@@ -127,6 +131,7 @@ def test_any_number_is_found_again(value: Fraction, around: str) -> None:
         ("K", None),
         ("Answer: K", None),
         (r"Answer: C, \boxed{12}", None),
+        (r"Answer: C, \boxed{A + B}", None),
         ("<think>Answer: A", None),
     ],
 )
@@ -184,7 +189,9 @@ def test_texts() -> None:
 def test_boxes() -> None:
     assert last_boxed(r"\boxed{a{b}c} \boxed{d") == "a{b}c"
     assert last_boxed(r"\boxed{a \boxed{b}}") == "b"
+    assert last_boxed(r"\boxed{a} } \boxed{b") == "a"
     assert last_boxed(r"\boxed{a") is None
+    assert last_boxed(r"\boxed{" * 20_000 + "{{}") is None
 
 
 def test_json_fields() -> None:
@@ -202,6 +209,7 @@ def test_json_fields() -> None:
     assert json_field('{"a":' * 100_000) is None
 
 
+@settings(max_examples=30)
 @given(st.recursive(st.integers() | st.booleans() | st.text(), lambda inner: st.lists(inner), max_leaves=5))
 def test_json_of_any_value(value: object) -> None:
     found = json_field(f"it is {json.dumps({'answer': value})} I think")
