@@ -148,9 +148,14 @@ class Journal:
             self._take(dict(event))
 
     def close(self) -> None:
-        with self._lock, contextlib.suppress(OSError):
-            self._sync()
-        os.close(self._file)
+        """Bring all to the disk; nothing if it is closed."""
+        with self._lock:
+            if self._file < 0:
+                return
+            with contextlib.suppress(OSError):
+                self._sync()
+            os.close(self._file)
+            self._file = -1
 
     def __enter__(self) -> Self:
         return self

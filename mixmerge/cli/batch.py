@@ -161,7 +161,7 @@ def show_plan(plan: JobPlan) -> None:
         print(f"{plan.answered:,} of these answers are there from a run before")
     if plan.bad:
         print(f"{plan.bad:,} lines are no requests: each gets an error record")
-    naive = f"{plan.naive_loads:,} loads, about {plan.naive_load_seconds:,.0f} s of them"
+    naive = f"{plan.naive_loads:,} loads, about {plan.naive_load_seconds:,.3g} s"
     print(f"{plan.loads:,} loads; answering one request after the other: {naive}")
 
 

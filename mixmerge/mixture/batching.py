@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -60,9 +61,9 @@ class JobPlan:
     Args:
         placements: what each device does.
         requests: of the input; ``bad`` of them are no requests.
+        calls: generations of the first stage; later ones depend on what is said in it.
         answered: calls that a run before has answered already.
-        naive_loads: loads if requests were answered one by one.
-        stages: whether later stages may follow, which depend on what is said.
+        naive_loads, naive_load_seconds: if requests were answered one by one, with one unit in memory.
     """
 
     placements: tuple[Placement, ...]
@@ -113,9 +114,12 @@ class Batched:
 
 
 def plan(mixture: Mixture, files: Files, conditions: Conditions) -> JobPlan:
-    """What ``run`` would do: nothing is loaded, and nothing is written beside the output but decisions."""
+    """What ``run`` would do: nothing is loaded or written; what a run before has answered counts."""
     setup, source = setup_of(mixture), _input(files, mixture)
-    with Job(source, setup, files.work, conditions) as job:
+    with (
+        tempfile.TemporaryDirectory(prefix="mixmerge-") as folder,
+        Job(source, setup, files.work if files.work.exists() else Path(folder), conditions) as job,
+    ):
         job.decide()
         stage = job.next_stage()
         placements = [] if stage is None else job.placements(stage)
