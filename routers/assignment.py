@@ -78,7 +78,8 @@ def solve(
     whose experts' names come first. Without limits every category simply gets its best expert. With them 64 categories
     and 30 experts take about a second, and 100 experts ten.
 
-    Source: Composition of Experts (arXiv 2412.01868), the second of its two steps; the limit of cost is ours.
+    Source: Jain et al. (2024), Composition of Experts, arXiv 2412.01868, the second of its two steps; the limit of cost
+    is ours.
 
     Args:
         budget: billions of parameters of the distinct experts kept, 0 or more.

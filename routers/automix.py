@@ -1,8 +1,9 @@
 """AutoMix: a small expert verifies its own answer, and a rule fitted on few outcomes says when to ask a large one.
 
 Q queries, B = ``bins`` + 1 bins of the verification score: the score nearest to 0, 1/bins, ..., 1.
-Source: AutoMix (arXiv 2310.12963, NeurIPS 2024) and its released code, github.com/automix-llm/automix,
-``automix_methods.py`` and ``main.py`` (defaults, the order of the rules, the cost of a query).
+Source: Aggarwal, Madaan et al., AutoMix (arXiv 2310.12963, NeurIPS 2024) and its released code,
+github.com/automix-llm/automix, ``automix_methods.py`` and ``main.py`` (defaults, the order of the rules, the cost of a
+query).
 """
 
 from __future__ import annotations

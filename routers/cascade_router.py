@@ -60,8 +60,8 @@ class CascadeRouter(Router):
     Before anything ran no answer has a confidence, so the scores are those of the experts, not of the cascade;
     ``cascade()`` is what a runner asks after every answer, and ``calibrate`` fits its thresholds on confidences.
 
-    Source: confidence escalation as in FrugalGPT (arXiv 2305.05176, section 3) and vLLM Semantic Router's looper;
-    taking the order from cost and leaving out dominated experts is ours.
+    Source: confidence escalation as in FrugalGPT (Chen, Zaharia and Zou, 2023, arXiv 2305.05176, its strategy 3, LLM
+    cascade) and vLLM Semantic Router's looper; taking the order from cost and leaving out dominated experts is ours.
     """
 
     kind = "cascade"

@@ -75,10 +75,10 @@ class CategoriesRouter(Router):
     prefers it for its score. A policy that trades score for cost may still: ``prune`` forgets such experts for good.
     Without a limit every expert is kept.
 
-    Source: Composition of Experts (arXiv 2412.01868): category router and category -> expert map under a budget of
-    parameters; the fallback under uncertainty as in Samba-CoE v0.3, of which no rule is published.
-    Deviations: expected scores of all experts instead of one name (``lookup`` gives the paper's choice), shrunk means,
-    clusters where there are no labels, a limit of mean cost.
+    Source: Jain et al. (2024), Composition of Experts, arXiv 2412.01868: category router and category -> expert map
+    under a budget of parameters, and a fallback under uncertainty, as also in Samba-CoE v0.3. Deviations: the rule for
+    when a query is unsure (the published one was not at hand), expected scores of all experts instead of one name
+    (``lookup`` gives the paper's choice), shrunk means, clusters where there are no labels, a limit of mean cost.
     """
 
     kind = "categories"

@@ -123,8 +123,8 @@ def _logistic(
 def _temperature(logits: Floats, label: Indices) -> float:
     """That of the lowest log loss; 1 without rows.
 
-    Labels count as Platt's targets (1999, section 2.2), ``(n + 1) / (n + 2)`` of n rows of a category and the rest for
-    the others: n rows without an error do not prove that there is none.
+    Labels count as Platt's targets (1999, Probabilistic outputs for support vector machines), ``(n + 1) / (n + 2)`` of
+    n rows of a category and the rest for the others: n rows without an error do not prove that there is none.
     """
     from scipy.optimize import minimize_scalar
 

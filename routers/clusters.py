@@ -15,7 +15,7 @@ from mixmerge.routers.features import unit
 from mixmerge.routers.search import on_grid
 from mixmerge.routers.shrinkage import grouped, shrink
 
-RANK_OFFSET = 0.1  # an expert of rank r in a cluster gets 1 / (r + RANK_OFFSET)
+RANK_OFFSET = 0.1  # an expert that r others beat in a cluster gets 1 / (r + RANK_OFFSET)
 _ROWS = 10  # queries a cluster has on average, at least
 _SMALL = 100  # characters of the query that stands for a cluster
 Indices = NDArray[np.int64]
@@ -30,8 +30,9 @@ class ClusterOptions(Options):
         beta: how much more the nearer ones do: in proportion to exp(-beta * cosine distance).
         worth: queries that an expert's mean counts for in a cluster, 0 or more; by default estimated from how far
             the clusters' means lie apart.
-        fuse: ``mean``: expected scores; ``rank``: an expert counts for 1 / (its rank in the cluster + 0.1). A sum of
-            those is no expected score: it is for choosing the best, or the best few.
+        fuse: ``mean``: expected scores; ``rank``: an expert counts for 1 / (r + 0.1), where r others beat it in the
+            cluster: 10 for the best, 0.91 for the next. A sum of those is no expected score: it is for choosing the
+            best, or the best few.
         alpha: share of the score, against cheapness, both scaled to [0, 1] over the experts of a cluster; scores
             alone and as they are if not given. The sum is no expected score either.
     """
@@ -47,10 +48,11 @@ class ClusterOptions(Options):
 class ClusterRouter(Router):
     """Mean score in the clusters nearest to a query, each shrunk to the expert's mean.
 
-    Source: Zhang et al. (2025), The Avengers, arXiv 2505.19797, section 3; for ``alpha`` its sequel Avengers-Pro.
-    Defaults are theirs but for ``fuse``: they fuse ranks, which scores no better and says less. Deviations: means are
-    shrunk, as a cluster may hold a few queries; training queries count for the nearest centre by cosine, as queries
-    do later; an expert's cost is its mean cost, not that of the cluster; none is dropped from the pool.
+    Source: Zhang et al. (2025), The Avengers, arXiv 2505.19797, and its released code; for ``alpha`` its sequel
+    Avengers-Pro, Beyond GPT-5, arXiv 2508.12631. Defaults are those of its configurations but for ``fuse``: there ranks
+    are fused, which scores no better and says less. Deviations: means are shrunk, as a cluster may hold a few queries;
+    equal means share a rank; training queries count for the nearest centre by cosine, as queries do later; an expert's
+    cost is its mean cost, not that of the cluster; none is dropped from the pool.
     """
 
     kind = "avengers"
@@ -148,8 +150,8 @@ class ClusterRouter(Router):
             mean = alpha * _scaled(mean) + (1 - alpha) * _scaled(-known["cost"][None, :])
             std = alpha * std / np.where(scale > 0, scale, 1.0)
         if self.options.fuse == "rank":
-            rank = 1 + (mean[:, None, :] > mean[:, :, None]).sum(axis=2)  # experts that are better
-            mean = 1 / (rank + RANK_OFFSET)
+            better = (mean[:, None, :] > mean[:, :, None]).sum(axis=2)  # how many experts are
+            mean = 1 / (better + RANK_OFFSET)
         return mean, std
 
 

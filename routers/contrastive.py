@@ -128,12 +128,13 @@ class ContrastiveRouter(Router):
     A cosine is no score: less the mean over the experts it goes through lines through their means (``strengths``),
     fitted on texts held out.
 
-    Source: Chen et al., "RouterDC: Query-Based Router by Dual Contrastive Learning", 2024, its two losses; 500
-    steps and 3 clusters as in LLMRouter. Deviations: on embeddings, a linear projection is trained instead of an
-    encoder, at a higher rate; with ``encoder`` the mean of the hidden states is used (released: the first token).
-    A bad expert is one that scored less than the good one (released: at most 0.5), ties are kept together, a
-    query is not its own friend, k-means runs on the embeddings themselves (published: on their t-SNE), the best
-    pass is chosen on held-out texts (released: on the test set).
+    Source: Chen et al. (2024), RouterDC: Query-Based Router by Dual Contrastive Learning for Assembling Large Language
+    Models, arXiv 2409.19886, its two losses, and its released code; 500 steps (released: 1000) and 3 clusters as in
+    LLMRouter. Deviations: on embeddings, a linear projection is trained instead of an encoder, at a higher rate; with
+    ``encoder`` the mean of the hidden states is used (released: the first token). A bad expert is one that scored
+    less than the good one (released: at most 0.5), ties are kept together, a query is not its own friend, k-means
+    runs on the embeddings themselves (published: on their t-SNE), the best pass is chosen on held-out texts
+    (released: on the test set).
     """
 
     kind = "routerdc"

@@ -16,7 +16,8 @@ _GOLDEN = 0x9E3779B97F4A7C15
 def mix(keys: Keys) -> Keys:
     """Keys scrambled one by one, each to another: the finaliser of SplitMix64.
 
-    Source: Steele, Lea and Flood (2014), Fast splittable pseudorandom number generators, section 5.
+    Source: Steele, Lea and Flood (2014), Fast splittable pseudorandom number generators; the constants are those of
+    Stafford's Mix13.
     """
     mixed = keys + np.uint64(_GOLDEN)
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -57,8 +57,9 @@ class FactorsRouter(Router):
     become scores by lines through the experts' means (``strengths``) on texts held out. At scoring all of it is one
     matrix for each member.
 
-    Source: Ong et al., "RouteLLM: Learning to Route LLMs with Preference Data", 2024, its matrix factorization
-    router, with the published dimension, optimizer, batch and noise. Deviations: any number of experts, and ties
+    Source: Ong et al. (2024), RouteLLM: Learning to Route LLMs with Preference Data, arXiv 2406.18665, section 4.2, its
+    matrix factorization router, with the published optimizer and batch, and the dimension, the noise and the
+    projection without a bias of the released code (the paper's has one). Deviations: any number of experts, and ties
     count one half (released: they are dropped); a batch is of queries with all their pairs, not of pairs;
     training stops on held-out texts; there is no noise outside training (the released script adds it to
     validation too); an ensemble of ``members``.

@@ -179,8 +179,9 @@ class CausalRouter(FineTunedRouter):
     tokens' rows are trained, so where it is tied the input embedding stays as it was; logits are read before any cap
     or scale that a model puts on them. LoRA weights are merged into the model before it is kept.
 
-    Source: Ong et al., "RouteLLM", 2024, its causal LLM classifier. Deviation: there label tokens are
-    bins of one expert's quality; here each expert has one, and is trained on its score.
+    Source: Ong et al. (2024), RouteLLM, arXiv 2406.18665, section 4.2, its causal LLM classifier. Deviation: there the
+    label tokens say which of two experts wins (released: one expert's quality, 1 to 5); here each expert has one,
+    and is trained on its score.
     """
 
     kind = "causal"

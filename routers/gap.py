@@ -63,7 +63,8 @@ class GapRouter(Router):
     makes the expected gap of it; half of how it differs from the mean gap is added to the strong expert's mean and
     half taken from the weak one's. Further experts keep their means.
 
-    Source: Ding et al., "Hybrid LLM: Cost-Efficient and Quality-Aware Query Routing", 2024, its three routers.
+    Source: Ding et al. (2024), Hybrid LLM: Cost-Efficient and Quality-Aware Query Routing, arXiv 2404.14618, its three
+    routers.
     Deviations: networks on embeddings (published: a fine-tuned encoder); one outcome of each expert stands for
     the distribution of its answers' quality, with ``tau`` for the spread (0.1, as in LLMRouter); scores, not a
     threshold on the chance: the policies set that.

@@ -53,8 +53,9 @@ def asked_skills(
 ) -> list[tuple[str, ...]]:
     """Skills that a language model names for each text, those it names most often first.
 
-    Source: Chen et al., Symbolic Mixture-of-Experts (arXiv 2503.05641), section 3.2, and its released
-    ``annotate_keywords.py``; the prompt is ours, and draws are keyed by the text, not by its place.
+    Source: Chen et al. (2025), Symbolic Mixture-of-Experts, arXiv 2503.05641, and its released
+    ``annotate_keywords.py``, whose defaults these are; the prompt is ours, and draws are keyed by the text, not by
+    its place.
 
     Args:
         texts: Q queries; of each the first 8,000 characters are shown.

@@ -87,8 +87,8 @@ def ridge(embedding: Embedding, score: Floats, frame: Frame, *, alpha: float | N
         frame: of these queries, or of those the other experts were fitted on.
         alpha: one penalty for all, above 0.
 
-    Source: Hoerl and Kennard, "Ridge Regression", 1970; leave-one-out: Allen, "The relationship between variable
-    selection and data augmentation and a method for prediction", 1974.
+    Source: Hoerl and Kennard (1970), Ridge regression: biased estimation for nonorthogonal problems; leave-one-out:
+    Allen (1974), The relationship between variable selection and data augmentation and a method for prediction.
     """
     size, experts = embedding.shape[1], score.shape[1]
     wide, flat = np.empty((3, size, experts)), np.empty((4, experts))

@@ -77,8 +77,8 @@ def logistic(
 def left_out(design: Floats, label: Floats, fitted: Fitted) -> Floats:
     """``(N,)`` log-odds of every row, had it been left out: one Newton step from the fit with all rows.
 
-    Source: Rahnama Rad and Maleki, "A scalable estimate of the out-of-sample prediction error via approximate
-    leave-one-out cross-validation", 2020.
+    Source: Rahnama Rad and Maleki (2020), A scalable estimate of the out-of-sample prediction error via approximate
+    leave-one-out cross-validation, arXiv 1801.10243.
     """
     value = design @ fitted.weights
     chance = sigmoid(value)

@@ -36,9 +36,10 @@ class PilotOptions(Options):
 class PilotRouter(Router):
     """Mean cosine to an expert's pilots, which are the centroids of the queries of a label that it is best at.
 
-    Source: Lee et al. (2024), RouterRetriever, arXiv 2409.02685, section 3. Nothing is trained. Deviations: the cosine
-    becomes an expected score by a line for each expert, its slope shrunk (published: the highest cosine wins); a tie
-    for the best counts in part for each, and pilots count by their queries. With ties in most rows, as in tables of
+    Source: Lee et al. (2024), RouterRetriever, arXiv 2409.02685, section 3 and algorithm 1. Nothing is trained.
+    Deviations: the mean cosine becomes an expected score by a line for each expert, its slope shrunk (published: the
+    highest mean wins); a tie for the best counts in part for each (published: for one), and pilots count by their
+    queries. With ties in most rows, as in tables of
     right and wrong, all experts have a pilot of every label, and counted the same these would all but agree.
 
     Adding an expert takes its outcomes on queries the router was fitted on: where it ties with or beats the best

@@ -1,9 +1,10 @@
 """Which experts to keep in a pool, from a few labelled examples. K shots, E experts, n experts kept.
 
-Source: "Leveraging Open Knowledge for Advancing Task Expertise in LLMs" (arXiv 2408.15915) chooses experts by how well
-they do on the K shots, how likely they find the shots' rationales (right answers by guessing are not knowledge), and
-how much the chosen ones differ. How these are put on one scale and weighed is not copied from it: the formulae here
-are ours.
+Source: Yang et al., "Leveraging Open Knowledge for Advancing Task Expertise in Large Language Models" (2024, arXiv
+2408.15915), section 3.2 and algorithm 1: experts are chosen by how well they do on the K shots, how likely they find
+the shots' rationales (right answers by guessing are not knowledge), and how little the weights of the chosen ones are
+alike. Deviations: there ranks are added up, and only the best experts by the first two are compared in groups; how the
+terms are put on one scale and weighed here is ours, and so is the overlap of errors.
 """
 
 from __future__ import annotations

@@ -84,7 +84,7 @@ def tally(mentions: Mentions, score: Floats, right: Floats, *, skills: int) -> T
 def signed_counts(done: Tally) -> Floats:
     """``(K, E)``: +1 for each right answer and -1 for each wrong one, added up.
 
-    Source: Chen et al., Symbolic Mixture-of-Experts (arXiv 2503.05641), section 3.2; ``create_profile.py``.
+    Source: Chen et al. (2025), Symbolic Mixture-of-Experts, arXiv 2503.05641; its released ``create_profile.py``.
     """
     return 2 * done.right - done.count
 
@@ -106,7 +106,7 @@ def shrunk_shares(done: Tally, right: Floats, known: NDArray[np.bool_]) -> Float
 def suitability(mentions: Mentions, statistic: Floats) -> Floats:
     """``(Q, E)``: an expert's statistics at the skills of a query, added up.
 
-    Source: as above, section 3.3. A skill the expert has no outcome on adds nothing.
+    Source: as of ``signed_counts``; ``recruit_agents.py``. A skill the expert has no outcome on adds nothing.
     """
     return mentions.sum(mentions.take(statistic))
 
@@ -117,7 +117,7 @@ def competency(statistic: Floats, temperature: float = 0.5) -> Floats:
     Its statistics are added up, raised by one less the smallest if any is negative, taken to the power
     ``1 / temperature`` and divided by their sum. Without any skill, all are worth the same.
 
-    Source: as above, section 3.3; ``recruit_agents.py``, where the temperature is 0.5.
+    Source: as of ``signed_counts``; ``recruit_agents.py``, where the temperature is 0.5.
 
     Args:
         statistic: ``(K, E)``.
@@ -137,7 +137,7 @@ def chances(suited: Floats, competent: Floats, mentioned: NDArray[np.bool_]) -> 
     Suitability times competency of the experts whose suitability is above 0. If it is so for none, suitability is
     raised by one less its smallest. A query without skills draws from all alike.
 
-    Source: as above, section 3.3; ``recruit_agents.py``.
+    Source: as of ``signed_counts``; ``recruit_agents.py``.
 
     Args:
         suited: ``(Q, E)``.

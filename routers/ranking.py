@@ -49,7 +49,8 @@ class RankingRouter(Router):
     queries left out one by one, and shrunk.
 
     Source: Ong et al. (2024), RouteLLM, arXiv 2406.18665, section 4.2 (``sw_ranking``, there for the two sides of a
-    pair). Deviations: experts are not gathered in tiers; scores stand for votes; the prior; expected scores are given
+    pair); the largest cosine is the query's, as in the released code (the paper: each stored query's with the others).
+    Deviations: experts are not gathered in tiers; scores stand for votes; the prior; expected scores are given
     instead of the chance to win. A query takes time in proportion to N E²: this is for tables of thousands of rows.
     """
 

@@ -87,8 +87,8 @@ class SkillRouter(Router):
     skills, each shrunk by how often it was seen. A query without skills, or with none near the vocabulary, gets the
     experts' means, and weights that are all alike.
 
-    Source: Chen et al., Symbolic Mixture-of-Experts: Adaptive Skill-based Routing for Heterogeneous Reasoning
-    (arXiv 2503.05641), sections 3.2 and 3.3, and the released code. Deviations: scores that are expected ones;
+    Source: Chen et al. (2025), Symbolic Mixture-of-Experts: Adaptive Skill-based Routing for Heterogeneous Reasoning,
+    arXiv 2503.05641, and the released code. Deviations: scores that are expected ones;
     statistics that are shrunk, a floor of similarity, and embeddings of characters (all of them options; with
     ``profile="counts", floor=0`` and ``features=SentenceFeatures()`` the weights are the released ones). Drawing
     experts by the weights and trimming rare ones are policies.

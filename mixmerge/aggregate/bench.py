@@ -1,6 +1,6 @@
 """Which expert is best at making one answer of several: measured apart from who is best at answering.
 
-Source: Chen et al., Symbolic Mixture-of-Experts (arXiv 2503.05641), section 3.4, and its released ``bench_aggr.py``.
+Source: Chen et al. (2025), Symbolic Mixture-of-Experts, arXiv 2503.05641, and its released ``bench_aggr.py``.
 Deviations: the prompt is ours, that of the compositions that aggregate; draws are keyed by the question; a question
 without a right or a wrong answer is left out, where the released code puts empty answers (``missing="empty"``); the
 best expert is told, not read off file names.

@@ -52,8 +52,9 @@ def calibrate_budget(
     of these is taken. As the order is fixed beforehand and the first that fails ends it, the bound holds for the
     one taken with the confidence of a single test.
 
-    Source: fixed-sequence testing as in Learn then Test (Angelopoulos et al., arXiv 2110.01052), section 4;
-    ``bernstein``: Maurer and Pontil, Empirical Bernstein Bounds (COLT 2009, arXiv 0907.3740), theorem 4.
+    Source: fixed-sequence testing as in Learn then Test (Angelopoulos et al., 2021, arXiv 2110.01052); ``bernstein``:
+    Maurer and Pontil, Empirical Bernstein Bounds and Sample Variance Penalization (COLT 2009, arXiv 0907.3740),
+    theorem 4.
 
     Args:
         scores: of the calibration queries, with expected costs of all experts.

@@ -68,8 +68,9 @@ def calibrate_threshold(
 ) -> Calibrated:
     """The threshold of expected gain for which the strong expert answers a share of the queries.
 
-    Source: RouteLLM (arXiv 2406.18665), sections 3 and 5.1: the threshold is a quantile of the router's own
-    scores; CPT(x) is the share of strong calls that recovers x of the gap. Deviations: gains instead of
+    Source: Ong et al. (2024), RouteLLM, arXiv 2406.18665, section 3.2: a threshold for each share of strong calls, and
+    CPT(x), the least share that recovers x of the gap; that the threshold is a quantile of the router's scores is
+    of its released ``calibrate_threshold``. Deviations: gains instead of
     win probabilities, your own outcomes instead of precomputed ones, and of tied gains all or none, so the share
     is at most the wanted one.
 

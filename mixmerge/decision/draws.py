@@ -44,7 +44,8 @@ def likelihoods(score: Floats, temperature: float) -> Floats:
     Experts that score 0 or less have none. Where no expert scores more than 0, all are moved up until the worst
     has 1.
 
-    Source: Symbolic-MoE (arXiv 2503.05641), recruitment of experts as in its released code, with temperature 0.5.
+    Source: Symbolic-MoE (Chen et al., 2025, arXiv 2503.05641), recruitment of experts as in its released code, with
+    temperature 0.5.
     There the power is taken of the global one of two factors, here of the whole score.
 
     Args:
@@ -93,8 +94,8 @@ def trim(
     For each task: an expert with less than ``share`` of the draws is removed, and each draw of it becomes a draw
     among the others in proportion to how often they were drawn. If all have less, none is removed.
 
-    Source: Symbolic-MoE (arXiv 2503.05641), recruitment of experts, with a share of 0.05; its released code defines
-    this and never calls it.
+    Source: Symbolic-MoE (Chen et al., 2025, arXiv 2503.05641), recruitment of experts, with a share of 0.05; its
+    released code defines this and never calls it.
 
     Args:
         picks: ``(Q, K)`` places.

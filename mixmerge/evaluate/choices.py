@@ -146,8 +146,10 @@ def degeneracy(mean: Floats, std: Floats, score: Floats, choice: Choice) -> Dege
 class Optimality:
     """Beside the query oracle, which takes the cheapest of the best.
 
-    Source: the optimality scores of RouterArena, arXiv:2510.00202, by their idea: its exact formulas were not at
-    hand. Queries that no expert solves (best score 0 or less) count in none of them.
+    Source: the optimal selection, cost and accuracy scores of RouterArena (arXiv 2510.00202), as its leaderboard
+    defines them. Queries that no expert solves (best score 0 or less) count in none of them. Deviations: scores need
+    not be right or wrong; dollars are summed before they are divided, and only where the choice was a best one
+    (there: the mean of the queries' ratios, wherever some expert is right).
 
     Args:
         selection: part of the queries where a best expert was chosen, and with known costs the cheapest of them.

@@ -1,7 +1,7 @@
 """Quality against cost: the curve of a router, its hull, and the area under it. Q queries, E experts, P points.
 
-Source: RouterBench, arXiv:2403.12031, section 3: willingness to pay, non-decreasing convex hull, AIQ, zero router.
-AIQ follows the definition there, not the released code, which divides by the largest cost.
+Source: Hu et al. (2024), RouterBench, arXiv 2403.12031: AIQ (section 3), non-decreasing convex hull, zero router and
+willingness to pay. AIQ follows the definition there, not the released code, which divides by the largest cost.
 """
 
 from __future__ import annotations

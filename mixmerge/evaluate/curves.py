@@ -3,7 +3,8 @@
 Q queries, T thresholds, P points of a curve, R routers, B resamples. A router prefers the strong expert the more, the
 larger its ``preference`` for it; any scale will do.
 
-Source: RouteLLM, arXiv:2406.18665, section 3.2.
+Source: Ong et al. (2024), RouteLLM, arXiv 2406.18665, section 3.2. APGR is an integral, taken there as a mean over ten
+shares; here it is taken by trapezoids, as in the released code.
 """
 
 from __future__ import annotations

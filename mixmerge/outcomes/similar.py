@@ -107,7 +107,7 @@ class Vectors:
     Args:
         exact: ``(N, F)`` sparse rows of length 1: (1 + log count) * (1 + log((1 + N) / (1 + texts that have it))).
         sketch: ``(N, S)`` float32 rows of length 1: each feature added to one dimension, with a sign; both from its
-            hash. Charikar, Chen and Farach-Colton, Finding Frequent Items in Data Streams, section 3.
+            hash: the count sketch of Charikar, Chen and Farach-Colton (2002), Finding frequent items in data streams.
     """
 
     exact: Any

@@ -5,7 +5,7 @@ and ``<expert>|total_cost`` in dollars; ``<expert>|model_response`` is passed ov
 ``oracle_model_to_route_to``, which follows from the scores. The published tables are pickles, which are not read:
 reading one runs the code in it.
 A prompt that is written as a list of texts, ``['...']``, is these texts with an empty line between.
-Source: arXiv 2403.12031; withmartian/routerbench.
+Source: RouterBench (Hu et al., 2024, arXiv 2403.12031); withmartian/routerbench.
 """
 
 from __future__ import annotations
