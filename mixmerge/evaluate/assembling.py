@@ -17,6 +17,7 @@ from mixmerge.evaluate.records import CostFigures, PairReport, RoutingReport
 from mixmerge.evaluate.scored import Chooser, Scored, table_queries
 from mixmerge.evaluate.tradeoffs import Tradeoffs, tradeoffs
 from mixmerge.outcomes.table import OutcomeTable
+from mixmerge.routers.costs import CostEstimate
 
 Floats = NDArray[np.float64]
 FEW = 30  # queries; below, percentile intervals are clearly too narrow
@@ -26,6 +27,7 @@ def assembled(
     scored: Sequence[Scored],
     table: OutcomeTable,
     *,
+    estimate: CostEstimate,
     policy: Chooser,
     notes: Sequence[str],
     against: tuple[str, ...],
@@ -37,7 +39,9 @@ def assembled(
     draws: int,
 ) -> RoutingReport:
     """Measure scores that fit the table, every query of which has a known score."""
-    ground = Ground.of(table, table_queries(table), seed=seed, resamples=resamples, level=level)
+    ground = Ground.of(
+        table, table_queries(table), estimate.expected, seed=seed, resamples=resamples, level=level
+    )
     tasks = table.column(task)
     singles, best = _singles(scored, table)
     traded = tradeoffs(ground, {one.name: one.scores for one in scored}, best)
@@ -56,8 +60,13 @@ def assembled(
         singles=traded.singles,
         zero=traded.zero,
         cost_range=traded.cost_range,
+        estimated=estimate.experts,
         pair=_pair(scored, ground, strong, singles, draws),
-        notes=(*notes, *_notes(scored, ground, traded, task if tasks is None else None, draws)),
+        notes=(
+            *notes,
+            *_cost_notes(scored, ground, traded, estimate),
+            *_notes(scored, ground, task if tasks is None else None, draws),
+        ),
         warnings=_few(table),
         seed=seed,
         resamples=resamples,
@@ -162,9 +171,21 @@ def _pair(
     return pair_report(ground, both, strong=strong, draws=draws)
 
 
-def _notes(
-    scored: Sequence[Scored], ground: Ground, traded: Tradeoffs, no_tasks: str | None, draws: int
+def _cost_notes(
+    scored: Sequence[Scored], ground: Ground, traded: Tradeoffs, estimate: CostEstimate
 ) -> list[str]:
+    if ground.cost is None:
+        return ["No costs are known: no curves of cost. Prices of the experts are enough for estimates."]
+    notes = []
+    if estimate.experts:
+        notes.append(f"Costs of {', '.join(estimate.experts)} are estimated, {estimate.rule}.")
+    without = [one.name for one in scored if one.name not in traded.figures]
+    if without:
+        notes.append(f"No curve of cost for {', '.join(without)}: no costs are expected of its experts.")
+    return notes
+
+
+def _notes(scored: Sequence[Scored], ground: Ground, no_tasks: str | None, draws: int) -> list[str]:
     notes = [f"{RANDOM!r} is the mean of {draws} draws; intervals are over queries."]
     unknown = [one.name for one in scored if one.best is None]
     if unknown:
@@ -179,12 +200,6 @@ def _notes(
         notes.append(
             f"{missing:,} scores ({share:.1%}) are not known: choices without one are left out of means and counted."
         )
-    if ground.cost is None:
-        notes.append("No costs are known: no curves of cost.")
-    else:
-        without = [one.name for one in scored if one.name not in traded.figures]
-        if without:
-            notes.append(f"No curve of cost for {', '.join(without)}: no costs are expected of its experts.")
     repeated = len(ground.groups) - len(np.unique(ground.groups))
     if repeated:
         notes.append(

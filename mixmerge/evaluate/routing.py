@@ -26,6 +26,7 @@ from mixmerge.evaluate.records import RoutingReport
 from mixmerge.evaluate.scored import Chooser, Scored, cross_validated, remembered_best, table_queries
 from mixmerge.outcomes.table import OutcomeTable
 from mixmerge.routers.base import Router
+from mixmerge.routers.costs import estimate_costs
 
 __all__ = [
     "Chooser",
@@ -56,6 +57,7 @@ def evaluate_routers(
     resamples: int = RESAMPLES,
     level: float = LEVEL,
     draws: int = DRAWS,
+    output_tokens: float | None = None,
     allow_trained: bool = False,
 ) -> RoutingReport:
     """Compare fitted routers on outcomes that they were not fitted on.
@@ -78,6 +80,8 @@ def evaluate_routers(
         resamples: 100 or more.
         level: of the intervals, above 0 and below 1.
         draws: of the random choice, 2 or more.
+        output_tokens: of an answer, 0 or more, for experts that have a price and no known costs: theirs are estimated,
+            and the report says so. ``mixmerge.routers.costs.ANSWER_TOKENS`` by default.
         allow_trained: evaluate on queries that were fitted on too, with a loud warning in the report.
 
     Raises:
@@ -110,6 +114,7 @@ def evaluate_routers(
         resamples=resamples,
         level=level,
         draws=draws,
+        output_tokens=output_tokens,
         allow_trained=allow_trained,
     )
 
@@ -126,10 +131,11 @@ def evaluate_scores(
     resamples: int = RESAMPLES,
     level: float = LEVEL,
     draws: int = DRAWS,
+    output_tokens: float | None = None,
     allow_trained: bool = False,
 ) -> RoutingReport:
     """The same for scores that were made before, such as those of ``cross_validated``. Arguments as there."""
-    faults = [*_out_of_range(resamples, level, draws), *_misfits(scored, table, strong)]
+    faults = [*_out_of_range(resamples, level, draws, output_tokens), *_misfits(scored, table, strong)]
     if not allow_trained:
         faults += [fault for one in scored if (fault := _leak(one, table)) is not None]
     if faults:
@@ -142,9 +148,12 @@ def evaluate_scores(
         raise MixmergeError(Fault("outcomes", "no query has a score", "At least one row with a score"))
     kept = [_rows(one, heard) for one in scored]
     notes = _left_out(table, heard, known)
+    measured = table.rows(heard).only(known)
+    estimate = estimate_costs(measured, output_tokens=output_tokens)
     return assembled(
         kept,
-        table.rows(heard).only(known),
+        replace(measured, cost=estimate.cost) if estimate.experts else measured,
+        estimate=estimate,
         policy=policy or Policy(),
         notes=notes,
         against=tuple(against),
@@ -207,11 +216,13 @@ def _may_look(router: Router) -> bool:
     return router.kind in registry.table("router") and bool(registry.find("router", router.kind).reference)
 
 
-def _out_of_range(resamples: int, level: float, draws: int) -> list[Fault]:
+def _out_of_range(resamples: int, level: float, draws: int, output_tokens: float | None) -> list[Fault]:
+    answer = 0.0 if output_tokens is None else output_tokens
     wrong = [
         ("resamples", resamples, resamples >= 100, "100 or more"),
         ("level", level, 0 < level < 1, "Above 0 and below 1"),
         ("draws", draws, draws >= 2, "2 or more"),
+        ("output_tokens", answer, 0 <= answer < float("inf"), "0 or more"),
     ]
     return [Fault(name, f"is {value}", allowed) for name, value, right, allowed in wrong if not right]
 

@@ -395,4 +395,6 @@ def test_without_costs_and_tasks() -> None:
     assert any("no column 'task'" in note for note in report.notes)
     assert "AIQ" not in _text(report)
     priced = replace(plain, prices={"a": Price(1.0, 1.0)})
-    assert evaluate_scores([scored([0] * 5)], priced, resamples=200).row("mine").cost is None
+    report = evaluate_scores([scored([1] * 5)], priced, resamples=200)
+    assert report.row("mine").cost is None  # b has no price, so its costs cannot even be estimated
+    assert report.estimated == ("a",)

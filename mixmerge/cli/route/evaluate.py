@@ -17,6 +17,7 @@ from mixmerge.cli.route.options import (
     Fallback,
     Json,
     Kind,
+    OutputTokens,
     Overwrite,
     Pay,
     PolicyText,
@@ -59,6 +60,7 @@ def evaluate(
         bool, typer.Option("--perturb", help="Count the choices that small rewordings leave as they are.")
     ] = False,
     prices: Prices = None,
+    output_tokens: OutputTokens = None,
     kind: Kind = None,
     seed: Seed = 0,
     overwrite: Overwrite = False,
@@ -95,6 +97,7 @@ def evaluate(
         policy=chosen,
         perturbations=_rewordings(seed) if perturb else None,
         seed=seed,
+        output_tokens=output_tokens,
         allow_trained=allow_trained,
     )
     if not quiet:
