@@ -21,7 +21,7 @@ from mixmerge.cli.route.options import (
     Quiet,
     TopK,
 )
-from mixmerge.cli.route.parsing import check_free, policy_from, queries_from, saved_policy
+from mixmerge.cli.route.parsing import check_free, is_mixture, policy_from, queries_from, saved_policy
 from mixmerge.cli.show import emit_json, table
 
 if TYPE_CHECKING:
@@ -37,7 +37,9 @@ def ask(
     router: Annotated[
         Path,
         typer.Argument(
-            metavar="ROUTER", help="A fitted router's folder, or a mixture YAML.", show_default=False
+            metavar="ROUTER",
+            help="A fitted router's or mixture's folder, or a mixture YAML.",
+            show_default=False,
         ),
     ],
     prompt: Annotated[
@@ -108,7 +110,9 @@ def ask(
 
 def _router_of(path: Path) -> tuple[Router, Policy | None]:
     """The router, and the policy it is used with if nothing else is said."""
-    if path.suffix.lower() in (".yaml", ".yml"):
+    from mixmerge.mixture.saving import is_fitted
+
+    if is_mixture(path) or is_fitted(path):
         from mixmerge.mixture import Mixture
 
         mixture = Mixture.load(path)

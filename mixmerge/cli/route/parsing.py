@@ -194,6 +194,11 @@ def unseen_rows(
     return clean
 
 
+def is_mixture(path: Path) -> bool:
+    """Whether a mixture is meant, and no table of outcomes or router, by the end of the name."""
+    return path.suffix.lower() in (".yaml", ".yml")
+
+
 def check_free(path: Path, *, overwrite: bool) -> None:
     """Refuse to write where something is, before any work is done.
 
