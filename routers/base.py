@@ -7,8 +7,9 @@ and, where it can, ``extend``; everything else is here: texts to embeddings, che
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -180,13 +181,33 @@ class Router(ABC):
 
     def score(self, queries: Iterable[str | Query]) -> Scores:
         """Expected score, uncertainty and cost of every expert on every query."""
-        state, asked = self._fitted(), as_queries(queries)
-        parts = [self.predict(state, self._inputs(asked[s : s + BLOCK])) for s in range(0, len(asked), BLOCK)]
+        parts = [scores for _, scores in self.score_blocks(queries)]
         empty = np.empty((0, len(self.experts)))
         mean = np.concatenate([empty, *(part.mean for part in parts)])
         std = np.concatenate([empty, *(part.std for part in parts)])
-        cost = None if self.costs is None else self.costs.expect([query.text for query in asked])
-        return Scores(self.experts, mean, std, cost)
+        costs = [empty, *(part.cost for part in parts if part.cost is not None)]
+        return Scores(self.experts, mean, std, None if self.costs is None else np.concatenate(costs))
+
+    def score_blocks(
+        self, queries: Iterable[str | Query], *, block: int = BLOCK
+    ) -> Iterator[tuple[tuple[Query, ...], Scores]]:
+        """The queries and their scores a block at a time, as they come: no more than a block is held.
+
+        Args:
+            queries: any number, such as a generator.
+            block: queries of each but the last, 1 or more. What a query gets does not depend on it.
+        """
+        if block < 1:
+            raise MixmergeError(Fault("block", f"is {block}", "1 or more"))
+        return self._score_blocks(self._fitted(), iter(queries), block)
+
+    def _score_blocks(
+        self, state: State, queries: Iterator[str | Query], block: int
+    ) -> Iterator[tuple[tuple[Query, ...], Scores]]:
+        while some := as_queries(islice(queries, block)):
+            found = self.predict(state, self._inputs(some))
+            cost = None if self.costs is None else self.costs.expect([query.text for query in some])
+            yield some, Scores(self.experts, found.mean, found.std, cost)
 
     def reasons(self, queries: Iterable[str | Query], *, top: int = 5) -> list[dict[str, Any]]:
         """What the scores of each query rest on."""

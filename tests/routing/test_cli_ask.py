@@ -165,12 +165,15 @@ def test_decisions_are_written_whole(route: Run, fault: Fault, fitted: Path, tmp
 
 
 def test_trimming_counts_all_queries(route: Run, fitted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mixmerge.cli.route.ask._BLOCK", 2)
+    monkeypatch.setattr("mixmerge.cli.route.ask.BLOCK", 2)
     text = "\n".join(f"{CODE} {n}" for n in range(9))
     options = ("-i", "-", "--policy", "sample(trim=0.2)")
-    blocks = route("ask", fitted / "router", *options, stdin=text).stdout
+    result = route("ask", fitted / "router", *options, stdin=text)
+    assert "counts the draws of all queries, so all 9 are held in memory" in result.stderr
+    blocks = result.stdout
     monkeypatch.undo()
-    assert route("ask", fitted / "router", *options, stdin=text).stdout == blocks
+    again = route("ask", fitted / "router", *options, stdin=text)
+    assert (again.stdout, again.stderr) == (blocks, "")
     assert len(blocks.splitlines()) == 9
 
 

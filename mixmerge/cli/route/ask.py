@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json as jsonlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,14 +22,15 @@ from mixmerge.cli.route.options import (
     TopK,
 )
 from mixmerge.cli.route.parsing import check_free, is_mixture, policy_from, queries_from, saved_policy
-from mixmerge.cli.show import emit_json, table
+from mixmerge.cli.show import emit_json, table, warn
 
 if TYPE_CHECKING:
+    from mixmerge.decision.lines import QueryLines
     from mixmerge.decision.policies import Policy
     from mixmerge.decision.records import Decision, Query
     from mixmerge.routers.base import Router
 
-_BLOCK = 10_000  # queries decided at a time, so that decisions do not pile up
+BLOCK = 8_192  # queries decided at a time: decisions are larger than scores
 _OWN = ("rule", "score", "std", "cost", "margin")  # entries of a reason that every policy gives
 
 
@@ -97,6 +98,8 @@ def ask(
         abstain_below=abstain_below,
         saved=own,
     )
+    if chosen.whole and len(asked) > BLOCK and not quiet:
+        warn([f"{chosen} counts the draws of all queries, so all {len(asked):,} are held in memory"])
     decisions = _decided(loaded, chosen, asked, top=top if explain else None)
     if output is not None:
         _write(decisions, output, len(asked), overwrite=overwrite, json=json, quiet=quiet)
@@ -124,14 +127,13 @@ def _router_of(path: Path) -> tuple[Router, Policy | None]:
 
 
 def _decided(
-    router: Router, policy: Policy, queries: Sequence[Query], *, top: int | None
+    router: Router, policy: Policy, queries: tuple[Query, ...] | QueryLines, *, top: int | None
 ) -> Iterator[Decision]:
-    """Decisions in the order of the queries; with ``top``, also what the scores rest on."""
-    block = len(queries) if policy.trim else _BLOCK  # trimming counts the draws of all
-    for start in range(0, len(queries), block):
-        some = queries[start : start + block]
+    """Decisions in the order of the queries, a block at a time; with ``top``, also what the scores rest on."""
+    block = len(queries) if policy.whole else BLOCK
+    for some, scores in router.score_blocks(queries, block=block):
         reasons = None if top is None else router.reasons(some, top=top)
-        yield from policy.decide(router.score(some), some, version=router.version, reasons=reasons)
+        yield from policy.decide(scores, some, version=router.version, reasons=reasons)
 
 
 def _write(
