@@ -7,7 +7,7 @@ and, where it can, ``extend``; everything else is here: texts to embeddings, che
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -27,6 +27,7 @@ from mixmerge.routers.trained import TrainedOn
 Floats = NDArray[np.float64]
 Embedding = NDArray[np.float32]
 BLOCK = 16_384  # queries scored at a time: what a prediction needs stays bounded
+Progress = Callable[[str, int, int], None]  # part, steps done, steps in all
 UNSAVED = "unsaved"  # version of a router that is not what a folder holds
 
 
@@ -163,18 +164,32 @@ class Router(ABC):
 
     # --- what users call
 
-    def fit(self, table: OutcomeTable) -> Self:
+    def fit(self, table: OutcomeTable, *, progress: Progress | None = None) -> Self:
         """Fit on outcomes.
+
+        Args:
+            table: the outcomes.
+            progress: told when the features are fitted, the queries embedded, and the scores learned.
 
         Raises:
             MixmergeError: no query or no expert has a score.
         """
+
+        def tell(done: int) -> None:
+            if progress is not None:
+                progress("fitting", done, 3)
+
         table = _scored(table)
+        tell(0)
         if self.features is not None:
             self.features = self.features.fit(table.queries)
+        tell(1)
         self.experts = table.experts
         self.costs = CostModel.fit(table)
-        self.state = self.learn(self._training(table))
+        training = self._training(table)
+        tell(2)
+        self.state = self.learn(training)
+        tell(3)
         self.trained_on = TrainedOn.of(table)
         self.version = UNSAVED
         return self

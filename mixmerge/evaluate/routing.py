@@ -25,7 +25,7 @@ from mixmerge.evaluate.intervals import LEVEL
 from mixmerge.evaluate.records import RoutingReport
 from mixmerge.evaluate.scored import Chooser, Scored, cross_validated, remembered_best, table_queries
 from mixmerge.outcomes.table import OutcomeTable
-from mixmerge.routers.base import Router
+from mixmerge.routers.base import Progress, Router
 from mixmerge.routers.costs import estimate_costs
 
 __all__ = [
@@ -59,6 +59,7 @@ def evaluate_routers(
     draws: int = DRAWS,
     output_tokens: float | None = None,
     allow_trained: bool = False,
+    progress: Progress | None = None,
 ) -> RoutingReport:
     """Compare fitted routers on outcomes that they were not fitted on.
 
@@ -83,6 +84,7 @@ def evaluate_routers(
         output_tokens: of an answer, 0 or more, for experts that have a price and no known costs: theirs are estimated,
             and the report says so. ``mixmerge.routers.costs.ANSWER_TOKENS`` by default.
         allow_trained: evaluate on queries that were fitted on too, with a loud warning in the report.
+        progress: told of every router and rewording that is scored, and of the measuring behind it.
 
     Raises:
         MixmergeError: a router is not fitted, has an expert the table lacks, or was fitted on evaluated queries;
@@ -98,8 +100,9 @@ def evaluate_routers(
         faults += _shared(table, train)
     if faults:
         raise MixmergeError(faults)
+    steps = _Steps("scoring", len(routers) * (1 + len(perturbations or {})), progress)
     scored = [
-        _scored(name, router, table, policy, train=train, perturbations=perturbations or {})
+        _scored(name, router, table, policy, train=train, perturbations=perturbations or {}, steps=steps)
         for name, router in routers.items()
     ]
     by_length = [name for name, router in routers.items() if router.kind == "length"]
@@ -116,6 +119,7 @@ def evaluate_routers(
         draws=draws,
         output_tokens=output_tokens,
         allow_trained=allow_trained,
+        progress=progress,
     )
 
 
@@ -133,6 +137,7 @@ def evaluate_scores(
     draws: int = DRAWS,
     output_tokens: float | None = None,
     allow_trained: bool = False,
+    progress: Progress | None = None,
 ) -> RoutingReport:
     """The same for scores that were made before, such as those of ``cross_validated``. Arguments as there."""
     faults = [*_out_of_range(resamples, level, draws, output_tokens), *_misfits(scored, table, strong)]
@@ -150,7 +155,8 @@ def evaluate_scores(
     notes = _left_out(table, heard, known)
     measured = table.rows(heard).only(known)
     estimate = estimate_costs(measured, output_tokens=output_tokens)
-    return assembled(
+    steps = _Steps("measuring", 1, progress)
+    report = assembled(
         kept,
         replace(measured, cost=estimate.cost) if estimate.experts else measured,
         estimate=estimate,
@@ -164,6 +170,21 @@ def evaluate_scores(
         level=level,
         draws=draws,
     )
+    steps.done()
+    return report
+
+
+class _Steps:
+    """Counts what is done of one part, for a progress that may be None."""
+
+    def __init__(self, part: str, number: int, progress: Progress | None) -> None:
+        self.part, self.number, self.progress, self.count = part, number, progress, -1
+        self.done()
+
+    def done(self) -> None:
+        self.count += 1
+        if self.progress is not None and self.number:
+            self.progress(self.part, self.count, self.number)
 
 
 def unseen(table: OutcomeTable, routers: Mapping[str, Router]) -> OutcomeTable:
@@ -183,17 +204,20 @@ def _scored(
     *,
     train: OutcomeTable | None,
     perturbations: Mapping[str, Perturbation],
+    steps: _Steps,
 ) -> Scored:
     queries = table_queries(table)
     began = time.perf_counter()
     scores = router.score(queries)
     seconds = time.perf_counter() - began
+    steps.done()
     first = policy.choose(scores, queries)[:, 0] if perturbations and len(queries) else None
     kept = {}
     for change, reworded in perturbations.items():
         if first is not None:
             other = [Query(reworded(one.text), id=one.id, metadata=one.metadata) for one in queries]
             kept[change] = stays(first, policy.choose(router.score(other), other)[:, 0])
+            steps.done()
     best = remembered_best(router) if train is None else _best_of(train, router)
     return Scored(
         name,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as jsonlib
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,13 +23,13 @@ from mixmerge.cli.route.options import (
     TopK,
 )
 from mixmerge.cli.route.parsing import check_free, is_mixture, policy_from, queries_from, saved_policy
-from mixmerge.cli.show import emit_json, table, warn
+from mixmerge.cli.show import emit_json, step_progress, table, warn
 
 if TYPE_CHECKING:
     from mixmerge.decision.lines import QueryLines
     from mixmerge.decision.policies import Policy
     from mixmerge.decision.records import Decision, Query
-    from mixmerge.routers.base import Router
+    from mixmerge.routers.base import Progress, Router
 
 BLOCK = 8_192  # queries decided at a time: decisions are larger than scores
 _OWN = ("rule", "score", "std", "cost", "margin")  # entries of a reason that every policy gives
@@ -107,8 +108,10 @@ def ask(
         (decision,) = decisions
         emit_json(decision.as_dict()) if json else show(decision)
     else:
-        for decision in decisions:
-            print(jsonlib.dumps(decision.as_dict(), ensure_ascii=False))
+        # decisions that are read on the terminal are progress enough
+        with step_progress(quiet=quiet or sys.stdout.isatty()) as progress:
+            for decision in _counted(decisions, len(asked), progress):
+                print(jsonlib.dumps(decision.as_dict(), ensure_ascii=False))
 
 
 def _router_of(path: Path) -> tuple[Router, Policy | None]:
@@ -136,24 +139,29 @@ def _decided(
         yield from policy.decide(scores, some, version=router.version, reasons=reasons)
 
 
+def _counted(decisions: Iterator[Decision], number: int, progress: Progress | None) -> Iterator[Decision]:
+    """The same decisions; the progress is told of every thousandth and the last."""
+    for done, decision in enumerate(decisions, 1):
+        if progress is not None and (done % 1000 == 0 or done == number):
+            progress("deciding", done, number)
+        yield decision
+
+
 def _write(
     decisions: Iterator[Decision], output: Path, queries: int, *, overwrite: bool, json: bool, quiet: bool
 ) -> None:
     """Write them, and print to whom they went."""
-    from mixmerge.cli.zoo import step_progress
     from mixmerge.decision.lines import write_decisions
 
     to: Counter[str] = Counter()
 
-    def counted() -> Iterator[Decision]:
-        for done, decision in enumerate(decisions, 1):
+    def noted(given: Iterator[Decision]) -> Iterator[Decision]:
+        for decision in given:
             to[decision.primary or "nobody"] += 1
-            if progress is not None and (done % 1000 == 0 or done == queries):
-                progress("deciding", done, queries)
             yield decision
 
     with step_progress(quiet=quiet) as progress:
-        written = write_decisions(counted(), output, overwrite=overwrite)
+        written = write_decisions(noted(_counted(decisions, queries, progress)), output, overwrite=overwrite)
     if json:
         emit_json({"path": str(output), "decisions": written, "primary": dict(to.most_common())})
         return

@@ -28,7 +28,7 @@ from mixmerge.cli.route.options import (
     Unseen,
 )
 from mixmerge.cli.route.parsing import check_free, policy_from, saved_policy, unseen_rows
-from mixmerge.cli.show import emit_json, warn
+from mixmerge.cli.show import emit_json, step_progress, warn
 
 if TYPE_CHECKING:
     from mixmerge.decision.policies import Policy
@@ -91,15 +91,17 @@ def evaluate(
     )
     table = OutcomeTable.read(data, kind=kind, prices=prices)
     rows = unseen_rows(table, loaded, unseen=unseen, allow_trained=allow_trained)
-    found = evaluate_routers(
-        loaded,
-        rows,
-        policy=chosen,
-        perturbations=_rewordings(seed) if perturb else None,
-        seed=seed,
-        output_tokens=output_tokens,
-        allow_trained=allow_trained,
-    )
+    with step_progress(quiet=quiet) as progress:
+        found = evaluate_routers(
+            loaded,
+            rows,
+            policy=chosen,
+            perturbations=_rewordings(seed) if perturb else None,
+            seed=seed,
+            output_tokens=output_tokens,
+            allow_trained=allow_trained,
+            progress=progress,
+        )
     if not quiet:
         _tell(found, left=len(table) - len(rows))
     if report is not None:

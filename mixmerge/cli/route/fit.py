@@ -10,7 +10,7 @@ import typer
 
 from mixmerge.cli.route.options import Json, Kind, Overwrite, Prices, Quiet
 from mixmerge.cli.route.parsing import check_free, features_from, is_mixture, parse_options
-from mixmerge.cli.show import emit_json, warn
+from mixmerge.cli.show import emit_json, step_progress, warn
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from mixmerge.evaluate.intervals import Estimate
     from mixmerge.evaluate.records import RoutingReport
     from mixmerge.outcomes.table import OutcomeTable
-    from mixmerge.routers.base import Router
+    from mixmerge.routers.base import Progress, Router
 
 
 def fit(
@@ -83,9 +83,10 @@ def _run(task: _Task, out: Path, holdout: float | None, *, overwrite: bool, json
     if not quiet and table is not None:
         warn([*_warnings(table), *task.warnings])
     report = None
-    if holdout is not None and table is not None:
-        report = _held_out(task.make, table, share=holdout, seed=task.seed)
-    fitted = task.make() if table is None else task.make().fit(table)
+    with step_progress(quiet=quiet) as progress:
+        if holdout is not None and table is not None:
+            report = _held_out(task.make, table, share=holdout, seed=task.seed, progress=progress)
+        fitted = task.make() if table is None else task.make().fit(table, progress=progress)
     task.save(fitted, out, overwrite)
     _say(fitted, out, report, queries=_count(fitted, table), json=json)
 
@@ -213,13 +214,20 @@ def _warnings(table: OutcomeTable) -> list[str]:
     return [line.removeprefix(mark) for line in lines if line.startswith(mark)]
 
 
-def _held_out(make: Callable[[], Router], table: OutcomeTable, *, share: float, seed: int) -> RoutingReport:
+def _held_out(
+    make: Callable[[], Router], table: OutcomeTable, *, share: float, seed: int, progress: Progress | None
+) -> RoutingReport:
     """How a router that is fitted on the rest does on such a share of the queries."""
     from mixmerge.evaluate.routing import evaluate_routers
     from mixmerge.outcomes.splits import split
 
+    def tell(part: str, done: int, steps: int) -> None:
+        if progress is not None:
+            progress(f"held out: {part}", done, steps)
+
     train, test = (table.rows(part) for part in split(table, test=share, seed=seed))
-    return evaluate_routers({"router": make().fit(train)}, test, seed=seed)
+    router = make().fit(train, progress=tell)
+    return evaluate_routers({"router": router}, test, seed=seed, progress=tell)
 
 
 def _print_held_out(report: RoutingReport, queries: int) -> None:
