@@ -12,6 +12,7 @@ from mixmerge.evaluate.baselines import best_single_of, constant
 from mixmerge.evaluate.calibration import calibration
 from mixmerge.evaluate.choices import Choice, degeneracy, of_choice, regret
 from mixmerge.evaluate.measuring import RANDOM, Chosen, Extra, Ground, constants, measured
+from mixmerge.evaluate.options import EvaluationOptions
 from mixmerge.evaluate.pairs import pair_report
 from mixmerge.evaluate.records import CostFigures, PairReport, RoutingReport
 from mixmerge.evaluate.scored import Chooser, Scored, table_queries
@@ -26,46 +27,41 @@ FEW = 30  # queries; below, percentile intervals are clearly too narrow
 def assembled(
     scored: Sequence[Scored],
     table: OutcomeTable,
+    options: EvaluationOptions,
     *,
     estimate: CostEstimate,
-    policy: Chooser,
     notes: Sequence[str],
-    against: tuple[str, ...],
-    task: str,
-    strong: str | None,
-    seed: int,
-    resamples: int,
-    level: float,
-    draws: int,
 ) -> RoutingReport:
     """Measure scores that fit the table, every query of which has a known score."""
+    seed, resamples, level = options.seed, options.resamples, options.level
     ground = Ground.of(
         table, table_queries(table), estimate.expected, seed=seed, resamples=resamples, level=level
     )
-    tasks = table.column(task)
+    tasks = table.column(options.task)
     singles, best = _singles(scored, table)
     traded = tradeoffs(ground, {one.name: one.scores for one in scored}, best)
     chosen = [
-        _chosen(one, ground, policy, best[one.name], traded.figures.get(one.name), against) for one in scored
+        _chosen(one, ground, options.policy, best[one.name], traded.figures.get(one.name), options.against)
+        for one in scored
     ]
-    chosen += constants(ground, singles, tasks=tasks, draws=draws)
-    chosen = _distinct(chosen, against)
+    chosen += constants(ground, singles, tasks=tasks, draws=options.draws)
+    chosen = _distinct(chosen, options.against)
     rows = measured(ground, chosen)
     return RoutingReport(
         ids=table.ids,
         experts=table.experts,
-        policy=str(policy),
+        policy=str(options.policy),
         rows=tuple(rows),
         best=_best_experts(table.score),
         singles=traded.singles,
         zero=traded.zero,
         cost_range=traded.cost_range,
         estimated=estimate.experts,
-        pair=_pair(scored, ground, strong, singles, draws),
+        pair=_pair(scored, ground, options.strong, singles, options.draws),
         notes=(
             *notes,
             *_cost_notes(scored, ground, traded, estimate),
-            *_notes(scored, ground, task if tasks is None else None, draws),
+            *_notes(scored, ground, options.task if tasks is None else None, options.draws),
         ),
         warnings=_few(table),
         seed=seed,

@@ -15,13 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixmerge import registry
-from mixmerge.decision.policies import Policy
 from mixmerge.decision.records import Query, Scores
 from mixmerge.errors import Fault, MixmergeError
 from mixmerge.evaluate.assembling import assembled
 from mixmerge.evaluate.baselines import best_single_of
 from mixmerge.evaluate.choices import stays
-from mixmerge.evaluate.intervals import LEVEL
+from mixmerge.evaluate.options import EvaluationOptions
 from mixmerge.evaluate.records import RoutingReport
 from mixmerge.evaluate.scored import Chooser, Scored, cross_validated, remembered_best, table_queries
 from mixmerge.outcomes.table import OutcomeTable
@@ -30,6 +29,7 @@ from mixmerge.routers.costs import estimate_costs
 
 __all__ = [
     "Chooser",
+    "EvaluationOptions",
     "Scored",
     "cross_validated",
     "evaluate_routers",
@@ -38,27 +38,16 @@ __all__ = [
     "unseen",
 ]
 
-RESAMPLES = 2000
-DRAWS = 20
 Perturbation = Callable[[str], str]
 
 
 def evaluate_routers(
     routers: Mapping[str, Router],
     table: OutcomeTable,
+    options: EvaluationOptions | None = None,
     *,
-    policy: Chooser | None = None,
     train: OutcomeTable | None = None,
     perturbations: Mapping[str, Perturbation] | None = None,
-    against: Sequence[str] = (),
-    task: str = "task",
-    strong: str | None = None,
-    seed: int = 0,
-    resamples: int = RESAMPLES,
-    level: float = LEVEL,
-    draws: int = DRAWS,
-    output_tokens: float | None = None,
-    allow_trained: bool = False,
     progress: Progress | None = None,
 ) -> RoutingReport:
     """Compare fitted routers on outcomes that they were not fitted on.
@@ -70,78 +59,47 @@ def evaluate_routers(
     Args:
         routers: name -> fitted router. Their experts are among the table's.
         table: outcomes to evaluate on.
-        policy: turns scores into picks; the best expected score by default, ties to the cheaper.
+        options: policy, intervals, draws and the like.
         train: outcomes on which the best single expert is chosen, instead of what each router remembers.
         perturbations: name -> rewording of a text; how many choices stay is reported for each.
-        against: names of rows that all routers are compared with, beside best single and random. Routers by the
-            prompt's length (kind ``length``) always are among them.
-        task: column of the metadata with the tasks, for their oracle.
-        strong: with two experts, the one whose calls are counted; by default the best single.
-        seed: of resamples and random choices.
-        resamples: 100 or more.
-        level: of the intervals, above 0 and below 1.
-        draws: of the random choice, 2 or more.
-        output_tokens: of an answer, 0 or more, for experts that have a price and no known costs: theirs are estimated,
-            and the report says so. ``mixmerge.routers.costs.ANSWER_TOKENS`` by default.
-        allow_trained: evaluate on queries that were fitted on too, with a loud warning in the report.
         progress: told of every router and rewording that is scored, and of the measuring behind it.
 
     Raises:
         MixmergeError: a router is not fitted, has an expert the table lacks, or was fitted on evaluated queries;
             no scores; a number out of range.
     """
-    policy = policy or Policy()
+    options = options or EvaluationOptions()
     faults = [
         Fault(f"router {name}", "is not fitted", run="Fit it first: mixmerge route fit")
         for name, router in routers.items()
         if router.state is None
     ]
-    if train is not None and not allow_trained:
+    if train is not None and not options.allow_trained:
         faults += _shared(table, train)
     if faults:
         raise MixmergeError(faults)
-    steps = _Steps("scoring", len(routers) * (1 + len(perturbations or {})), progress)
+    changes = perturbations or {}
+    steps = _Steps("scoring", len(routers) * (1 + len(changes)), progress)
     scored = [
-        _scored(name, router, table, policy, train=train, perturbations=perturbations or {}, steps=steps)
+        _scored(name, router, table, options.policy, train=train, perturbations=changes, steps=steps)
         for name, router in routers.items()
     ]
     by_length = [name for name, router in routers.items() if router.kind == "length"]
-    return evaluate_scores(
-        scored,
-        table,
-        policy=policy,
-        against=list(dict.fromkeys([*against, *by_length])),
-        task=task,
-        strong=strong,
-        seed=seed,
-        resamples=resamples,
-        level=level,
-        draws=draws,
-        output_tokens=output_tokens,
-        allow_trained=allow_trained,
-        progress=progress,
-    )
+    against = tuple(dict.fromkeys([*options.against, *by_length]))
+    return evaluate_scores(scored, table, replace(options, against=against), progress=progress)
 
 
 def evaluate_scores(
     scored: Sequence[Scored],
     table: OutcomeTable,
+    options: EvaluationOptions | None = None,
     *,
-    policy: Chooser | None = None,
-    against: Sequence[str] = (),
-    task: str = "task",
-    strong: str | None = None,
-    seed: int = 0,
-    resamples: int = RESAMPLES,
-    level: float = LEVEL,
-    draws: int = DRAWS,
-    output_tokens: float | None = None,
-    allow_trained: bool = False,
     progress: Progress | None = None,
 ) -> RoutingReport:
     """The same for scores that were made before, such as those of ``cross_validated``. Arguments as there."""
-    faults = [*_out_of_range(resamples, level, draws, output_tokens), *_misfits(scored, table, strong)]
-    if not allow_trained:
+    options = options or EvaluationOptions()
+    faults = [*options.faults(), *_misfits(scored, table, options.strong)]
+    if not options.allow_trained:
         faults += [fault for one in scored if (fault := _leak(one, table)) is not None]
     if faults:
         raise MixmergeError(faults)
@@ -152,23 +110,15 @@ def evaluate_scores(
     if not heard.any():
         raise MixmergeError(Fault("outcomes", "no query has a score", "At least one row with a score"))
     kept = [_rows(one, heard) for one in scored]
-    notes = _left_out(table, heard, known)
     measured = table.rows(heard).only(known)
-    estimate = estimate_costs(measured, output_tokens=output_tokens)
+    estimate = estimate_costs(measured, output_tokens=options.output_tokens)
     steps = _Steps("measuring", 1, progress)
     report = assembled(
         kept,
         replace(measured, cost=estimate.cost) if estimate.experts else measured,
+        options,
         estimate=estimate,
-        policy=policy or Policy(),
-        notes=notes,
-        against=tuple(against),
-        task=task,
-        strong=strong,
-        seed=seed,
-        resamples=resamples,
-        level=level,
-        draws=draws,
+        notes=_left_out(table, heard, known),
     )
     steps.done()
     return report
@@ -240,17 +190,6 @@ def _may_look(router: Router) -> bool:
     return router.kind in registry.table("router") and bool(registry.find("router", router.kind).reference)
 
 
-def _out_of_range(resamples: int, level: float, draws: int, output_tokens: float | None) -> list[Fault]:
-    answer = 0.0 if output_tokens is None else output_tokens
-    wrong = [
-        ("resamples", resamples, resamples >= 100, "100 or more"),
-        ("level", level, 0 < level < 1, "Above 0 and below 1"),
-        ("draws", draws, draws >= 2, "2 or more"),
-        ("output_tokens", answer, 0 <= answer < float("inf"), "0 or more"),
-    ]
-    return [Fault(name, f"is {value}", allowed) for name, value, right, allowed in wrong if not right]
-
-
 def _misfits(scored: Sequence[Scored], table: OutcomeTable, strong: str | None) -> list[Fault]:
     names = [one.name for one in scored]
     faults = [
@@ -290,7 +229,7 @@ def _leak(one: Scored, table: OutcomeTable) -> Fault | None:
         f"router {one.name}",
         f"was fitted on {number:,} of the {len(table):,} queries it would be evaluated on, such as {first}",
         "Queries it has not seen",
-        "Leave them out, or allow it (allow_trained=True): the report then says so",
+        "Leave them out, or allow it (EvaluationOptions.allow_trained): the report then says so",
     )
 
 
@@ -303,7 +242,7 @@ def _shared(table: OutcomeTable, train: OutcomeTable) -> list[Fault]:
             "train",
             f"has {len(twice):,} of the queries that are evaluated on",
             "Other queries",
-            "Leave them out, or allow it (allow_trained=True)",
+            "Leave them out, or allow it (EvaluationOptions.allow_trained)",
         )
     ]
 

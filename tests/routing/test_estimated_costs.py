@@ -13,7 +13,7 @@ import pytest
 
 from mixmerge.decision.records import Scores
 from mixmerge.errors import MixmergeError
-from mixmerge.evaluate.routing import Scored, evaluate_scores
+from mixmerge.evaluate.routing import EvaluationOptions, Scored, evaluate_scores
 from mixmerge.outcomes.table import OutcomeTable, Price
 from mixmerge.routers.costs import estimate_costs
 
@@ -73,7 +73,7 @@ def test_tokens_of_no_use_are_refused() -> None:
             estimate_costs(table, output_tokens=100)
     for wrong in (-1.0, NAN, float("inf")):
         with pytest.raises(MixmergeError, match=r"output_tokens: is .*0 or more"):
-            evaluate_scores([], priced(), output_tokens=wrong)
+            evaluate_scores([], priced(), EvaluationOptions(output_tokens=wrong))
 
 
 @pytest.mark.parametrize("expects", [True, False])
@@ -82,7 +82,9 @@ def test_the_curve_is_drawn(expects: bool) -> None:
     table = priced()
     own = estimate_costs(table).cost if expects else None
     sure = Scores(table.experts, table.score.copy(), np.zeros((2, 2)), own)
-    report = evaluate_scores([Scored("mine", sure, best=("dear", "dear"))], table, resamples=200)
+    report = evaluate_scores(
+        [Scored("mine", sure, best=("dear", "dear"))], table, EvaluationOptions(resamples=200)
+    )
     curve = report.row("mine").curve
     assert curve is not None
     cheapest, best = (514 + 522) / 2 / 1e6, (5140 + 522) / 2 / 1e6

@@ -72,7 +72,7 @@ def evaluate(
     All are under one policy: the best expected score, unless options name
     another one.
     """
-    from mixmerge.evaluate.routing import evaluate_routers
+    from mixmerge.evaluate.routing import EvaluationOptions, evaluate_routers
     from mixmerge.outcomes.table import OutcomeTable
     from mixmerge.routers.base import Router
 
@@ -95,11 +95,10 @@ def evaluate(
         found = evaluate_routers(
             loaded,
             rows,
-            policy=chosen,
+            EvaluationOptions(
+                policy=chosen, seed=seed, output_tokens=output_tokens, allow_trained=allow_trained
+            ),
             perturbations=_rewordings(seed) if perturb else None,
-            seed=seed,
-            output_tokens=output_tokens,
-            allow_trained=allow_trained,
             progress=progress,
         )
     if not quiet:

@@ -218,7 +218,7 @@ def _held_out(
     make: Callable[[], Router], table: OutcomeTable, *, share: float, seed: int, progress: Progress | None
 ) -> RoutingReport:
     """How a router that is fitted on the rest does on such a share of the queries."""
-    from mixmerge.evaluate.routing import evaluate_routers
+    from mixmerge.evaluate.routing import EvaluationOptions, evaluate_routers
     from mixmerge.outcomes.splits import split
 
     def tell(part: str, done: int, steps: int) -> None:
@@ -227,7 +227,7 @@ def _held_out(
 
     train, test = (table.rows(part) for part in split(table, test=share, seed=seed))
     router = make().fit(train, progress=tell)
-    return evaluate_routers({"router": router}, test, seed=seed, progress=tell)
+    return evaluate_routers({"router": router}, test, EvaluationOptions(seed=seed), progress=tell)
 
 
 def _print_held_out(report: RoutingReport, queries: int) -> None:
