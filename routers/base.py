@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from mixmerge.decision.records import Query, Scores, as_queries
+from mixmerge.decision.records import Query, Scores, as_queries, queries_of
 from mixmerge.errors import Fault, MixmergeError
-from mixmerge.outcomes.table import OutcomeTable, Price
+from mixmerge.outcomes.table import OutcomeTable, Price, column_means
 from mixmerge.routers.costs import CostModel
 from mixmerge.routers.features import Features, TfidfFeatures
 from mixmerge.routers.trained import TrainedOn
@@ -304,26 +304,15 @@ class Router(ABC):
         return self.state
 
     def _training(self, table: OutcomeTable) -> Training:
-        queries = [
-            Query(text, id=name, metadata={k: column[i] for k, column in table.metadata.items()})
-            for i, (name, text) in enumerate(zip(table.ids, table.queries, strict=True))
-        ]
         costs = table.costs()
-        mean = np.full(len(table.experts), np.nan) if costs is None else _column_means(costs)
-        return Training(self._inputs(queries), table.score, table.experts, mean, table.prices)
+        mean = np.full(len(table.experts), np.nan) if costs is None else column_means(costs)
+        return Training(self._inputs(queries_of(table)), table.score, table.experts, mean, table.prices)
 
     def _inputs(self, queries: Sequence[Query]) -> Inputs:
         names = sorted({name for query in queries for name in query.metadata})
         metadata = {name: tuple(query.metadata.get(name, "") for query in queries) for name in names}
         embedding = None if self.features is None else self.features.embed(queries)
         return Inputs(tuple(query.text for query in queries), metadata, embedding)
-
-
-def _column_means(values: Floats) -> Floats:
-    known = ~np.isnan(values)
-    count = known.sum(axis=0)
-    total = np.where(known, values, 0.0).sum(axis=0)
-    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
 def _scored(table: OutcomeTable) -> OutcomeTable:

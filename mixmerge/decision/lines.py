@@ -8,7 +8,6 @@ numbers are metadata, as is all of an object ``metadata``; other lists and objec
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 from array import array
@@ -22,7 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixmerge.decision.records import MAX_CHARACTERS, Decision, Query
-from mixmerge.errors import Fault, MixmergeError, OutputError
+from mixmerge.errors import Fault, MixmergeError
+from mixmerge.outcomes.writing import whole_file
 
 TEXT_FIELDS = ("text", "query", "prompt", "question")
 ID_FIELDS = ("id", "query_id", "custom_id")
@@ -212,24 +212,11 @@ def write_decisions(decisions: Iterable[Decision], path: str | Path, *, overwrit
     Raises:
         OutputError: the file exists and ``overwrite`` is not set, or it cannot be written.
     """
-    path = Path(path)
-    if path.exists() and not overwrite:
-        raise OutputError(Fault(str(path), "exists already", run="Choose another name, or pass --overwrite"))
     written = 0
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(prefix=f".{path.name[:40]}-", dir=path.parent)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                for decision in decisions:
-                    file.write(json.dumps(decision.as_dict(), ensure_ascii=False) + "\n")
-                    written += 1
-            Path(partial).chmod(0o644)  # mkstemp makes it for its owner alone
-            Path(partial).replace(path)
-        finally:
-            Path(partial).unlink(missing_ok=True)
-    except OSError as error:
-        raise OutputError(Fault(str(path), f"cannot be written: {error.strerror or error}")) from error
+    with whole_file(Path(path), overwrite=overwrite) as file:
+        for decision in decisions:
+            file.write(json.dumps(decision.as_dict(), ensure_ascii=False).encode("utf-8") + b"\n")
+            written += 1
     return written
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from mixmerge.decision.records import queries_of
 from mixmerge.errors import Fault, MixmergeError
 from mixmerge.evaluate.baselines import best_single_of, constant
 from mixmerge.evaluate.calibration import calibration
@@ -15,7 +16,7 @@ from mixmerge.evaluate.measuring import RANDOM, Chosen, Extra, Ground, constants
 from mixmerge.evaluate.options import EvaluationOptions
 from mixmerge.evaluate.pairs import pair_report
 from mixmerge.evaluate.records import CostFigures, PairReport, RoutingReport
-from mixmerge.evaluate.scored import Chooser, Scored, table_queries
+from mixmerge.evaluate.scored import Chooser, Scored
 from mixmerge.evaluate.tradeoffs import Tradeoffs, tradeoffs
 from mixmerge.outcomes.table import OutcomeTable
 from mixmerge.routers.costs import CostEstimate
@@ -35,7 +36,7 @@ def assembled(
     """Measure scores that fit the table, every query of which has a known score."""
     seed, resamples, level = options.seed, options.resamples, options.level
     ground = Ground.of(
-        table, table_queries(table), estimate.expected, seed=seed, resamples=resamples, level=level
+        table, tuple(queries_of(table)), estimate.expected, seed=seed, resamples=resamples, level=level
     )
     tasks = table.column(options.task)
     singles, best = _singles(scored, table)

@@ -18,7 +18,6 @@ from mixmerge.evaluate.choices import (
     Choice,
     best_choice,
     cheapest_choice,
-    column_means,
     entropy,
     group_choice,
     of_choice,
@@ -37,7 +36,7 @@ from mixmerge.evaluate.intervals import (
     mean_of,
 )
 from mixmerge.evaluate.records import CostFigures, Detail, Row
-from mixmerge.outcomes.table import OutcomeTable
+from mixmerge.outcomes.table import OutcomeTable, column_means
 
 Floats = NDArray[np.float64]
 RANDOM, CHEAPEST = "random choice", "cheapest"

@@ -15,14 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixmerge import registry
-from mixmerge.decision.records import Query, Scores
+from mixmerge.decision.records import Query, Scores, queries_of
 from mixmerge.errors import Fault, MixmergeError
 from mixmerge.evaluate.assembling import assembled
 from mixmerge.evaluate.baselines import best_single_of
 from mixmerge.evaluate.choices import stays
 from mixmerge.evaluate.options import EvaluationOptions
 from mixmerge.evaluate.records import RoutingReport
-from mixmerge.evaluate.scored import Chooser, Scored, cross_validated, remembered_best, table_queries
+from mixmerge.evaluate.scored import Chooser, Scored, cross_validated, remembered_best
 from mixmerge.outcomes.table import OutcomeTable
 from mixmerge.routers.base import Progress, Router
 from mixmerge.routers.costs import estimate_costs
@@ -34,7 +34,6 @@ __all__ = [
     "cross_validated",
     "evaluate_routers",
     "evaluate_scores",
-    "table_queries",
     "unseen",
 ]
 
@@ -156,7 +155,7 @@ def _scored(
     perturbations: Mapping[str, Perturbation],
     steps: _Steps,
 ) -> Scored:
-    queries = table_queries(table)
+    queries = queries_of(table)
     began = time.perf_counter()
     scores = router.score(queries)
     seconds = time.perf_counter() - began

@@ -9,11 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixmerge.decision.records import Scores
-from mixmerge.evaluate.choices import Choice, column_means, of_choice
+from mixmerge.evaluate.choices import Choice, of_choice
 from mixmerge.evaluate.costs import Hull, aiq, common_range, hull, settings
 from mixmerge.evaluate.intervals import bootstrap_means, compare, estimate, mean_of
 from mixmerge.evaluate.measuring import Ground
 from mixmerge.evaluate.records import CostFigures
+from mixmerge.outcomes.table import column_means
 
 Floats = NDArray[np.float64]
 

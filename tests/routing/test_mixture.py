@@ -10,12 +10,13 @@ from hypothesis import strategies as st
 
 from mixmerge.decision import Policy, calibrate_budget, write_policy
 from mixmerge.decision.files import read_calibration
+from mixmerge.decision.records import queries_of
 from mixmerge.errors import MixmergeError
 from mixmerge.mixture import ExpertSpec, Mixture, PriceSpec, parse, read
 from mixmerge.mixture.sections import arguments_of
 from mixmerge.registry import find, table
 from mixmerge.routers.base import Router
-from mixmerge.routers.contract import queries_of, sample
+from mixmerge.routers.contract import sample
 from mixmerge.routers.nearest import NearestRouter
 
 DESIGN = """

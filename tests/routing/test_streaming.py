@@ -15,10 +15,11 @@ import pytest
 
 from mixmerge.decision.lines import parse_queries, read_queries, stream_queries
 from mixmerge.decision.policies import Policy
+from mixmerge.decision.records import queries_of
 from mixmerge.errors import MixmergeError
 from mixmerge.routers.base import Router
 from mixmerge.routers.constants import BestSingleRouter
-from mixmerge.routers.contract import queries_of, sample
+from mixmerge.routers.contract import sample
 from mixmerge.routers.nearest import NearestRouter
 
 
