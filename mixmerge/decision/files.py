@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,8 @@ from pydantic import ValidationError
 
 from mixmerge.decision.calibration import Calibrated
 from mixmerge.decision.policies import Policy
-from mixmerge.errors import Fault, MixmergeError, OutputError
+from mixmerge.errors import Fault, MixmergeError
+from mixmerge.outcomes.writing import whole_file
 from mixmerge.registry import choices
 
 FILE, FORMAT, VERSION = "policy.json", "mixmerge-policy", 1
@@ -43,19 +42,8 @@ def write_policy(given: Policy | Calibrated, folder: str | Path, *, router: str 
         if calibration is None
         else calibration.model_dump(mode="json", exclude={"policy"}, exclude_none=True),
     }
-    try:
-        handle, partial = tempfile.mkstemp(prefix=f".{FILE}-", dir=path.parent)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(card, file, ensure_ascii=False, allow_nan=False, indent=1)
-                file.flush()
-                os.fsync(file.fileno())
-            Path(partial).chmod(0o644)
-            Path(partial).replace(path)
-        finally:
-            Path(partial).unlink(missing_ok=True)
-    except OSError as error:
-        raise OutputError(Fault(str(path), f"cannot be written: {error.strerror or error}")) from error
+    with whole_file(path, make_folder=False) as file:
+        file.write(json.dumps(card, ensure_ascii=False, allow_nan=False, indent=1).encode("utf-8"))
     return path
 
 

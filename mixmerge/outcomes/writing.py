@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -28,12 +30,31 @@ def write(table: OutcomeTable, path: Path) -> None:
     if path.suffix not in writers:
         raise MixmergeError(Fault(str(path), f"has the ending {path.suffix!r}", ".parquet or .jsonl"))
     _check(table)
+    with whole_file(path) as file:
+        writers[path.suffix](table, file)
+
+
+@contextmanager
+def whole_file(path: Path, *, overwrite: bool = True, make_folder: bool = True) -> Iterator[BinaryIO]:
+    """A file to write, which appears, or takes the place of an old one, when the block ends without an error.
+
+    Args:
+        path: of the file.
+        overwrite: an old one may be replaced.
+        make_folder: its folder is made where it is missing.
+
+    Raises:
+        OutputError: it exists and is not to be replaced, or it cannot be written.
+    """
+    if path.exists() and not overwrite:
+        raise OutputError(Fault(str(path), "exists already", run="Choose another name, or pass --overwrite"))
     partial = path.with_name(f".{path.name[:40]}-{secrets.token_hex(4)}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if make_folder:
+            path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with partial.open("xb") as file:
-                writers[path.suffix](table, file)
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             partial.replace(path)
