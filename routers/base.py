@@ -7,8 +7,9 @@ and, where it can, ``extend``; everything else is here: texts to embeddings, che
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -16,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from mixmerge.decision.records import Query, Scores, as_queries
+from mixmerge.decision.records import Query, Scores, as_queries, queries_of
 from mixmerge.errors import Fault, MixmergeError
-from mixmerge.outcomes.table import OutcomeTable, Price
+from mixmerge.outcomes.table import OutcomeTable, Price, column_means
 from mixmerge.routers.costs import CostModel
 from mixmerge.routers.features import Features, TfidfFeatures
 from mixmerge.routers.trained import TrainedOn
@@ -26,6 +27,7 @@ from mixmerge.routers.trained import TrainedOn
 Floats = NDArray[np.float64]
 Embedding = NDArray[np.float32]
 BLOCK = 32_768  # queries scored at a time: what a prediction needs stays bounded
+Progress = Callable[[str, int, int], None]  # part, steps done, steps in all
 UNSAVED = "unsaved"  # version of a router that is not what a folder holds
 
 
@@ -162,31 +164,65 @@ class Router(ABC):
 
     # --- what users call
 
-    def fit(self, table: OutcomeTable) -> Self:
+    def fit(self, table: OutcomeTable, *, progress: Progress | None = None) -> Self:
         """Fit on outcomes.
+
+        Args:
+            table: the outcomes.
+            progress: told when the features are fitted, the queries embedded, and the scores learned.
 
         Raises:
             MixmergeError: no query or no expert has a score.
         """
+
+        def tell(done: int) -> None:
+            if progress is not None:
+                progress("fitting", done, 3)
+
         table = _scored(table)
+        tell(0)
         if self.features is not None:
             self.features = self.features.fit(table.queries)
+        tell(1)
         self.experts = table.experts
         self.costs = CostModel.fit(table)
-        self.state = self.learn(self._training(table))
+        training = self._training(table)
+        tell(2)
+        self.state = self.learn(training)
+        tell(3)
         self.trained_on = TrainedOn.of(table)
         self.version = UNSAVED
         return self
 
     def score(self, queries: Iterable[str | Query]) -> Scores:
         """Expected score, uncertainty and cost of every expert on every query."""
-        state, asked = self._fitted(), as_queries(queries)
-        parts = [self.predict(state, self._inputs(asked[s : s + BLOCK])) for s in range(0, len(asked), BLOCK)]
+        parts = [scores for _, scores in self.score_blocks(queries)]
         empty = np.empty((0, len(self.experts)))
         mean = np.concatenate([empty, *(part.mean for part in parts)])
         std = np.concatenate([empty, *(part.std for part in parts)])
-        cost = None if self.costs is None else self.costs.expect([query.text for query in asked])
-        return Scores(self.experts, mean, std, cost)
+        costs = [empty, *(part.cost for part in parts if part.cost is not None)]
+        return Scores(self.experts, mean, std, None if self.costs is None else np.concatenate(costs))
+
+    def score_blocks(
+        self, queries: Iterable[str | Query], *, block: int = BLOCK
+    ) -> Iterator[tuple[tuple[Query, ...], Scores]]:
+        """The queries and their scores a block at a time, as they come: no more than a block is held.
+
+        Args:
+            queries: any number, such as a generator.
+            block: queries of each but the last, 1 or more. What a query gets does not depend on it.
+        """
+        if block < 1:
+            raise MixmergeError(Fault("block", f"is {block}", "1 or more"))
+        return self._score_blocks(self._fitted(), iter(queries), block)
+
+    def _score_blocks(
+        self, state: State, queries: Iterator[str | Query], block: int
+    ) -> Iterator[tuple[tuple[Query, ...], Scores]]:
+        while some := as_queries(islice(queries, block)):
+            found = self.predict(state, self._inputs(some))
+            cost = None if self.costs is None else self.costs.expect([query.text for query in some])
+            yield some, Scores(self.experts, found.mean, found.std, cost)
 
     def reasons(self, queries: Iterable[str | Query], *, top: int = 5) -> list[dict[str, Any]]:
         """What the scores of each query rest on."""
@@ -268,26 +304,15 @@ class Router(ABC):
         return self.state
 
     def _training(self, table: OutcomeTable) -> Training:
-        queries = [
-            Query(text, id=name, metadata={k: column[i] for k, column in table.metadata.items()})
-            for i, (name, text) in enumerate(zip(table.ids, table.queries, strict=True))
-        ]
         costs = table.costs()
-        mean = np.full(len(table.experts), np.nan) if costs is None else _column_means(costs)
-        return Training(self._inputs(queries), table.score, table.experts, mean, table.prices)
+        mean = np.full(len(table.experts), np.nan) if costs is None else column_means(costs)
+        return Training(self._inputs(queries_of(table)), table.score, table.experts, mean, table.prices)
 
     def _inputs(self, queries: Sequence[Query]) -> Inputs:
         names = sorted({name for query in queries for name in query.metadata})
         metadata = {name: tuple(query.metadata.get(name, "") for query in queries) for name in names}
         embedding = None if self.features is None else self.features.embed(queries)
         return Inputs(tuple(query.text for query in queries), metadata, embedding)
-
-
-def _column_means(values: Floats) -> Floats:
-    known = ~np.isnan(values)
-    count = known.sum(axis=0)
-    total = np.where(known, values, 0.0).sum(axis=0)
-    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
 def _scored(table: OutcomeTable) -> OutcomeTable:

@@ -14,7 +14,7 @@ from pydantic import Field
 
 from mixmerge.errors import Fault, MixmergeError
 from mixmerge.routers.base import Floats, Inputs, Options, Prediction, Router, State, Training
-from mixmerge.routers.costs import ANSWER_TOKENS, TOKENS_A_CHARACTER
+from mixmerge.routers.costs import mean_costs
 from mixmerge.routers.draws import uniform
 from mixmerge.routers.shrinkage import Line, grouped, moments, shrink
 from mixmerge.routers.trained import text_hashes
@@ -82,12 +82,7 @@ class CheapestRouter(_Constant):
     per_expert = ("dollars",)
 
     def learn(self, data: Training) -> State:
-        dollars = data.costs.copy()
-        tokens = TOKENS_A_CHARACTER * float(np.mean([len(text) for text in data.inputs.texts]))
-        for e, name in enumerate(data.experts):
-            if np.isnan(dollars[e]) and name in data.prices:
-                price = data.prices[name]
-                dollars[e] = (price.input * tokens + price.output * ANSWER_TOKENS) / 1e6
+        dollars = mean_costs(data.costs, data.experts, data.prices, data.inputs.texts)
         unknown = [name for name, known in zip(data.experts, ~np.isnan(dollars), strict=True) if not known]
         if unknown:
             raise MixmergeError(

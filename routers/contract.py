@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from mixmerge.decision.records import Query, Scores
+from mixmerge.decision.records import Query, Scores, queries_of
 from mixmerge.outcomes.table import OutcomeTable, Price
 from mixmerge.routers.base import Router
 
@@ -49,14 +49,6 @@ def sample(rows: int = 150, *, seed: int = 0, missing: float = 0.05) -> OutcomeT
         metadata={"task": tuple(tasks[t] for t in of)},
         prices={name: Price(0.1 * (i + 1), 0.4 * (i + 1), float(i + 1)) for i, name in enumerate(experts)},
     )
-
-
-def queries_of(table: OutcomeTable) -> list[Query]:
-    """The table's queries, with their metadata."""
-    return [
-        Query(text, id=name, metadata={k: column[i] for k, column in table.metadata.items()})
-        for i, (name, text) in enumerate(zip(table.ids, table.queries, strict=True))
-    ]
 
 
 def check_router(make: Callable[[], Router], *, learns: bool = True, tolerance: float = 1e-6) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mixmerge.errors import Fault, MixmergeError
 from mixmerge.outcomes.table import OutcomeTable, Price
 
 Floats = NDArray[np.float64]
@@ -75,6 +76,65 @@ class CostModel:
             return np.array([np.nan if x is None else x for x in values], np.float64)
 
         return cls(numbers(given["fixed"]), numbers(given["a_character"]))
+
+
+@dataclass(frozen=True, eq=False)
+class CostEstimate:
+    """Costs that nobody recorded, from prices and lengths.
+
+    Args:
+        experts: whose costs are estimated.
+        cost: ``(Q, E)`` dollars: of these experts by the tokens that were recorded, estimates for the others; of all
+            other experts as the table has them, NaN where not known.
+        expected: ``(Q, E)`` dollars of these experts by what is known before they answer, NaN for all others.
+        rule: how, in words; "" if nothing is estimated.
+    """
+
+    experts: tuple[str, ...]
+    cost: Floats
+    expected: Floats
+    rule: str
+
+
+def estimate_costs(table: OutcomeTable, *, output_tokens: float | None = None) -> CostEstimate:
+    """Costs of the experts that have a price and of which no query's cost is known.
+
+    Tokens that were not recorded are ``TOKENS_A_CHARACTER`` of the query's text, and ``output_tokens`` for the answer.
+    An expert of which some costs are known keeps its gaps: they may not be like the rest.
+
+    Args:
+        output_tokens: of an answer, 0 or more; ``ANSWER_TOKENS`` if None.
+
+    Raises:
+        MixmergeError: ``output_tokens`` are given and no answer's tokens have to be estimated.
+    """
+    known = table.costs()
+    cost = np.full(table.score.shape, np.nan) if known is None else known
+    expected = np.full(cost.shape, np.nan)
+    answer = ANSWER_TOKENS if output_tokens is None else output_tokens
+    prompt = TOKENS_A_CHARACTER * np.array([len(text) for text in table.queries], np.float64)
+    names, used = [], False
+    for e, name in enumerate(table.experts):
+        price = table.prices.get(name)
+        if price is None or not np.isnan(cost[:, e]).all():
+            continue
+        tokens_in, tokens_out = (
+            np.full(len(table), np.nan) if tokens is None else tokens[:, e]
+            for tokens in (table.tokens_in, table.tokens_out)
+        )
+        used = used or bool(np.isnan(tokens_out).any())
+        tokens_in = np.where(np.isnan(tokens_in), prompt, tokens_in)
+        tokens_out = np.where(np.isnan(tokens_out), answer, tokens_out)
+        cost[:, e] = (price.input * tokens_in + price.output * tokens_out) / 1e6
+        expected[:, e] = (price.input * prompt + price.output * answer) / 1e6
+        names.append(name)
+    if output_tokens is not None and not used:
+        what = "is of no use: no answer's tokens have to be estimated"
+        allowed = "Prices of experts for which the outcomes have neither costs nor tokens"
+        raise MixmergeError(Fault("output_tokens", what, allowed, "Leave it out"))
+    rule = f"from prices, {TOKENS_A_CHARACTER:g} tokens for a character of the query" if names else ""
+    rule += f" and {answer:,g} for an answer" if used else ""
+    return CostEstimate(tuple(names), cost, expected, rule)
 
 
 def mean_costs(

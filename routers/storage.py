@@ -1,4 +1,4 @@
-"""A fitted router as a folder of JSON and safetensors, no pickle; ``_write`` says what is in it."""
+"""A fitted router as a folder of JSON and safetensors, no pickle; ``write`` says what is in it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from mixmerge.routers.costs import CostModel
 from mixmerge.routers.trained import TrainedOn
 
 FORMAT, VERSION = "mixmerge-router", 1
-_CARD, _STATE, _FEATURES = "router.json", "state.safetensors", "features.safetensors"
+CARD, _STATE, _FEATURES = "router.json", "state.safetensors", "features.safetensors"
 _TRAINED = "trained_on.safetensors"  # hashes of the queries it was fitted on
 
 
@@ -32,17 +33,24 @@ def save(router: Router, folder: Path, *, overwrite: bool) -> None:
 
     Raises:
         OutputError: the folder exists, or cannot be written.
+        MixmergeError: the router is not fitted.
     """
-    state = router.state
-    if state is None:
-        raise MixmergeError(
-            Fault(f"router {router.kind}", "is not fitted", run="Call fit with outcomes first")
-        )
+    with replacing(folder, overwrite=overwrite) as new:
+        write(router, new)
+
+
+@contextmanager
+def replacing(folder: Path, *, overwrite: bool) -> Iterator[Path]:
+    """An empty folder to fill, which becomes ``folder`` when the block ends; if the block fails, nothing is changed.
+
+    Raises:
+        OutputError: the folder exists and is not to be replaced or is no router's, or nothing can be written there.
+    """
     if folder.exists() and not overwrite:
         raise OutputError(
             Fault(str(folder), "exists already", run="Choose another name, or pass --overwrite")
         )
-    if folder.exists() and not (folder / _CARD).is_file():
+    if folder.exists() and not (folder / CARD).is_file():
         raise OutputError(
             Fault(str(folder), "is no router, so it is not replaced", run="Choose another name")
         )
@@ -50,7 +58,9 @@ def save(router: Router, folder: Path, *, overwrite: bool) -> None:
         folder.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:
-            _write(router, state, partial / "new")
+            (partial / "new").mkdir()
+            yield partial / "new"
+            _flush(partial / "new")
             _place(partial / "new", folder, old=partial / "old")
         finally:
             shutil.rmtree(partial, ignore_errors=True)
@@ -70,8 +80,24 @@ def _place(new: Path, folder: Path, *, old: Path) -> None:
         raise
 
 
-def _write(router: Router, state: State, folder: Path) -> None:
-    folder.mkdir()
+def _flush(folder: Path) -> None:
+    for path in folder.iterdir():
+        path.chmod(0o644)  # safetensors makes its files for their owner alone
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def write(router: Router, folder: Path) -> str:
+    """The files of a fitted router, into an empty folder; returns its version.
+
+    Raises:
+        MixmergeError: it is not fitted.
+    """
+    state = router.state
+    if state is None:
+        raise MixmergeError(
+            Fault(f"router {router.kind}", "is not fitted", run="Call fit with outcomes first")
+        )
     save_file(_contiguous(state.arrays), folder / _STATE)
     features = router.features
     if features is not None:
@@ -92,11 +118,8 @@ def _write(router: Router, state: State, folder: Path) -> None:
         "values": dict(state.values),
     }
     card["fingerprint"] = fingerprint(card, folder)
-    (folder / _CARD).write_text(json.dumps(card, ensure_ascii=False), encoding="utf-8")
-    for path in folder.iterdir():
-        path.chmod(0o644)  # safetensors makes its files for their owner alone
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+    (folder / CARD).write_text(json.dumps(card, ensure_ascii=False), encoding="utf-8")
+    return _version(card)
 
 
 def _contiguous(arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
@@ -114,6 +137,10 @@ def fingerprint(card: Mapping[str, Any], folder: Path) -> str:
             with (folder / name).open("rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
+
+
+def _version(card: Mapping[str, Any]) -> str:
+    return str(card["fingerprint"])[:12]
 
 
 def load(folder: Path) -> Router:
@@ -142,12 +169,12 @@ def load(folder: Path) -> Router:
         ) from error
     router.experts = tuple(card["experts"])
     router.costs = None if card["costs"] is None else CostModel.from_dict(card["costs"])
-    router.version = card["fingerprint"][:12]
+    router.version = _version(card)
     return router
 
 
 def _card(folder: Path) -> dict[str, Any]:
-    where = folder / _CARD
+    where = folder / CARD
     try:
         card = json.loads(where.read_text(encoding="utf-8"))
     except FileNotFoundError as error:

@@ -10,7 +10,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from mixmerge.outcomes.table import OutcomeTable
+from mixmerge.outcomes.table import OutcomeTable, column_means
 
 Floats = NDArray[np.float64]
 Hashes = NDArray[np.uint64]
@@ -47,8 +47,8 @@ class TrainedOn:
         unknown = np.full(len(table.experts), np.nan)
         return cls(
             np.unique(text_hashes(table.queries)),
-            _means(table.score),
-            unknown if costs is None else _means(costs),
+            column_means(table.score),
+            unknown if costs is None else column_means(costs),
         )
 
     def saw(self, texts: Iterable[str]) -> NDArray[np.bool_]:
@@ -73,10 +73,3 @@ class TrainedOn:
     @classmethod
     def restored(cls, arrays: Mapping[str, NDArray[Any]]) -> Self:
         return cls(arrays["hashes"], arrays["mean"], arrays["cost"])
-
-
-def _means(values: Floats) -> Floats:
-    known = ~np.isnan(values)
-    count = known.sum(axis=0)
-    total = np.where(known, values, 0.0).sum(axis=0)
-    return np.where(count > 0, total / np.maximum(count, 1), np.nan)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from mixmerge.decision.records import Query
 from mixmerge.evaluate.intervals import Comparison, paired_bootstrap
 from mixmerge.evaluate.records import RoutingReport
-from mixmerge.evaluate.routing import evaluate_routers
+from mixmerge.evaluate.routing import EvaluationOptions, evaluate_routers
 from mixmerge.outcomes.checks import Leaks, leaks, without
 from mixmerge.outcomes.reading import read
 from mixmerge.outcomes.splits import folds
@@ -86,7 +86,9 @@ def study(
     routers = {name: _made(name, features).fit(train) for name in tried}
     sets = {f"the {len(clean)} clean test rows": clean, f"all {len(test)} test rows": test}
     reports = {
-        name: evaluate_routers(routers, _costed(table), resamples=resamples, allow_trained=table is test)
+        name: evaluate_routers(
+            routers, _costed(table), EvaluationOptions(resamples=resamples, allow_trained=table is test)
+        )
         for name, table in sets.items()
     }
     labelled = {name: _argmax_label(features, train, table) for name, table in sets.items()}

@@ -11,8 +11,8 @@ from typing import Self
 from mixmerge.batch.lines import Line
 from mixmerge.batch.records import Answer
 from mixmerge.batch.writing import Form
-from mixmerge.decision.whole import check_free, sync_folder, unwritable, write_whole
 from mixmerge.errors import Fault, OutputError
+from mixmerge.outcomes.whole import check_free, sync_folder, unwritable, write_whole
 
 
 def write_ordered(

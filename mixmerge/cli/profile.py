@@ -53,10 +53,10 @@ def profile(
     """
     import numpy as np
 
-    from mixmerge.decision.whole import check_free
     from mixmerge.mixture import read
     from mixmerge.mixture.profiling import profile as run
     from mixmerge.mixture.profiling import same
+    from mixmerge.outcomes.whole import check_free
 
     check_free(output, overwrite=overwrite)
     work = output.absolute().parent / f".{output.name}.job"

@@ -61,6 +61,27 @@ def byte_progress(title: str, *, quiet: bool) -> Iterator[Callable[[int, int], N
         yield update
 
 
+@contextmanager
+def step_progress(*, quiet: bool) -> Iterator[Callable[[str, int, int], None] | None]:
+    """A bar for each part on stderr: part, steps done, steps in all. None when nobody is there to see it."""
+    if quiet or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    # Results may be printed under the bar, to a stdout that is a file: they must not be sent to the terminal.
+    with Progress(console=Console(stderr=True), transient=True, redirect_stdout=False) as bars:
+        shown = {}
+
+        def update(part: str, done: int, steps: int) -> None:
+            if part not in shown:
+                shown[part] = bars.add_task(part, total=steps)
+            bars.update(shown[part], completed=done, total=steps)
+
+        yield update
+
+
 def table(
     title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, text: Sequence[int] = (0,)
 ) -> None:

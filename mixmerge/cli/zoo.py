@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mixmerge.cli.show import emit_json
+from mixmerge.cli.show import emit_json, step_progress
 
 if TYPE_CHECKING:
     from mixmerge.evaluate import ScoreTable
     from mixmerge.zoo import Spec
-    from mixmerge.zoo.build import Progress
 
 app = typer.Typer(help="Tiny real experts to try things on, trained here.", no_args_is_help=True)
 
@@ -173,25 +170,3 @@ def show_scores(table: ScoreTable, title: str) -> None:
     if not console.is_terminal:
         console = Console(width=200)
     console.print(table.render(title))
-
-
-@contextmanager
-def step_progress(*, quiet: bool) -> Iterator[Progress | None]:
-    """A bar for each part on stderr; None when nobody is there to see it."""
-    import sys
-
-    if quiet or not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import Progress as Bars
-
-    with Bars(console=Console(stderr=True), transient=True) as bars:
-        shown = {}
-
-        def update(part: str, done: int, steps: int) -> None:
-            if part not in shown:
-                shown[part] = bars.add_task(part, total=steps)
-            bars.update(shown[part], completed=done)
-
-        yield update

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from mixmerge.decision.choosing import NOBODY, Floats, Integers
 from mixmerge.decision.policies import Policy
-from mixmerge.decision.records import Query, Scores
+from mixmerge.decision.records import Scores, queries_of
 from mixmerge.decision.rules import choice_of
 from mixmerge.errors import Fault, MixmergeError
 from mixmerge.outcomes.table import OutcomeTable
@@ -199,14 +199,6 @@ def aligned(scores: Scores, table: OutcomeTable | None) -> OutcomeTable:
         what = f"has {len(table)} rows, and there are scores of {len(scores)} queries"
         raise MixmergeError(Fault("outcomes", what, "The same queries in the same order, one or more"))
     return table if table.experts == scores.experts else table.only(scores.experts)
-
-
-def queries_of(table: OutcomeTable) -> list[Query]:
-    """The table's queries with their ids and tasks."""
-    names = list(table.metadata)
-    columns = zip(*table.metadata.values(), strict=True) if names else iter([()] * len(table))
-    rows = zip(table.ids, table.queries, columns, strict=True)
-    return [Query(text, id=name, metadata=dict(zip(names, of, strict=True))) for name, text, of in rows]
 
 
 def known_costs(scores: Scores, table: OutcomeTable) -> Floats | None:

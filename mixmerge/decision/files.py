@@ -11,8 +11,8 @@ from pydantic import ValidationError
 from mixmerge.decision.calibration import Calibrated
 from mixmerge.decision.parsing import parse_json
 from mixmerge.decision.policies import Policy
-from mixmerge.decision.whole import write_whole
-from mixmerge.errors import Fault, MixmergeError, OutputError
+from mixmerge.errors import Fault, MixmergeError
+from mixmerge.outcomes.whole import whole_file
 from mixmerge.registry import choices
 
 FILE, FORMAT, VERSION = "policy.json", "mixmerge-policy", 1
@@ -43,10 +43,8 @@ def write_policy(given: Policy | Calibrated, folder: str | Path, *, router: str 
         if calibration is None
         else calibration.model_dump(mode="json", exclude={"policy"}, exclude_none=True),
     }
-    if not path.parent.is_dir():
-        raise OutputError(Fault(str(path.parent), "is no folder", "That of a router"))
-    text = json.dumps(card, ensure_ascii=False, allow_nan=False, indent=1)
-    write_whole(path, [text.encode("utf-8")], overwrite=True)
+    with whole_file(path, make_folder=False) as file:
+        file.write(json.dumps(card, ensure_ascii=False, allow_nan=False, indent=1).encode("utf-8"))
     return path
 
 

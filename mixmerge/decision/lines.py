@@ -8,23 +8,28 @@ numbers are metadata, as is all of an object ``metadata``; other lists and objec
 from __future__ import annotations
 
 import json
+import shutil
+import tempfile
+from array import array
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mixmerge.decision.parsing import raw_lines
 from mixmerge.decision.records import MAX_CHARACTERS, Decision, Query
-from mixmerge.decision.whole import write_whole
 from mixmerge.errors import Fault, MixmergeError
+from mixmerge.outcomes.whole import write_whole
 
 TEXT_FIELDS = ("text", "query", "prompt", "question")
 ID_FIELDS = ("id", "query_id", "custom_id")
 _LINE_BYTES = 4 * MAX_CHARACTERS + 2**20  # of the longest query there may be, and its other fields
 _SHOWN = 20  # faults of one file
+_IN_MEMORY = 2**23  # bytes of what can be read only once; beyond, it is copied to disk
 _JSON, _TEXT = (".jsonl", ".ndjson"), (".txt",)
 _OTHERS = (".csv", ".tsv", ".parquet", ".json", ".yaml", ".yml", ".gz")
 _FORMATS = "Lines of text (.txt) or of JSON (.jsonl)"
@@ -41,56 +46,165 @@ def read_queries(path: str | Path, *, field: str | None = None) -> tuple[Query, 
         MixmergeError: the file cannot be read, or a line is empty, not UTF-8, too long, no query, or has the name of
             another: all at once, each with its line. Empty lines at the end are none.
     """
+    return tuple(stream_queries(path, field=field))
+
+
+def stream_queries(path: str | Path, *, field: str | None = None) -> QueryLines:
+    """The same queries, checked now and read again each time they are gone through: they are never all held.
+
+    Arguments and errors as ``read_queries``. What can be read only once, such as a pipe, is copied to a temporary
+    file first.
+    """
     path = Path(path)
     suffix = path.suffix.lower()
     if suffix in _OTHERS:
         raise MixmergeError(Fault(str(path), f"queries are not read from {suffix} files", _FORMATS))
     is_json = True if suffix in _JSON else False if suffix in _TEXT else None
     try:
-        with path.open("rb") as file:
-            return parse_queries(file, name=str(path), is_json=is_json, field=field)
+        if not path.is_file():
+            with path.open("rb") as file:
+                return _checked(_spooled(file), name=str(path), is_json=is_json, field=field)
+        return _checked(path, name=str(path), is_json=is_json, field=field)
     except OSError as error:
-        raise MixmergeError(Fault(str(path), f"cannot be read: {error.strerror or error}")) from error
+        raise _unreadable(str(path), error) from error
 
 
 def parse_queries(
     file: BinaryIO, *, name: str, is_json: bool | None = None, field: str | None = None
-) -> tuple[Query, ...]:
-    """The queries of an open file; ``read_queries`` with ``name`` in place of the path.
+) -> QueryLines:
+    """The queries of an open file, read to its end; ``stream_queries`` with ``name`` in place of the path.
 
     Args:
         is_json: whether lines are JSON; None to tell by the first one.
     """
-    found: list[Query] = []
-    faults: list[Fault] = []
+    return _checked(_spooled(file), name=name, is_json=is_json, field=field)
+
+
+@dataclass(frozen=True, eq=False)
+class QueryLines:
+    """Queries of a file that was checked. Each iteration reads it anew, and says so if it was changed since.
+
+    Args:
+        source: a path; or an open file that can be read again, at its own pace by one reader at a time.
+        name: what to call it in messages.
+        is_json, field: as in ``parse_queries``.
+        number: of its queries.
+    """
+
+    source: Path | IO[bytes]
+    name: str
+    is_json: bool | None
+    field: str | None
+    number: int = 0
+
+    def __len__(self) -> int:
+        return self.number
+
+    def __iter__(self) -> Iterator[Query]:
+        faults, number = _Faults(self.name), 0
+        try:
+            with self._opened() as file:
+                for _, query, _ in _each(file, self, faults):
+                    faults.check()
+                    number += 1
+                    yield query
+        except OSError as error:
+            raise _unreadable(self.name, error) from error
+        faults.check()
+        if number != self.number:
+            what = f"had {self.number:,} queries and has {number:,} now"
+            raise MixmergeError(Fault(self.name, what, run="Ask again, when nobody writes to it"))
+
+    @contextmanager
+    def _opened(self) -> Iterator[IO[bytes]]:
+        if isinstance(self.source, Path):
+            with self.source.open("rb") as file:
+                yield file
+        else:
+            self.source.seek(0)
+            yield self.source
+
+
+class _Faults:
+    """Faults of one file: the first ones, and how many there are."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.shown, self.number = name, list[Fault](), 0
+
+    def add(self, *faults: Fault) -> None:
+        self.number += len(faults)
+        self.shown += faults[: max(0, _SHOWN - len(self.shown))]
+
+    def check(self) -> None:
+        """Raise what there is."""
+        more = self.number - len(self.shown)
+        if more:
+            raise MixmergeError([*self.shown, Fault(self.name, f"and {more:,} more like these")])
+        if self.shown:
+            raise MixmergeError(self.shown)
+
+
+def _unreadable(name: str, error: OSError) -> MixmergeError:
+    return MixmergeError(Fault(name, f"cannot be read: {error.strerror or error}"))
+
+
+def _spooled(file: BinaryIO) -> IO[bytes]:
+    """A copy that can be read again; on disk if it is large, and gone when nobody has it any more."""
+    copy: IO[bytes] = tempfile.SpooledTemporaryFile(max_size=_IN_MEMORY)  # noqa: SIM115
+    shutil.copyfileobj(file, copy)
+    return copy
+
+
+def _checked(source: Path | IO[bytes], *, name: str, is_json: bool | None, field: str | None) -> QueryLines:
+    """All lines gone through once, for their faults; of names, 8 bytes each are held."""
+    lines, faults, hashes, number = QueryLines(source, name, is_json, field), _Faults(name), array("q"), 0
+    with lines._opened() as file:
+        for _, query, own_name in _each(file, lines, faults):
+            number += 1
+            if own_name:
+                hashes.append(hash(query.id))
+    found, counts = np.unique(np.frombuffer(hashes, np.int64), return_counts=True)
+    twice = frozenset(found[counts > 1].tolist())
+    if twice:  # which lines these are
+        faults = _Faults(name)
+        with lines._opened() as file:
+            for _ in _each(file, lines, faults, twice=twice):
+                pass
+    faults.check()
+    if not number:
+        raise MixmergeError(Fault(name, "holds no query", _FORMATS))
+    return replace(lines, number=number)
+
+
+def _each(
+    file: IO[bytes], lines: QueryLines, faults: _Faults, *, twice: frozenset[int] = frozenset()
+) -> Iterator[tuple[int, Query, bool]]:
+    """Line, query, and whether it was given a name; what is no query goes to the faults.
+
+    Args:
+        twice: hashes of names that may be there twice, which are faults then.
+    """
+    name, is_json = lines.name, lines.is_json
     named: dict[str, int] = {}  # name that was given -> its line
     blank: list[int] = []  # lines that are empty, if another follows
     for number, line in _lines(file, name=name, faults=faults):
         if not line.strip():
             blank.append(number)
             continue
-        faults += [_empty(f"{name}, line {n}") for n in blank]
+        faults.add(*(_empty(f"{name}, line {n}") for n in blank))
         blank.clear()
         if is_json is None:
             is_json = line.lstrip().startswith("{")
         try:
-            query, own_name = _query(line, is_json=is_json, field=field)
+            query, own_name = _query(line, is_json=is_json, field=lines.field)
         except MixmergeError as error:
-            faults += [
-                Fault(f"{name}, line {number}", one.what, one.allowed, one.run) for one in error.faults
-            ]
+            where = f"{name}, line {number}"
+            faults.add(*(Fault(where, one.what, one.allowed, one.run) for one in error.faults))
             continue
-        if own_name and named.setdefault(query.id, number) != number:
+        if own_name and hash(query.id) in twice and named.setdefault(query.id, number) != number:
             what = f"{query.id!r} is the name of line {named[query.id]} too"
-            faults.append(Fault(f"{name}, line {number}", what, "Names are unique"))
-        found.append(query)
-    if not found and not faults:
-        faults.append(Fault(name, "holds no query", _FORMATS))
-    if faults:
-        more = len(faults) - _SHOWN
-        shown = faults[:_SHOWN]
-        raise MixmergeError([*shown, Fault(name, f"and {more:,} more like these")] if more > 0 else shown)
-    return tuple(found)
+            faults.add(Fault(f"{name}, line {number}", what, "Names are unique"))
+        yield number, query, own_name
 
 
 def write_decisions(decisions: Iterable[Decision], path: str | Path, *, overwrite: bool = False) -> int:
@@ -107,17 +221,17 @@ def _empty(where: str) -> Fault:
     return Fault(where, "is empty", "A query on each line", "Delete the line")
 
 
-def _lines(file: BinaryIO, *, name: str, faults: list[Fault]) -> Iterator[tuple[int, str]]:
+def _lines(file: IO[bytes], *, name: str, faults: _Faults) -> Iterator[tuple[int, str]]:
     """Numbers and texts of the lines, without their ends; faults of those that are no text."""
     for line in raw_lines(file, most=_LINE_BYTES):
         where = f"{name}, line {line.number}"
         if line.too_long:
-            faults.append(Fault(where, f"is longer than {_LINE_BYTES:,} bytes"))
+            faults.add(Fault(where, f"is longer than {_LINE_BYTES:,} bytes"))
             continue
         try:
             yield line.number, line.text().rstrip("\r\n")
         except UnicodeDecodeError as error:
-            faults.append(not_utf8(where, error))
+            faults.add(not_utf8(where, error))
 
 
 def not_utf8(where: str, error: UnicodeDecodeError) -> Fault:

@@ -134,6 +134,11 @@ class Policy(BaseModel):
         named = {name: getattr(self, name) for name in ("strong", "weak", "fallback")}
         return {name: expert for name, expert in named.items() if expert is not None}
 
+    @property
+    def whole(self) -> bool:
+        """What one query gets depends on which others are decided with it: they cannot be decided in blocks."""
+        return bool(self.trim)
+
     def choose(self, scores: Scores, queries: Sequence[Query] | None = None) -> Integers:
         """``(Q, K)`` places in ``scores.experts``, best first, ``-1`` where nobody is picked. Makes no objects.
 

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixmerge.errors import Fault, MixmergeError
+from mixmerge.outcomes.table import OutcomeTable
 
 Floats = NDArray[np.float64]
 MAX_CHARACTERS = 10_000_000  # a query longer than this is a mistake, not a prompt
@@ -53,6 +54,14 @@ class Query:
 def as_queries(given: Iterable[str | Query]) -> tuple[Query, ...]:
     """Texts and queries as queries."""
     return tuple(one if isinstance(one, Query) else Query(one) for one in given)
+
+
+def queries_of(table: OutcomeTable) -> list[Query]:
+    """The table's queries with their ids and metadata."""
+    names = list(table.metadata)
+    columns = zip(*table.metadata.values(), strict=True) if names else iter([()] * len(table))
+    rows = zip(table.ids, table.queries, columns, strict=True)
+    return [Query(text, id=name, metadata=dict(zip(names, of, strict=True))) for name, text, of in rows]
 
 
 @dataclass(frozen=True, eq=False)

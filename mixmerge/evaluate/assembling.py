@@ -7,16 +7,19 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from mixmerge.decision.records import queries_of
 from mixmerge.errors import Fault, MixmergeError
 from mixmerge.evaluate.baselines import best_single_of, constant
 from mixmerge.evaluate.calibration import calibration
 from mixmerge.evaluate.choices import Choice, degeneracy, of_choice, regret
 from mixmerge.evaluate.measuring import RANDOM, Chosen, Extra, Ground, constants, measured
+from mixmerge.evaluate.options import EvaluationOptions
 from mixmerge.evaluate.pairs import pair_report
 from mixmerge.evaluate.records import CostFigures, PairReport, RoutingReport
-from mixmerge.evaluate.scored import Chooser, Scored, table_queries
+from mixmerge.evaluate.scored import Chooser, Scored
 from mixmerge.evaluate.tradeoffs import Tradeoffs, tradeoffs
 from mixmerge.outcomes.table import OutcomeTable
+from mixmerge.routers.costs import CostEstimate
 
 Floats = NDArray[np.float64]
 FEW = 30  # queries; below, percentile intervals are clearly too narrow
@@ -25,39 +28,42 @@ FEW = 30  # queries; below, percentile intervals are clearly too narrow
 def assembled(
     scored: Sequence[Scored],
     table: OutcomeTable,
+    options: EvaluationOptions,
     *,
-    policy: Chooser,
+    estimate: CostEstimate,
     notes: Sequence[str],
-    against: tuple[str, ...],
-    task: str,
-    strong: str | None,
-    seed: int,
-    resamples: int,
-    level: float,
-    draws: int,
 ) -> RoutingReport:
     """Measure scores that fit the table, every query of which has a known score."""
-    ground = Ground.of(table, table_queries(table), seed=seed, resamples=resamples, level=level)
-    tasks = table.column(task)
+    seed, resamples, level = options.seed, options.resamples, options.level
+    ground = Ground.of(
+        table, tuple(queries_of(table)), estimate.expected, seed=seed, resamples=resamples, level=level
+    )
+    tasks = table.column(options.task)
     singles, best = _singles(scored, table)
     traded = tradeoffs(ground, {one.name: one.scores for one in scored}, best)
     chosen = [
-        _chosen(one, ground, policy, best[one.name], traded.figures.get(one.name), against) for one in scored
+        _chosen(one, ground, options.policy, best[one.name], traded.figures.get(one.name), options.against)
+        for one in scored
     ]
-    chosen += constants(ground, singles, tasks=tasks, draws=draws)
-    chosen = _distinct(chosen, against)
+    chosen += constants(ground, singles, tasks=tasks, draws=options.draws)
+    chosen = _distinct(chosen, options.against)
     rows = measured(ground, chosen)
     return RoutingReport(
         ids=table.ids,
         experts=table.experts,
-        policy=str(policy),
+        policy=str(options.policy),
         rows=tuple(rows),
         best=_best_experts(table.score),
         singles=traded.singles,
         zero=traded.zero,
         cost_range=traded.cost_range,
-        pair=_pair(scored, ground, strong, singles, draws),
-        notes=(*notes, *_notes(scored, ground, traded, task if tasks is None else None, draws)),
+        estimated=estimate.experts,
+        pair=_pair(scored, ground, options.strong, singles, options.draws),
+        notes=(
+            *notes,
+            *_cost_notes(scored, ground, traded, estimate),
+            *_notes(scored, ground, options.task if tasks is None else None, options.draws),
+        ),
         warnings=_few(table),
         seed=seed,
         resamples=resamples,
@@ -162,9 +168,21 @@ def _pair(
     return pair_report(ground, both, strong=strong, draws=draws)
 
 
-def _notes(
-    scored: Sequence[Scored], ground: Ground, traded: Tradeoffs, no_tasks: str | None, draws: int
+def _cost_notes(
+    scored: Sequence[Scored], ground: Ground, traded: Tradeoffs, estimate: CostEstimate
 ) -> list[str]:
+    if ground.cost is None:
+        return ["No costs are known: no curves of cost. Prices of the experts are enough for estimates."]
+    notes = []
+    if estimate.experts:
+        notes.append(f"Costs of {', '.join(estimate.experts)} are estimated, {estimate.rule}.")
+    without = [one.name for one in scored if one.name not in traded.figures]
+    if without:
+        notes.append(f"No curve of cost for {', '.join(without)}: no costs are expected of its experts.")
+    return notes
+
+
+def _notes(scored: Sequence[Scored], ground: Ground, no_tasks: str | None, draws: int) -> list[str]:
     notes = [f"{RANDOM!r} is the mean of {draws} draws; intervals are over queries."]
     unknown = [one.name for one in scored if one.best is None]
     if unknown:
@@ -179,12 +197,6 @@ def _notes(
         notes.append(
             f"{missing:,} scores ({share:.1%}) are not known: choices without one are left out of means and counted."
         )
-    if ground.cost is None:
-        notes.append("No costs are known: no curves of cost.")
-    else:
-        without = [one.name for one in scored if one.name not in traded.figures]
-        if without:
-            notes.append(f"No curve of cost for {', '.join(without)}: no costs are expected of its experts.")
     repeated = len(ground.groups) - len(np.unique(ground.groups))
     if repeated:
         notes.append(

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from mixmerge.evaluate.choices import Choice, argmax_choice, column_means
-from mixmerge.outcomes.table import OutcomeTable
+from mixmerge.evaluate.choices import Choice, argmax_choice
+from mixmerge.outcomes.table import OutcomeTable, column_means
 from mixmerge.routers.draws import uniform
 from mixmerge.routers.trained import text_hashes
 

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixmerge.decision.choosing import best, known
+from mixmerge.outcomes.table import column_means
 
 Floats = NDArray[np.float64]
 Choice = NDArray[np.int64]
@@ -51,13 +52,6 @@ def group_choice(score: Floats, cost: Floats | None, experts: Sequence[str], gro
         price = None if cost is None else column_means(cost[rows])[None]
         choice[rows] = best_choice(mean, price, experts)[0]
     return choice
-
-
-def column_means(values: Floats) -> Floats:
-    """Means of the known values of each column, NaN without any."""
-    there = ~np.isnan(values)
-    count = there.sum(axis=0)
-    return np.where(count > 0, np.where(there, values, 0.0).sum(axis=0) / np.maximum(count, 1), np.nan)
 
 
 def row_means(values: Floats) -> Floats:

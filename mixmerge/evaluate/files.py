@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 
-from mixmerge.errors import Fault, OutputError
+from mixmerge.outcomes.whole import whole_file
 
 
 def write_text(path: Path, text: str, *, overwrite: bool) -> None:
@@ -14,13 +13,5 @@ def write_text(path: Path, text: str, *, overwrite: bool) -> None:
     Raises:
         OutputError: it exists and ``overwrite`` is not set, or it cannot be written.
     """
-    if path.exists() and not overwrite:
-        raise OutputError(Fault(str(path), "exists already", run="Choose another name, or pass --overwrite"))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
-            partial = Path(folder) / path.name  # a file of its own would be readable by its owner alone
-            partial.write_text(text, encoding="utf-8", errors="replace")
-            partial.replace(path)
-    except OSError as error:
-        raise OutputError(Fault(str(path), f"cannot be written: {error.strerror or error}")) from error
+    with whole_file(path, overwrite=overwrite) as file:
+        file.write(text.encode("utf-8", errors="replace"))

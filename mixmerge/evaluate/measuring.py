@@ -18,7 +18,6 @@ from mixmerge.evaluate.choices import (
     Choice,
     best_choice,
     cheapest_choice,
-    column_means,
     entropy,
     group_choice,
     of_choice,
@@ -37,7 +36,7 @@ from mixmerge.evaluate.intervals import (
     mean_of,
 )
 from mixmerge.evaluate.records import CostFigures, Detail, Row
-from mixmerge.outcomes.table import OutcomeTable
+from mixmerge.outcomes.table import OutcomeTable, column_means
 
 Floats = NDArray[np.float64]
 RANDOM, CHEAPEST = "random choice", "cheapest"
@@ -52,6 +51,7 @@ class Ground:
         table: every query with a known score.
         queries: the same, Q.
         cost: ``(Q, E)`` dollars, NaN where not known; None if none is.
+        expected: ``(Q, E)`` dollars to expect of experts whose costs are estimated, NaN for the others.
         groups: ``(Q,)`` of queries with the same text.
         seed, resamples, level: of the intervals.
     """
@@ -59,6 +59,7 @@ class Ground:
     table: OutcomeTable
     queries: tuple[Query, ...]
     cost: Floats | None
+    expected: Floats
     groups: NDArray[np.int64]
     seed: int
     resamples: int
@@ -66,9 +67,17 @@ class Ground:
 
     @classmethod
     def of(
-        cls, table: OutcomeTable, queries: tuple[Query, ...], *, seed: int, resamples: int, level: float
+        cls,
+        table: OutcomeTable,
+        queries: tuple[Query, ...],
+        expected: Floats,
+        *,
+        seed: int,
+        resamples: int,
+        level: float,
     ) -> Ground:
-        return cls(table, queries, table.costs(), groups_of(table.queries), seed, resamples, level)
+        groups = groups_of(table.queries)
+        return cls(table, queries, table.costs(), expected, groups, seed, resamples, level)
 
 
 @dataclass(frozen=True, eq=False)

@@ -86,7 +86,7 @@ def cost_quality(report: RoutingReport) -> bytes | None:
     _singles(axes, report, floor)
     axes.set_ylim(bottom=floor - 0.04 * (axes.get_ylim()[1] - floor))
     axes.set_xlim(left=0)  # and linear: what goes to two settings in parts lies on the line between them
-    axes.set_xlabel("dollars per 1,000 queries")
+    axes.set_xlabel("dollars per 1,000 queries" + (", estimated" if report.estimated else ""))
     axes.set_ylabel("mean score")
     axes.grid(color="#e4e4e4", linewidth=0.7)
     axes.plot([], [], "D", color=GREY, label="as the policy chose")

@@ -166,6 +166,7 @@ class RoutingReport:
         singles: expert -> mean dollars and score, where both are known.
         zero: hull of ``singles``: the zero router.
         cost_range: of all AIQ in the report.
+        estimated: experts whose costs are estimates; the notes say how.
         pair: if there are two experts.
         notes: what was left out or chosen, and why; for every reader.
         warnings: of the report as a whole; rows have their own.
@@ -180,6 +181,7 @@ class RoutingReport:
     singles: Mapping[str, tuple[float, float]]
     zero: Hull | None
     cost_range: tuple[float, float] | None
+    estimated: tuple[str, ...]
     pair: PairReport | None
     notes: tuple[str, ...]
     warnings: tuple[str, ...]

@@ -112,7 +112,7 @@ def _costs(report: RoutingReport) -> list[str]:
         return []
     head = [
         "",
-        "$ per 1,000 queries",
+        "~$ per 1,000 queries" if report.estimated else "$ per 1,000 queries",
         "AIQ",
         "over zero router",
         "p",
@@ -140,8 +140,13 @@ def _costs(report: RoutingReport) -> list[str]:
         f"${dollars(1000 * low)} to ${dollars(1000 * high)} per 1,000 queries. Zero router: the hull of the single "
         "experts. Cost saved: at the best single expert's score. Score gained: at its cost. $ ratio: the query "
         "oracle's cost over the row's, where the row chose a best expert. Hulls take the best settings of the very "
-        "queries shown.</p>",
+        f"queries shown.{escape(_estimated(report))}</p>",
     ]
+
+
+def _estimated(report: RoutingReport) -> str:
+    of = ", ".join(report.estimated)
+    return f" Costs of {of} are estimates; the notes say how." if of else ""
 
 
 def _pair(pair: PairReport | None, image: bytes | None) -> list[str]:

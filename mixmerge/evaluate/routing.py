@@ -15,48 +15,39 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixmerge import registry
-from mixmerge.decision.policies import Policy
-from mixmerge.decision.records import Query, Scores
+from mixmerge.decision.records import Query, Scores, queries_of
 from mixmerge.errors import Fault, MixmergeError
 from mixmerge.evaluate.assembling import assembled
 from mixmerge.evaluate.baselines import best_single_of
 from mixmerge.evaluate.choices import stays
-from mixmerge.evaluate.intervals import LEVEL
+from mixmerge.evaluate.options import EvaluationOptions
 from mixmerge.evaluate.records import RoutingReport
-from mixmerge.evaluate.scored import Chooser, Scored, cross_validated, remembered_best, table_queries
+from mixmerge.evaluate.scored import Chooser, Scored, cross_validated, remembered_best
 from mixmerge.outcomes.table import OutcomeTable
-from mixmerge.routers.base import Router
+from mixmerge.routers.base import Progress, Router
+from mixmerge.routers.costs import estimate_costs
 
 __all__ = [
     "Chooser",
+    "EvaluationOptions",
     "Scored",
     "cross_validated",
     "evaluate_routers",
     "evaluate_scores",
-    "table_queries",
     "unseen",
 ]
 
-RESAMPLES = 2000
-DRAWS = 20
 Perturbation = Callable[[str], str]
 
 
 def evaluate_routers(
     routers: Mapping[str, Router],
     table: OutcomeTable,
+    options: EvaluationOptions | None = None,
     *,
-    policy: Chooser | None = None,
     train: OutcomeTable | None = None,
     perturbations: Mapping[str, Perturbation] | None = None,
-    against: Sequence[str] = (),
-    task: str = "task",
-    strong: str | None = None,
-    seed: int = 0,
-    resamples: int = RESAMPLES,
-    level: float = LEVEL,
-    draws: int = DRAWS,
-    allow_trained: bool = False,
+    progress: Progress | None = None,
 ) -> RoutingReport:
     """Compare fitted routers on outcomes that they were not fitted on.
 
@@ -67,70 +58,47 @@ def evaluate_routers(
     Args:
         routers: name -> fitted router. Their experts are among the table's.
         table: outcomes to evaluate on.
-        policy: turns scores into picks; the best expected score by default, ties to the cheaper.
+        options: policy, intervals, draws and the like.
         train: outcomes on which the best single expert is chosen, instead of what each router remembers.
         perturbations: name -> rewording of a text; how many choices stay is reported for each.
-        against: names of rows that all routers are compared with, beside best single and random. Routers by the
-            prompt's length (kind ``length``) always are among them.
-        task: column of the metadata with the tasks, for their oracle.
-        strong: with two experts, the one whose calls are counted; by default the best single.
-        seed: of resamples and random choices.
-        resamples: 100 or more.
-        level: of the intervals, above 0 and below 1.
-        draws: of the random choice, 2 or more.
-        allow_trained: evaluate on queries that were fitted on too, with a loud warning in the report.
+        progress: told of every router and rewording that is scored, and of the measuring behind it.
 
     Raises:
         MixmergeError: a router is not fitted, has an expert the table lacks, or was fitted on evaluated queries;
             no scores; a number out of range.
     """
-    policy = policy or Policy()
+    options = options or EvaluationOptions()
     faults = [
         Fault(f"router {name}", "is not fitted", run="Fit it first: mixmerge route fit")
         for name, router in routers.items()
         if router.state is None
     ]
-    if train is not None and not allow_trained:
+    if train is not None and not options.allow_trained:
         faults += _shared(table, train)
     if faults:
         raise MixmergeError(faults)
+    changes = perturbations or {}
+    steps = _Steps("scoring", len(routers) * (1 + len(changes)), progress)
     scored = [
-        _scored(name, router, table, policy, train=train, perturbations=perturbations or {})
+        _scored(name, router, table, options.policy, train=train, perturbations=changes, steps=steps)
         for name, router in routers.items()
     ]
     by_length = [name for name, router in routers.items() if router.kind == "length"]
-    return evaluate_scores(
-        scored,
-        table,
-        policy=policy,
-        against=list(dict.fromkeys([*against, *by_length])),
-        task=task,
-        strong=strong,
-        seed=seed,
-        resamples=resamples,
-        level=level,
-        draws=draws,
-        allow_trained=allow_trained,
-    )
+    against = tuple(dict.fromkeys([*options.against, *by_length]))
+    return evaluate_scores(scored, table, replace(options, against=against), progress=progress)
 
 
 def evaluate_scores(
     scored: Sequence[Scored],
     table: OutcomeTable,
+    options: EvaluationOptions | None = None,
     *,
-    policy: Chooser | None = None,
-    against: Sequence[str] = (),
-    task: str = "task",
-    strong: str | None = None,
-    seed: int = 0,
-    resamples: int = RESAMPLES,
-    level: float = LEVEL,
-    draws: int = DRAWS,
-    allow_trained: bool = False,
+    progress: Progress | None = None,
 ) -> RoutingReport:
     """The same for scores that were made before, such as those of ``cross_validated``. Arguments as there."""
-    faults = [*_out_of_range(resamples, level, draws), *_misfits(scored, table, strong)]
-    if not allow_trained:
+    options = options or EvaluationOptions()
+    faults = [*options.faults(), *_misfits(scored, table, options.strong)]
+    if not options.allow_trained:
         faults += [fault for one in scored if (fault := _leak(one, table)) is not None]
     if faults:
         raise MixmergeError(faults)
@@ -141,20 +109,31 @@ def evaluate_scores(
     if not heard.any():
         raise MixmergeError(Fault("outcomes", "no query has a score", "At least one row with a score"))
     kept = [_rows(one, heard) for one in scored]
-    notes = _left_out(table, heard, known)
-    return assembled(
+    measured = table.rows(heard).only(known)
+    estimate = estimate_costs(measured, output_tokens=options.output_tokens)
+    steps = _Steps("measuring", 1, progress)
+    report = assembled(
         kept,
-        table.rows(heard).only(known),
-        policy=policy or Policy(),
-        notes=notes,
-        against=tuple(against),
-        task=task,
-        strong=strong,
-        seed=seed,
-        resamples=resamples,
-        level=level,
-        draws=draws,
+        replace(measured, cost=estimate.cost) if estimate.experts else measured,
+        options,
+        estimate=estimate,
+        notes=_left_out(table, heard, known),
     )
+    steps.done()
+    return report
+
+
+class _Steps:
+    """Counts what is done of one part, for a progress that may be None."""
+
+    def __init__(self, part: str, number: int, progress: Progress | None) -> None:
+        self.part, self.number, self.progress, self.count = part, number, progress, -1
+        self.done()
+
+    def done(self) -> None:
+        self.count += 1
+        if self.progress is not None and self.number:
+            self.progress(self.part, self.count, self.number)
 
 
 def unseen(table: OutcomeTable, routers: Mapping[str, Router]) -> OutcomeTable:
@@ -174,17 +153,20 @@ def _scored(
     *,
     train: OutcomeTable | None,
     perturbations: Mapping[str, Perturbation],
+    steps: _Steps,
 ) -> Scored:
-    queries = table_queries(table)
+    queries = queries_of(table)
     began = time.perf_counter()
     scores = router.score(queries)
     seconds = time.perf_counter() - began
+    steps.done()
     first = policy.choose(scores, queries)[:, 0] if perturbations and len(queries) else None
     kept = {}
     for change, reworded in perturbations.items():
         if first is not None:
             other = [Query(reworded(one.text), id=one.id, metadata=one.metadata) for one in queries]
             kept[change] = stays(first, policy.choose(router.score(other), other)[:, 0])
+            steps.done()
     best = remembered_best(router) if train is None else _best_of(train, router)
     return Scored(
         name,
@@ -205,15 +187,6 @@ def _best_of(train: OutcomeTable, router: Router) -> str | None:
 def _may_look(router: Router) -> bool:
     """It is a reference by its row in the table of routers: an oracle, fitted on what it is evaluated on."""
     return router.kind in registry.table("router") and bool(registry.find("router", router.kind).reference)
-
-
-def _out_of_range(resamples: int, level: float, draws: int) -> list[Fault]:
-    wrong = [
-        ("resamples", resamples, resamples >= 100, "100 or more"),
-        ("level", level, 0 < level < 1, "Above 0 and below 1"),
-        ("draws", draws, draws >= 2, "2 or more"),
-    ]
-    return [Fault(name, f"is {value}", allowed) for name, value, right, allowed in wrong if not right]
 
 
 def _misfits(scored: Sequence[Scored], table: OutcomeTable, strong: str | None) -> list[Fault]:
@@ -255,7 +228,7 @@ def _leak(one: Scored, table: OutcomeTable) -> Fault | None:
         f"router {one.name}",
         f"was fitted on {number:,} of the {len(table):,} queries it would be evaluated on, such as {first}",
         "Queries it has not seen",
-        "Leave them out, or allow it (allow_trained=True): the report then says so",
+        "Leave them out, or allow it (EvaluationOptions.allow_trained): the report then says so",
     )
 
 
@@ -268,7 +241,7 @@ def _shared(table: OutcomeTable, train: OutcomeTable) -> list[Fault]:
             "train",
             f"has {len(twice):,} of the queries that are evaluated on",
             "Other queries",
-            "Leave them out, or allow it (allow_trained=True)",
+            "Leave them out, or allow it (EvaluationOptions.allow_trained)",
         )
     ]
 

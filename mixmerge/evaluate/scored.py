@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from mixmerge.decision.records import Query, Scores
+from mixmerge.decision.records import Query, Scores, queries_of
 from mixmerge.errors import Fault, MixmergeError
 from mixmerge.evaluate.baselines import best_single
 from mixmerge.outcomes.table import OutcomeTable
@@ -78,7 +78,7 @@ def cross_validated(
                 f"Two or more, each of the {number} queries in one of them",
             )
         )
-    queries = table_queries(table)
+    queries = queries_of(table)
     mean, std = np.empty(table.score.shape), np.empty(table.score.shape)
     cost = np.full(table.score.shape, np.nan)
     best, trained = np.empty(number, object), np.zeros(number, np.bool_)
@@ -102,14 +102,6 @@ def cross_validated(
         best=None if any(one is None for one in best) else tuple(best.tolist()),
         trained=trained,
         seconds=seconds,
-    )
-
-
-def table_queries(table: OutcomeTable) -> tuple[Query, ...]:
-    """The queries of a table, with their metadata."""
-    return tuple(
-        Query(text, id=name, metadata={k: column[i] for k, column in table.metadata.items()})
-        for i, (name, text) in enumerate(zip(table.ids, table.queries, strict=True))
     )
 
 

@@ -18,17 +18,18 @@ def render(report: RoutingReport, title: str) -> Table:
     from rich.text import Text
 
     priced = any(row.cost is not None for row in report.rows)
+    dollar = "~$ per 1,000" if report.estimated else "$ per 1,000"
     table = Table(title=Text(title), title_justify="left")
-    for name, justify in _columns(priced):
+    for name, justify in _columns([dollar] if priced else []):
         table.add_column(name, justify="left" if justify else "right", no_wrap=not justify, overflow="fold")
     for row in report.rows:
         table.add_row(*map(Text, _cells(row, priced)), style="" if row.role == "router" else "dim")
     return table
 
 
-def _columns(priced: bool) -> list[tuple[str, bool]]:
+def _columns(dollar: list[str]) -> list[tuple[str, bool]]:
     names = ["score", "vs best single", "p", "vs random", "gap to task", "gap to query"]
-    names += ["$ per 1,000", "AIQ", "cost saved"] if priced else []
+    names += [*dollar, "AIQ", "cost saved"] if dollar else []
     return [("router", True), *((name, False) for name in names)]
 
 

@@ -9,11 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixmerge.decision.records import Scores
-from mixmerge.evaluate.choices import Choice, column_means, of_choice
+from mixmerge.evaluate.choices import Choice, of_choice
 from mixmerge.evaluate.costs import Hull, aiq, common_range, hull, settings
 from mixmerge.evaluate.intervals import bootstrap_means, compare, estimate, mean_of
 from mixmerge.evaluate.measuring import Ground
 from mixmerge.evaluate.records import CostFigures
+from mixmerge.outcomes.table import column_means
 
 Floats = NDArray[np.float64]
 
@@ -83,15 +84,19 @@ def _points(cost: Floats, score: Floats) -> tuple[Floats, Floats] | None:
 
 
 def _swept(ground: Ground, cost: Floats, scores: Scores) -> _Swept | None:
-    """What each setting of the price of quality would have got and paid; None if the router expects no costs."""
-    if scores.cost is None:
-        return None
-    priced = np.flatnonzero(np.isfinite(scores.cost).all(axis=0))
+    """What each setting of the price of quality would have got and paid; None if no costs are expected.
+
+    Where the router expects none of an expert, what its price and the query's length let one expect will do.
+    """
+    own = np.array([ground.table.experts.index(name) for name in scores.experts])
+    expected = ground.expected[:, own]
+    if scores.cost is not None:
+        expected = np.where(np.isfinite(scores.cost).all(axis=0), scores.cost, expected)
+    priced = np.flatnonzero(np.isfinite(expected).all(axis=0))
     if not priced.size:
         return None
-    names = [scores.experts[e] for e in priced]
-    at = np.array([ground.table.experts.index(name) for name in names])
-    chosen = [at[choice] for choice in settings(scores.mean[:, priced], scores.cost[:, priced], names)]
+    at, names = own[priced], [scores.experts[e] for e in priced]
+    chosen = [at[choice] for choice in settings(scores.mean[:, priced], expected[:, priced], names)]
     return _Swept.of(
         np.stack([of_choice(ground.table.score, choice) for choice in chosen], axis=1),
         np.stack([of_choice(cost, choice) for choice in chosen], axis=1),

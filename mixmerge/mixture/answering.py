@@ -68,7 +68,7 @@ def setup_of(mixture: Mixture) -> Setup:
         experts,
         made,
         route,
-        whole=bool(policy.trim),
+        whole=policy.whole,
         defaults=defaults_of(spec),
         identity=canonical_hash(
             {

@@ -17,8 +17,8 @@ from mixmerge.batch.records import Answer
 from mixmerge.batch.setup import Conditions
 from mixmerge.batch.writing import Form
 from mixmerge.batch.writing_files import Unordered, write_ordered
-from mixmerge.decision.whole import check_free
 from mixmerge.mixture.answering import setup_of
+from mixmerge.outcomes.whole import check_free
 
 if TYPE_CHECKING:
     from mixmerge.mixture.wiring import Mixture

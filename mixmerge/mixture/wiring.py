@@ -17,10 +17,12 @@ from mixmerge.decision.records import Decision, Query, as_queries
 from mixmerge.errors import Fault, MixmergeError
 from mixmerge.mixture.asking import Asked, Piece, answers, as_finished, stream
 from mixmerge.mixture.batching import Batched, Files, run
-from mixmerge.mixture.reading import read
+from mixmerge.mixture.saving import anchored, spec_of
 from mixmerge.mixture.schema import ExpertSpec, MixtureSpec, RouterSpec
 from mixmerge.outcomes.table import OutcomeTable, Price
 from mixmerge.routers.base import Router
+
+_PATHS = ("model", "path")  # options of features that may be local paths
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,13 +43,38 @@ class Mixture:
     def load(cls, source: str | Path | Mapping[str, Any] | MixtureSpec) -> Self:
         """Read a mixture, and fit its router on its outcomes or load it from its folder.
 
+        Args:
+            source: a YAML file; a folder that ``save`` or ``mixmerge route fit MIXTURE.yaml`` wrote; a mapping of
+                the YAML's shape; or what one says.
+
         Raises:
             MixmergeError: every fault of the YAML; or outcomes or a router that cannot be read, or that know
-                other experts than the mixture.
+                other experts than the mixture; or a folder that is no fitted mixture.
         """
-        spec = source if isinstance(source, MixtureSpec) else read(source).require()
-        router = _loaded(spec) if spec.router.folder else _fitted(spec)
+        spec = source if isinstance(source, MixtureSpec) else spec_of(source)
+        return cls.of(spec, _loaded(spec) if spec.router.folder else unfitted(spec).fit(outcomes_of(spec)))
+
+    @classmethod
+    def of(cls, spec: MixtureSpec, router: Router) -> Self:
+        """A mixture of what a YAML says and its fitted router.
+
+        Raises:
+            MixmergeError: the policy beside the router cannot be read, or is of another one.
+        """
         return cls(spec, router, _policy(spec, router))
+
+    def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
+        """Write the mixture as one folder, whole or not at all; ``load`` reads it, and ``Router.load`` its router.
+
+        In it are the router's files; ``policy.json``, if there is a policy of its own; and ``mixture.yaml`` with the
+        rest. Experts are named, not copied: their local paths are written from the root.
+
+        Raises:
+            OutputError: the folder exists (with ``overwrite``: and is no router's), or cannot be written.
+        """
+        from mixmerge.mixture.saving import save
+
+        save(self, Path(folder), overwrite=overwrite)
 
     @property
     def experts(self) -> Mapping[str, ExpertSpec]:
@@ -129,9 +156,21 @@ def _loaded(spec: MixtureSpec) -> Router:
     return router
 
 
-def _fitted(spec: MixtureSpec) -> Router:
+def unfitted(spec: MixtureSpec) -> Router:
+    """The router of a kind that a mixture wants, before it is fitted on ``outcomes_of`` the mixture."""
     wanted = spec.router
-    source = str(wanted.outcomes)
+    kind = registry.load(registry.find("router", str(wanted.kind)).target)
+    router: Router = kind(wanted.options, features=_features(wanted), seed=wanted.seed)
+    return router
+
+
+def outcomes_of(spec: MixtureSpec) -> OutcomeTable:
+    """The outcomes that a mixture names, of its experts in its order and with its prices.
+
+    Raises:
+        MixmergeError: they cannot be read, or know other experts than the mixture.
+    """
+    source = str(spec.router.outcomes)
     table = OutcomeTable.read(source)
     names = tuple(spec.experts)
     _same(names, table.experts, source)
@@ -140,15 +179,17 @@ def _fitted(spec: MixtureSpec) -> Router:
         for name, expert in spec.experts.items()
         if expert.price is not None
     }
-    kind = registry.load(registry.find("router", str(wanted.kind)).target)
-    router: Router = kind(wanted.options, features=_features(wanted), seed=wanted.seed)
-    return router.fit(table.only(names).priced(prices))
+    return table.only(names).priced(prices)
 
 
 def _features(wanted: RouterSpec) -> Any:
     if wanted.features is None:
         return None
-    options = {name: value for name, value in wanted.features.items() if name != "kind"}
+    options = {
+        name: anchored(value) if name in _PATHS and isinstance(value, str) else value
+        for name, value in wanted.features.items()
+        if name != "kind"
+    }
     return registry.find("features", str(wanted.features["kind"]))(**options)
 
 

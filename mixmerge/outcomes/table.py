@@ -189,6 +189,13 @@ class OutcomeTable:
         return None if np.isnan(known).all() else known
 
 
+def column_means(values: Floats) -> Floats:
+    """Means of the known values of each column, NaN without any."""
+    there = ~np.isnan(values)
+    count = there.sum(axis=0)
+    return np.where(count > 0, np.where(there, values, 0.0).sum(axis=0) / np.maximum(count, 1), np.nan)
+
+
 def _twice(names: Sequence[str]) -> str | None:
     seen: set[str] = set()
     for name in names:

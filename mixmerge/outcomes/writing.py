@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import secrets
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from mixmerge.errors import DependencyError, Fault, MixmergeError, OutputError
+from mixmerge.errors import DependencyError, Fault, MixmergeError
 from mixmerge.outcomes.building import encodes, wrong_text
 from mixmerge.outcomes.importers.own import META, NOTE, header_of
 from mixmerge.outcomes.table import OutcomeTable
+from mixmerge.outcomes.whole import whole_file
 
 
 def write(table: OutcomeTable, path: Path) -> None:
@@ -28,19 +27,8 @@ def write(table: OutcomeTable, path: Path) -> None:
     if path.suffix not in writers:
         raise MixmergeError(Fault(str(path), f"has the ending {path.suffix!r}", ".parquet or .jsonl"))
     _check(table)
-    partial = path.with_name(f".{path.name[:40]}-{secrets.token_hex(4)}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with partial.open("xb") as file:
-                writers[path.suffix](table, file)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
-    except OSError as error:
-        raise OutputError(Fault(str(path), f"cannot be written: {error.strerror or error}")) from error
+    with whole_file(path) as file:
+        writers[path.suffix](table, file)
 
 
 def _check(table: OutcomeTable) -> None:

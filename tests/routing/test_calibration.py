@@ -24,7 +24,7 @@ from mixmerge.decision import (
     write_policy,
 )
 from mixmerge.decision.budgets import GRID, _mix, _path, _upper
-from mixmerge.decision.calibration import queries_of
+from mixmerge.decision.records import queries_of
 from mixmerge.errors import MixmergeError, OutputError
 from mixmerge.outcomes.table import OutcomeTable, Price
 

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mixmerge.decision.records import queries_of
 from mixmerge.errors import MixmergeError
 from mixmerge.outcomes.table import OutcomeTable
 from mixmerge.routers.automix import METHODS, AutomixCosts, Rule, Verified, beliefs, fit_automix, nearest_bin
@@ -26,7 +27,7 @@ from mixmerge.routers.cascade import (
 )
 from mixmerge.routers.cascade_router import CascadeRouter
 from mixmerge.routers.confidence import confidence, entropy, margin, mean_logprob
-from mixmerge.routers.contract import check_router, queries_of, sample
+from mixmerge.routers.contract import check_router, sample
 
 INF = math.inf
 

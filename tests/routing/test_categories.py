@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mixmerge.decision.records import Query
+from mixmerge.decision.records import Query, queries_of
 from mixmerge.errors import MixmergeError
 from mixmerge.outcomes.table import OutcomeTable, Price
 from mixmerge.routers.assignment import Assignment, Problem, pareto, solve
@@ -24,7 +24,7 @@ from mixmerge.routers.category_model import (
     tuned_threshold,
     uncertainty,
 )
-from mixmerge.routers.contract import check_router, queries_of, sample
+from mixmerge.routers.contract import check_router, sample
 
 
 def problem(

@@ -165,12 +165,15 @@ def test_decisions_are_written_whole(route: Run, fault: Fault, fitted: Path, tmp
 
 
 def test_trimming_counts_all_queries(route: Run, fitted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mixmerge.cli.route.ask._BLOCK", 2)
+    monkeypatch.setattr("mixmerge.cli.route.ask.BLOCK", 2)
     text = "\n".join(f"{CODE} {n}" for n in range(9))
     options = ("-i", "-", "--policy", "sample(trim=0.2)")
-    blocks = route("ask", fitted / "router", *options, stdin=text).stdout
+    result = route("ask", fitted / "router", *options, stdin=text)
+    assert "counts the draws of all queries, so all 9 are held in memory" in result.stderr
+    blocks = result.stdout
     monkeypatch.undo()
-    assert route("ask", fitted / "router", *options, stdin=text).stdout == blocks
+    again = route("ask", fitted / "router", *options, stdin=text)
+    assert (again.stdout, again.stderr) == (blocks, "")
     assert len(blocks.splitlines()) == 9
 
 
@@ -290,3 +293,43 @@ def test_a_mixture_with_other_experts(route: Run, fitted: Path, tmp_path: Path) 
     result = route("ask", "m.yaml", CODE, code=2)
     assert "Did you mean 'knn'?" in result.stderr
     assert "Did you mean 'router'?" in result.stderr
+
+
+def test_a_mixture_is_fitted_to_a_folder(
+    route: Run, fault: Fault, fitted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outcomes = f"router: {{kind: knn, outcomes: {fitted / 'a.jsonl'}, seed: 3}}\n"
+    (tmp_path / "m.yaml").write_text(f"{MIXTURE}{outcomes}policy: {{kind: top_k, k: 2}}\n")
+    by_yaml = json.loads(route("ask", "m.yaml", CODE, "--json").stdout)
+    made = route("fit", "m.yaml", "--out", "folder", "--holdout", 0.2)
+    assert "folder: knn, fitted on 200 queries x 4 experts" in made.stdout
+    assert "held out 40 queries" in made.stdout
+    monkeypatch.chdir(fitted)
+    answer = json.loads(route("ask", tmp_path / "folder", CODE, "--json").stdout)
+    assert answer == by_yaml | {"version": Router.load(tmp_path / "folder").version}
+    monkeypatch.chdir(tmp_path)
+    assert "4 experts" not in route("ls", ".").stdout
+    route("calibrate", "folder", "--data", fitted / "b.jsonl", "--budget", 1e-4)
+    again = json.loads(route("ask", "folder", CODE, "--json").stdout)
+    assert again["policy"].startswith("budget(")
+    # a mixture of a fitted router is packed as it is
+    (tmp_path / "n.yaml").write_text(f"{MIXTURE}router: {{folder: folder}}\n")
+    packed = json.loads(route("fit", "n.yaml", "--out", "packed", "--json").stdout)
+    assert (packed["queries"], packed["version"]) == (200, Router.load(tmp_path / "folder").version)
+    assert json.loads(route("ask", "packed", CODE, "--json").stdout) == again
+    assert "is fitted already. Leave it out" in fault("fit", "n.yaml", "--out", "x", "--holdout", 0.2)
+    assert "is a fitted mixture: mixture.yaml names its experts too" in fault(
+        "remove-expert", "folder", "plain"
+    )
+    data = ("--data", fitted / "b.jsonl", "--expert", "plain")
+    assert "is a fitted mixture" in fault("add-expert", "folder", *data)
+    route("remove-expert", "folder", "plain", "--out", "alone")
+    assert not (tmp_path / "alone" / "mixture.yaml").exists()
+
+
+def test_options_that_a_mixture_has_itself(route: Run, fitted: Path, tmp_path: Path) -> None:
+    (tmp_path / "m.yaml").write_text(f"{MIXTURE}router: {{kind: knn, outcomes: {fitted / 'a.jsonl'}}}\n")
+    options = ("--router", "ridge", "--seed", 0, "--option", "k=1", "--features", "tfidf", "--kind", "long")
+    result = route("fit", "m.yaml", "--out", "folder", *options, code=2)
+    assert result.stderr.count("a mixture says this itself. Leave it out, or change m.yaml") == 5
+    assert not (tmp_path / "folder").exists()

@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from mixmerge.decision.records import queries_of
 from mixmerge.errors import MixmergeError
 from mixmerge.routers.base import Inputs, Router, Training
 from mixmerge.routers.clusters import ClusterRouter
-from mixmerge.routers.contract import check_router, queries_of, sample
+from mixmerge.routers.contract import check_router, sample
 from mixmerge.routers.pilots import PilotRouter
 from mixmerge.routers.ranking import RankingRouter, similarity_weights, strengths, wins
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mixmerge.decision.records import Query
+from mixmerge.decision.records import Query, queries_of
 from mixmerge.errors import MixmergeError
 from mixmerge.outcomes.table import OutcomeTable, Price
 from mixmerge.routers import ROUTERS
@@ -20,7 +20,7 @@ from mixmerge.routers.constants import (
     RandomRouter,
     TaskMeanRouter,
 )
-from mixmerge.routers.contract import queries_of, sample
+from mixmerge.routers.contract import sample
 from mixmerge.routers.references import OracleRouter, OracleTaskRouter
 
 NAN = float("nan")

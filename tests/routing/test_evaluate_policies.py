@@ -10,7 +10,7 @@ import pytest
 from mixmerge.decision.policies import Policy
 from mixmerge.decision.records import Scores
 from mixmerge.errors import MixmergeError
-from mixmerge.evaluate.routing import Scored, evaluate_routers, evaluate_scores
+from mixmerge.evaluate.routing import EvaluationOptions, Scored, evaluate_routers, evaluate_scores
 from mixmerge.outcomes.table import OutcomeTable
 from mixmerge.routers.base import Router
 from mixmerge.routers.constants import LengthRouter
@@ -27,7 +27,7 @@ def fitted() -> Router:
 def test_oracles_among_the_routers_may_look(fitted: Router) -> None:
     held = sample(40, seed=1)
     routers = {"knn": fitted, "seer": OracleRouter().fit(held), "by length": LengthRouter().fit(sample(150))}
-    report = evaluate_routers(routers, held, resamples=200)
+    report = evaluate_routers(routers, held, EvaluationOptions(resamples=200))
     row = report.row("seer")
     assert row.role == "oracle"
     assert row.regret == 0.0
@@ -41,8 +41,10 @@ def test_oracles_among_the_routers_may_look(fitted: Router) -> None:
 
 def test_policies_pick_and_all_picks_are_paid(fitted: Router) -> None:
     held = sample(60, seed=1, missing=0.0)
-    best = evaluate_routers({"knn": fitted}, held, resamples=200)
-    two = evaluate_routers({"knn": fitted}, held, policy=Policy(kind="top_k", k=2), resamples=200)
+    best = evaluate_routers({"knn": fitted}, held, EvaluationOptions(resamples=200))
+    two = evaluate_routers(
+        {"knn": fitted}, held, EvaluationOptions(policy=Policy(kind="top_k", k=2), resamples=200)
+    )
     assert (best.policy, two.policy) == ("argmax", "top_k(k=2)")
     assert two.row("knn").score == best.row("knn").score
     assert two.row("knn").detail.picks.shape == (60, 2)
@@ -56,7 +58,7 @@ def test_abstaining_is_counted(fitted: Router) -> None:
     held = sample(60, seed=1, missing=0.0)
     expected = fitted.score(held.queries).mean.max(axis=1)
     policy = Policy(abstain_below=float(np.median(expected)))
-    row = evaluate_routers({"knn": fitted}, held, policy=policy, resamples=200).row("knn")
+    row = evaluate_routers({"knn": fitted}, held, EvaluationOptions(policy=policy, resamples=200)).row("knn")
     assert row.abstained == (expected < np.median(expected)).sum() > 0
     assert row.abstained + row.scored == 60
     assert np.isnan(row.detail.actual).sum() == row.abstained
@@ -65,15 +67,19 @@ def test_abstaining_is_counted(fitted: Router) -> None:
 def test_drawn_picks_do_not_depend_on_the_order(fitted: Router) -> None:
     held, order = sample(60, seed=1), np.random.default_rng(0).permutation(60)
     policy = Policy(kind="sample", draws=3)
-    drawn = evaluate_routers({"knn": fitted}, held, policy=policy, resamples=200).row("knn")
-    again = evaluate_routers({"knn": fitted}, held.rows(order), policy=policy, resamples=200).row("knn")
+    drawn = evaluate_routers({"knn": fitted}, held, EvaluationOptions(policy=policy, resamples=200)).row(
+        "knn"
+    )
+    again = evaluate_routers(
+        {"knn": fitted}, held.rows(order), EvaluationOptions(policy=policy, resamples=200)
+    ).row("knn")
     np.testing.assert_array_equal(again.detail.picks, drawn.detail.picks[order])
 
 
 def test_one_expert_and_one_query() -> None:
     table = one_query()
     scores = Scores(("a",), np.array([[0.3]]), np.array([[0.1]]), np.array([[0.004]]))
-    report = evaluate_scores([Scored("mine", scores, best=("a",))], table, resamples=100)
+    report = evaluate_scores([Scored("mine", scores, best=("a",))], table, EvaluationOptions(resamples=100))
     assert report.row("mine").score.value == 1.0
     assert report.row("mine").entropy == 0.0
     assert any("only 1 different queries" in warning for warning in report.warnings)

@@ -16,6 +16,7 @@ from mixmerge.decision.records import Query, Scores
 from mixmerge.errors import MixmergeError, OutputError
 from mixmerge.evaluate.records import RoutingReport
 from mixmerge.evaluate.routing import (
+    EvaluationOptions,
     Scored,
     cross_validated,
     evaluate_routers,
@@ -52,7 +53,7 @@ def scored(choice: Sequence[int], *, name: str = "mine", best: str | None = "a",
 
 
 def test_every_figure_by_hand() -> None:
-    report = evaluate_scores([scored([0, 0, 2, 1, 2])], small(), resamples=200)
+    report = evaluate_scores([scored([0, 0, 2, 1, 2])], small(), EvaluationOptions(resamples=200))
     row = report.row("mine")
     assert (row.scored, row.unknown, row.abstained) == (4, 1, 0)
     assert row.score.value == 1.0
@@ -71,7 +72,9 @@ def test_every_figure_by_hand() -> None:
 
 
 def test_what_always_stands_beside() -> None:
-    report = evaluate_scores([scored([1, 1, 1, 1, 1], best="b")], small(), resamples=200, draws=400)
+    report = evaluate_scores(
+        [scored([1, 1, 1, 1, 1], best="b")], small(), EvaluationOptions(resamples=200, draws=400)
+    )
     rows = {row.name: row for row in report.rows}
     assert list(rows) == [
         "mine",
@@ -102,13 +105,13 @@ def small_chance() -> float:
 
 def test_best_single_is_of_training_data_not_of_hindsight() -> None:
     table = replace(small(), score=np.array([[1, 0, 0]] * 4 + [[1, 1, 1.0]]))
-    report = evaluate_scores([scored([0] * 5, best="c")], table, resamples=200)
+    report = evaluate_scores([scored([0] * 5, best="c")], table, EvaluationOptions(resamples=200))
     row = report.row("mine")
     assert row.over_best is not None
     assert row.over_best.difference.value == pytest.approx(0.8)
     assert report.row("best single: c").score.value == 0.2
     assert report.row("best single in hindsight: a").score.value == 1.0
-    unknown = evaluate_scores([scored([0] * 5, best=None)], table, resamples=200)
+    unknown = evaluate_scores([scored([0] * 5, best=None)], table, EvaluationOptions(resamples=200))
     assert unknown.row("mine").over_best is not None
     assert any("in hindsight" in note for note in unknown.notes)
     assert not any(row.name.startswith("best single:") for row in unknown.rows)
@@ -116,7 +119,9 @@ def test_best_single_is_of_training_data_not_of_hindsight() -> None:
 
 def test_two_routers_with_their_own_best_single() -> None:
     report = evaluate_scores(
-        [scored([0] * 5, best="c"), scored([0] * 5, name="other", best="b")], small(), resamples=200
+        [scored([0] * 5, best="c"), scored([0] * 5, name="other", best="b")],
+        small(),
+        EvaluationOptions(resamples=200),
     )
     assert {"best single: c", "best single: b"} <= {row.name for row in report.rows}
     gains = [report.row(name).over_best for name in ("mine", "other")]
@@ -128,7 +133,9 @@ def test_costs_of_all_picks_and_abstention() -> None:
         def choose(self, scores: Scores, queries: Sequence[Query]) -> NDArray[np.int64]:
             return np.array([[0, 1], [2, 2], [1, -1], [-1, -1], [-1, -1]])
 
-    row = evaluate_scores([scored([0] * 5)], small(), policy=Two(), resamples=200).row("mine")
+    row = evaluate_scores([scored([0] * 5)], small(), EvaluationOptions(policy=Two(), resamples=200)).row(
+        "mine"
+    )
     assert (row.scored, row.abstained) == (3, 2)
     assert row.score.value == pytest.approx((1 + 0.5 + 1) / 3)
     np.testing.assert_allclose(row.detail.cost, [0.006, 0.002, 0.002, NAN, NAN])
@@ -143,7 +150,9 @@ def test_curve_of_cost_by_hand() -> None:
         cost=np.array([[4.0, 1.0], [4.0, 1.0]]),
     )
     sure = Scores(table.experts, table.score.copy(), np.zeros((2, 2)), table.costs())
-    report = evaluate_scores([Scored("mine", sure, best=("dear", "dear"))], table, resamples=200)
+    report = evaluate_scores(
+        [Scored("mine", sure, best=("dear", "dear"))], table, EvaluationOptions(resamples=200)
+    )
     curve = report.row("mine").curve
     assert curve is not None
     assert curve.hull.cost.tolist() == [1.0, 2.5]  # only the query that needs it goes to the dear one
@@ -160,7 +169,7 @@ def test_curve_of_cost_by_hand() -> None:
 
 
 def test_json_and_lines(tmp_path: Path) -> None:
-    report = evaluate_scores([scored([0, 0, 2, 1, 2])], small(), resamples=200)
+    report = evaluate_scores([scored([0, 0, 2, 1, 2])], small(), EvaluationOptions(resamples=200))
     given = json.loads(json.dumps(report.as_dict(), allow_nan=False))
     assert given["queries"] == 5
     assert given["rows"][0]["name"] == "mine"
@@ -184,7 +193,9 @@ def test_json_and_lines(tmp_path: Path) -> None:
 
 
 def test_table_for_the_terminal() -> None:
-    report = evaluate_scores([scored([0, 0, 2, 1, 2], name="[red]mine")], small(), resamples=200)
+    report = evaluate_scores(
+        [scored([0, 0, 2, 1, 2], name="[red]mine")], small(), EvaluationOptions(resamples=200)
+    )
     text = _text(report)
     assert "[red]mine" in text
     assert "1.000 [1.000, 1.000]" in text
@@ -205,7 +216,9 @@ def fitted() -> Router:
 
 def test_a_real_router(fitted: Router) -> None:
     held = sample(80, seed=1)
-    report = evaluate_routers({"knn": fitted}, held, resamples=500, against=("random choice",))
+    report = evaluate_routers(
+        {"knn": fitted}, held, EvaluationOptions(resamples=500, against=("random choice",))
+    )
     row = report.row("knn")
     assert row.over_best is not None
     assert row.over_best.difference.low > 0
@@ -215,11 +228,11 @@ def test_a_real_router(fitted: Router) -> None:
     assert row.seconds is not None
     assert row.warnings == ()
     turned = np.random.default_rng(0).permutation(80)
-    again = evaluate_routers({"knn": fitted}, held.rows(turned), resamples=500).row("knn")
+    again = evaluate_routers({"knn": fitted}, held.rows(turned), EvaluationOptions(resamples=500)).row("knn")
     assert again.score.low == pytest.approx(row.score.low)
     assert again.curve is not None
     assert again.curve.aiq.value == pytest.approx(row.curve.aiq.value)
-    other = evaluate_routers({"knn": fitted}, held.only(held.experts[::-1]), resamples=500)
+    other = evaluate_routers({"knn": fitted}, held.only(held.experts[::-1]), EvaluationOptions(resamples=500))
     assert other.row("knn").score.low == pytest.approx(row.score.low)
     chance = report.row("random choice").score
     assert other.row("random choice").score.value == pytest.approx(chance.value)
@@ -228,12 +241,17 @@ def test_a_real_router(fitted: Router) -> None:
 def test_fitted_on_what_it_is_asked(fitted: Router) -> None:
     both = _joined(sample(80, seed=1), sample(150).rows(range(7)))
     with pytest.raises(MixmergeError, match=r"router knn: was fitted on 7 of the 87 queries .* such as q0-0"):
-        evaluate_routers({"knn": fitted}, both, resamples=200)
-    loud = evaluate_routers({"knn": fitted}, both, resamples=200, allow_trained=True)
+        evaluate_routers({"knn": fitted}, both, EvaluationOptions(resamples=200))
+    loud = evaluate_routers({"knn": fitted}, both, EvaluationOptions(resamples=200, allow_trained=True))
     assert loud.warnings == ()
     assert any("knn: WAS FITTED ON 7" in warning for warning in loud.all_warnings())
     assert len(unseen(both, {"knn": fitted})) == 80
-    assert evaluate_routers({"knn": fitted}, unseen(both, {"knn": fitted}), resamples=200).warnings == ()
+    assert (
+        evaluate_routers(
+            {"knn": fitted}, unseen(both, {"knn": fitted}), EvaluationOptions(resamples=200)
+        ).warnings
+        == ()
+    )
     with pytest.raises(MixmergeError, match="train: has 80 of the queries"):
         evaluate_routers({"knn": fitted}, sample(80, seed=1), train=sample(80, seed=1))
 
@@ -298,7 +316,7 @@ def test_cross_validation() -> None:
     again = NearestRouter().fit(table.rows(np.setdiff1d(np.arange(120), folds[2])))
     asked = [table.queries[i] for i in folds[2]]
     np.testing.assert_array_equal(one.scores.mean[folds[2]], again.score(asked).mean)
-    report = evaluate_scores([one], table, resamples=300)
+    report = evaluate_scores([one], table, EvaluationOptions(resamples=300))
     gain = report.row("knn").over_best
     assert gain is not None
     assert gain.difference.low > 0
@@ -316,8 +334,8 @@ def test_perturbations(fitted: Router) -> None:
     row = evaluate_routers(
         {"knn": fitted},
         held,
+        EvaluationOptions(resamples=200),
         perturbations={"nothing": str, "other words": lambda text: "poem rhyme moon river song"},
-        resamples=200,
     ).row("knn")
     assert row.stays["nothing"] == 1.0
     assert row.stays["other words"] < 0.8
@@ -329,17 +347,17 @@ def test_fewer_experts_and_silent_queries(fitted: Router) -> None:
     score[:3] = NAN
     table = replace(held, score=score)
     fewer = NearestRouter().fit(sample(100).only(("sums", "code")))
-    report = evaluate_routers({"two": fewer}, table, resamples=200)
+    report = evaluate_routers({"two": fewer}, table, EvaluationOptions(resamples=200))
     assert report.experts == ("sums", "code")
     assert len(report.ids) <= 37
     assert any("left out: verse, plain" in note for note in report.notes)
-    both = evaluate_routers({"two": fewer, "all": fitted}, table, resamples=200)
+    both = evaluate_routers({"two": fewer, "all": fitted}, table, EvaluationOptions(resamples=200))
     assert both.row("two").shares["plain"] == 0.0
     assert len(both.experts) == 4
 
 
 def test_no_routers_gives_the_constants() -> None:
-    report = evaluate_routers({}, small(), resamples=200)
+    report = evaluate_routers({}, small(), EvaluationOptions(resamples=200))
     assert report.row("best single in hindsight: b").over_best is None
     gain = report.row("query oracle").over_best
     assert gain is not None
@@ -358,12 +376,14 @@ def test_no_routers_gives_the_constants() -> None:
 )
 def test_bad_options(change: dict[str, object], word: str) -> None:
     with pytest.raises(MixmergeError, match=word):
-        evaluate_scores([scored([0] * 5)], small(), **change)  # type: ignore[arg-type]
+        evaluate_scores([scored([0] * 5)], small(), EvaluationOptions(**change))  # type: ignore[arg-type]
 
 
 def test_all_faults_at_once() -> None:
     with pytest.raises(MixmergeError) as raised:
-        evaluate_scores([scored([0] * 5), scored([1] * 5)], small().only(("a", "b")), draws=0)
+        evaluate_scores(
+            [scored([0] * 5), scored([1] * 5)], small().only(("a", "b")), EvaluationOptions(draws=0)
+        )
     assert [fault.where for fault in raised.value.faults] == [
         "draws",
         "router mine",
@@ -380,19 +400,21 @@ def test_what_cannot_be_evaluated() -> None:
     with pytest.raises(MixmergeError, match="has scores of 5 queries"):
         evaluate_scores([scored([0] * 5)], small().rows([0, 1]))
     with pytest.raises(MixmergeError, match="has the name of a constant"):
-        evaluate_scores([scored([0] * 5, name="query oracle")], small(), resamples=200)
-    report = evaluate_scores([scored([0] * 5)], small(), resamples=200)
+        evaluate_scores([scored([0] * 5, name="query oracle")], small(), EvaluationOptions(resamples=200))
+    report = evaluate_scores([scored([0] * 5)], small(), EvaluationOptions(resamples=200))
     with pytest.raises(MixmergeError, match="has no row 'yours'"):
         report.row("yours")
 
 
 def test_without_costs_and_tasks() -> None:
     plain = replace(small(), cost=None, metadata={})
-    report = evaluate_scores([scored([0, 0, 0, 1, 1])], plain, resamples=200)
+    report = evaluate_scores([scored([0, 0, 0, 1, 1])], plain, EvaluationOptions(resamples=200))
     assert report.row("mine").curve is None
     assert report.row("mine").cost is None
     assert not any(row.name.startswith(("cheapest", "task oracle")) for row in report.rows)
     assert any("no column 'task'" in note for note in report.notes)
     assert "AIQ" not in _text(report)
     priced = replace(plain, prices={"a": Price(1.0, 1.0)})
-    assert evaluate_scores([scored([0] * 5)], priced, resamples=200).row("mine").cost is None
+    report = evaluate_scores([scored([1] * 5)], priced, EvaluationOptions(resamples=200))
+    assert report.row("mine").cost is None  # b has no price, so its costs cannot even be estimated
+    assert report.estimated == ("a",)

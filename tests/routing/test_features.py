@@ -15,12 +15,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mixmerge.decision.records import Query
+from mixmerge.decision.records import Query, queries_of
 from mixmerge.errors import DependencyError, MixmergeError
 from mixmerge.registry import find
 from mixmerge.routers.base import Router
 from mixmerge.routers.cache import EmbeddingCache
-from mixmerge.routers.contract import check_router, queries_of, sample
+from mixmerge.routers.contract import check_router, sample
 from mixmerge.routers.embedders import GivenFeatures, SentenceFeatures
 from mixmerge.routers.embedding_files import read_embeddings, write_embeddings
 from mixmerge.routers.features import CharacterFeatures, Features, TfidfFeatures, unit

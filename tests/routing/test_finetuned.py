@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mixmerge.decision.records import queries_of
 from mixmerge.errors import DependencyError, MixmergeError
 from mixmerge.outcomes.table import OutcomeTable
 from mixmerge.routers.base import Router
-from mixmerge.routers.contract import check_router, queries_of, sample
+from mixmerge.routers.contract import check_router, sample
 from mixmerge.routers.contrastive import ContrastiveRouter
 from mixmerge.routers.finetuned import CausalRouter, EncoderRouter
 from mixmerge.routers.pretrained import add_labels, label_logits, pack, read_pretrained, unpack

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mixmerge.decision.records import queries_of
 from mixmerge.errors import MixmergeError
 from mixmerge.routers.base import Inputs, State, Training
-from mixmerge.routers.contract import check_router, queries_of, sample
+from mixmerge.routers.contract import check_router, sample
 from mixmerge.routers.linear import PENALTIES, Frame, Linear, RidgeRouter, evaluate, ridge
 from mixmerge.routers.logistic import (
     LogisticRouter,

@@ -9,12 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mixmerge.decision import Policy, calibrate_budget, write_policy
+from mixmerge.decision.files import read_calibration
+from mixmerge.decision.records import queries_of
 from mixmerge.errors import MixmergeError
 from mixmerge.mixture import ExpertSpec, Mixture, PriceSpec, parse, read
 from mixmerge.mixture.sections import arguments_of
 from mixmerge.registry import find, table
 from mixmerge.routers.base import Router
-from mixmerge.routers.contract import queries_of, sample
+from mixmerge.routers.contract import sample
 from mixmerge.routers.nearest import NearestRouter
 
 DESIGN = """
@@ -361,3 +363,90 @@ def test_features_of_the_yaml_are_used(tmp_path: Path, outcomes: Path) -> None:
     assert isinstance(mixture.router, Router)
     assert mixture.router.features is not None
     assert mixture.router.features.options()["dimensions"] == 5
+
+
+# --- fitted mixtures
+
+
+def test_a_saved_mixture_is_one_folder(
+    tmp_path: Path, outcomes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    more = (
+        "policy: {kind: top_k, k: 2, fallback: plain}\ncompose: {kind: vote}\ngenerate: {max_new_tokens: 7}"
+    )
+    mixture = Mixture.load(written(tmp_path, f"{{kind: knn, outcomes: {outcomes}}}", policy=more))
+    mixture.save("fitted")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    (tmp_path / "fitted").rename(tmp_path / "moved")
+    held = queries_of(sample(30, seed=1))
+    wanted = [one.picks for one in mixture.route(held)]
+    for place in ("../moved", tmp_path / "moved", "../moved/mixture.yaml"):
+        found = Mixture.load(place)
+        assert [one.picks for one in found.route(held)] == wanted
+        assert found.policy == mixture.policy
+        assert (found.spec.compose, found.spec.generate) == (mixture.spec.compose, mixture.spec.generate)
+    assert [found.experts[name].model for name in found.experts] == [
+        str(tmp_path / name) for name in mixture.experts
+    ]
+    assert found.experts["code"].price == mixture.experts["code"].price
+    router = Router.load("../moved")
+    assert router.version == found.router.version != "unsaved"
+    found.save("again")
+    assert Mixture.load("again").router.version == router.version  # nothing in it depends on where it lies
+
+
+def test_a_fitted_mixture_keeps_its_calibration(tmp_path: Path, outcomes: Path) -> None:
+    folder = tmp_path / "router"
+    Mixture.load(written(tmp_path, f"{{kind: knn, outcomes: {outcomes}}}")).save(folder)
+    assert not (folder / "policy.json").exists()
+    assert Mixture.load(folder).policy == Policy()
+    mixture, held = Mixture.load(folder), sample(200, seed=3)
+    found = calibrate_budget(mixture.router.score(queries_of(held)), held, budget=1e-3)
+    write_policy(found, folder, router=mixture.router.version)
+    Mixture.load(folder).save(tmp_path / "copy")
+    assert Mixture.load(tmp_path / "copy").policy == found.policy
+    assert read_calibration(tmp_path / "copy") == found
+    Mixture.load(folder).save(folder, overwrite=True)
+    assert Mixture.load(folder).policy == found.policy
+
+
+def test_hub_ids_and_endpoints_stay_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org").mkdir()
+    NearestRouter().fit(sample()).save("router")
+    experts = {
+        "sums": {"model": "org/code-7b"},
+        "code": {"adapter": "./lora", "base": "org"},
+        "verse": {"endpoint": "http://localhost:8000/v1", "model": "./big"},
+        "plain": {"model": "a/b/c"},
+    }
+    Mixture.load({"experts": experts, "router": {"folder": "router"}}).save("fitted")
+    saved = Mixture.load("fitted").experts
+    assert saved["sums"].model == "org/code-7b"
+    assert (saved["code"].adapter, saved["code"].base) == (str(tmp_path / "lora"), str(tmp_path / "org"))
+    assert saved["verse"].model == "./big"
+    assert saved["plain"].model == str(tmp_path / "a/b/c")
+
+
+def test_folders_that_are_no_mixture(tmp_path: Path, outcomes: Path) -> None:
+    allowed = "A mixture YAML, or a folder with mixture.yaml and router.json. Make one: mixmerge route fit"
+    NearestRouter().fit(sample()).save(tmp_path / "router")
+    (tmp_path / "empty").mkdir()
+    assert f"empty: is no mixture. {allowed}" in faults(tmp_path / "empty")[0]
+    (one,) = faults(str(tmp_path / "router"))
+    assert f"router: is a router alone: it does not say what its experts are. {allowed}" in one
+    mixture = Mixture.load(written(tmp_path, f"{{kind: knn, outcomes: {outcomes}}}"))
+    with pytest.raises(MixmergeError, match="exists already"):
+        mixture.save(tmp_path / "router")
+    with pytest.raises(MixmergeError, match="is no router, so it is not replaced"):
+        mixture.save(tmp_path / "empty", overwrite=True)
+    assert list((tmp_path / "empty").iterdir()) == []
+    mixture.save(tmp_path / "router", overwrite=True)
+    mixture.router.state = None
+    with pytest.raises(MixmergeError, match="is not fitted"):
+        mixture.save(tmp_path / "unfitted")
+    assert not list(tmp_path.glob("*unfitted*"))
+    (tmp_path / "router" / "mixture.yaml").write_text("experts: {a: {model: b}}\nrouter: {folder: .}\n")
+    assert "does not know a" in faults(tmp_path / "router")[0]

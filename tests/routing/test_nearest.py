@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from mixmerge.decision.records import Query
+from mixmerge.decision.records import Query, queries_of
 from mixmerge.errors import Fault, MixmergeError
 from mixmerge.kernels import loops
 from mixmerge.kernels.nearest import (
@@ -23,7 +23,7 @@ from mixmerge.kernels.nearest import (
 )
 from mixmerge.outcomes.table import OutcomeTable
 from mixmerge.routers.base import Inputs, Router, Training
-from mixmerge.routers.contract import check_router, queries_of, sample
+from mixmerge.routers.contract import check_router, sample
 from mixmerge.routers.embedders import GivenFeatures
 from mixmerge.routers.nearest import NearestRouter
 from mixmerge.routers.search import STEP, Index, in_parts, lay_out, on_grid

@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mixmerge.decision.records import queries_of
 from mixmerge.errors import MixmergeError
 from mixmerge.outcomes.table import OutcomeTable
 from mixmerge.routers.base import Inputs, Router, Training
-from mixmerge.routers.contract import check_router, queries_of, sample
+from mixmerge.routers.contract import check_router, sample
 from mixmerge.routers.contrastive import ContrastiveRouter, cluster_loss, expert_loss
 from mixmerge.routers.factors import FactorsRouter, pair_loss
 from mixmerge.routers.gap import GapRouter, labels

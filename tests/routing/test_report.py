@@ -16,7 +16,7 @@ from mixmerge.evaluate import plots
 from mixmerge.evaluate.files import write_text
 from mixmerge.evaluate.records import RoutingReport
 from mixmerge.evaluate.report import to_html
-from mixmerge.evaluate.routing import Scored, evaluate_scores
+from mixmerge.evaluate.routing import EvaluationOptions, Scored, evaluate_scores
 from mixmerge.outcomes.table import OutcomeTable
 
 HOSTILE = '<script>alert("1")</script>'
@@ -40,8 +40,7 @@ def report_of(experts: tuple[str, ...], *, name: str = "knn", costs: bool = True
     return evaluate_scores(
         [Scored(name, scores, best=(experts[0],) * number), Scored("still", flat(scores), best=None)],
         table,
-        resamples=200,
-        against=("query oracle",),
+        EvaluationOptions(resamples=200, against=("query oracle",)),
     )
 
 

@@ -11,14 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mixmerge.decision.records import Query
+from mixmerge.decision.records import Query, queries_of
 from mixmerge.engines.callables import generator
 from mixmerge.engines.local import TransformersEngine
 from mixmerge.errors import MixmergeError
 from mixmerge.outcomes.table import OutcomeTable
 from mixmerge.routers import profiles
 from mixmerge.routers.base import Router
-from mixmerge.routers.contract import check_router, queries_of, sample
+from mixmerge.routers.contract import check_router, sample
 from mixmerge.routers.features import TfidfFeatures
 from mixmerge.routers.keywords import Salience, asked_skills, named_skills
 from mixmerge.routers.skills import SkillRouter

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json as jsonlib
+import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,15 +22,16 @@ from mixmerge.cli.route.options import (
     Quiet,
     TopK,
 )
-from mixmerge.cli.route.parsing import check_free, policy_from, queries_from, saved_policy
-from mixmerge.cli.show import emit_json, table
+from mixmerge.cli.route.parsing import check_free, is_mixture, policy_from, queries_from, saved_policy
+from mixmerge.cli.show import emit_json, step_progress, table, warn
 
 if TYPE_CHECKING:
+    from mixmerge.decision.lines import QueryLines
     from mixmerge.decision.policies import Policy
     from mixmerge.decision.records import Decision, Query
-    from mixmerge.routers.base import Router
+    from mixmerge.routers.base import Progress, Router
 
-_BLOCK = 10_000  # queries decided at a time, so that decisions do not pile up
+BLOCK = 8_192  # queries decided at a time: decisions are larger than scores
 _OWN = ("rule", "score", "std", "cost", "margin")  # entries of a reason that every policy gives
 
 
@@ -37,7 +39,9 @@ def ask(
     router: Annotated[
         Path,
         typer.Argument(
-            metavar="ROUTER", help="A fitted router's folder, or a mixture YAML.", show_default=False
+            metavar="ROUTER",
+            help="A fitted router's or mixture's folder, or a mixture YAML.",
+            show_default=False,
         ),
     ],
     prompt: Annotated[
@@ -95,6 +99,8 @@ def ask(
         abstain_below=abstain_below,
         saved=own,
     )
+    if chosen.whole and len(asked) > BLOCK and not quiet:
+        warn([f"{chosen} counts the draws of all queries, so all {len(asked):,} are held in memory"])
     decisions = _decided(loaded, chosen, asked, top=top if explain else None)
     if output is not None:
         _write(decisions, output, len(asked), overwrite=overwrite, json=json, quiet=quiet)
@@ -102,13 +108,17 @@ def ask(
         (decision,) = decisions
         emit_json(decision.as_dict()) if json else show(decision)
     else:
-        for decision in decisions:
-            print(jsonlib.dumps(decision.as_dict(), ensure_ascii=False))
+        # decisions that are read on the terminal are progress enough
+        with step_progress(quiet=quiet or sys.stdout.isatty()) as progress:
+            for decision in _counted(decisions, len(asked), progress):
+                print(jsonlib.dumps(decision.as_dict(), ensure_ascii=False))
 
 
 def _router_of(path: Path) -> tuple[Router, Policy | None]:
     """The router, and the policy it is used with if nothing else is said."""
-    if path.suffix.lower() in (".yaml", ".yml"):
+    from mixmerge.mixture.saving import is_fitted
+
+    if is_mixture(path) or is_fitted(path):
         from mixmerge.mixture import Mixture
 
         mixture = Mixture.load(path)
@@ -120,34 +130,38 @@ def _router_of(path: Path) -> tuple[Router, Policy | None]:
 
 
 def _decided(
-    router: Router, policy: Policy, queries: Sequence[Query], *, top: int | None
+    router: Router, policy: Policy, queries: tuple[Query, ...] | QueryLines, *, top: int | None
 ) -> Iterator[Decision]:
-    """Decisions in the order of the queries; with ``top``, also what the scores rest on."""
-    block = len(queries) if policy.trim else _BLOCK  # trimming counts the draws of all
-    for start in range(0, len(queries), block):
-        some = queries[start : start + block]
+    """Decisions in the order of the queries, a block at a time; with ``top``, also what the scores rest on."""
+    block = len(queries) if policy.whole else BLOCK
+    for some, scores in router.score_blocks(queries, block=block):
         reasons = None if top is None else router.reasons(some, top=top)
-        yield from policy.decide(router.score(some), some, version=router.version, reasons=reasons)
+        yield from policy.decide(scores, some, version=router.version, reasons=reasons)
+
+
+def _counted(decisions: Iterator[Decision], number: int, progress: Progress | None) -> Iterator[Decision]:
+    """The same decisions; the progress is told of every thousandth and the last."""
+    for done, decision in enumerate(decisions, 1):
+        if progress is not None and (done % 1000 == 0 or done == number):
+            progress("deciding", done, number)
+        yield decision
 
 
 def _write(
     decisions: Iterator[Decision], output: Path, queries: int, *, overwrite: bool, json: bool, quiet: bool
 ) -> None:
     """Write them, and print to whom they went."""
-    from mixmerge.cli.zoo import step_progress
     from mixmerge.decision.lines import write_decisions
 
     to: Counter[str] = Counter()
 
-    def counted() -> Iterator[Decision]:
-        for done, decision in enumerate(decisions, 1):
+    def noted(given: Iterator[Decision]) -> Iterator[Decision]:
+        for decision in given:
             to[decision.primary or "nobody"] += 1
-            if progress is not None and (done % 1000 == 0 or done == queries):
-                progress("deciding", done, queries)
             yield decision
 
     with step_progress(quiet=quiet) as progress:
-        written = write_decisions(counted(), output, overwrite=overwrite)
+        written = write_decisions(noted(_counted(decisions, queries, progress)), output, overwrite=overwrite)
     if json:
         emit_json({"path": str(output), "decisions": written, "primary": dict(to.most_common())})
         return

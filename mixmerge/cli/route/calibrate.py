@@ -72,8 +72,8 @@ def calibrate(
     One goal: --budget, --strong-share, --recovered or --min-score. Writes
     policy.json into the router's folder; one that is there is replaced.
     """
-    from mixmerge.decision.calibration import queries_of
     from mixmerge.decision.files import write_policy
+    from mixmerge.decision.records import queries_of
     from mixmerge.outcomes.table import OutcomeTable
     from mixmerge.routers.base import Router
 
@@ -197,7 +197,7 @@ def _pair(rows: OutcomeTable, strong: str | None, weak: str | None) -> tuple[str
 
     from mixmerge.errors import Fault, MixmergeError
     from mixmerge.evaluate.baselines import best_single_of
-    from mixmerge.evaluate.choices import column_means
+    from mixmerge.outcomes.table import column_means
 
     if strong is None:
         others = [name for name in rows.experts if name != weak]

@@ -17,6 +17,7 @@ from mixmerge.cli.route.options import (
     Fallback,
     Json,
     Kind,
+    OutputTokens,
     Overwrite,
     Pay,
     PolicyText,
@@ -27,7 +28,7 @@ from mixmerge.cli.route.options import (
     Unseen,
 )
 from mixmerge.cli.route.parsing import check_free, policy_from, saved_policy, unseen_rows
-from mixmerge.cli.show import emit_json, warn
+from mixmerge.cli.show import emit_json, step_progress, warn
 
 if TYPE_CHECKING:
     from mixmerge.decision.policies import Policy
@@ -59,6 +60,7 @@ def evaluate(
         bool, typer.Option("--perturb", help="Count the choices that small rewordings leave as they are.")
     ] = False,
     prices: Prices = None,
+    output_tokens: OutputTokens = None,
     kind: Kind = None,
     seed: Seed = 0,
     overwrite: Overwrite = False,
@@ -70,7 +72,7 @@ def evaluate(
     All are under one policy: the best expected score, unless options name
     another one.
     """
-    from mixmerge.evaluate.routing import evaluate_routers
+    from mixmerge.evaluate.routing import EvaluationOptions, evaluate_routers
     from mixmerge.outcomes.table import OutcomeTable
     from mixmerge.routers.base import Router
 
@@ -89,14 +91,16 @@ def evaluate(
     )
     table = OutcomeTable.read(data, kind=kind, prices=prices)
     rows = unseen_rows(table, loaded, unseen=unseen, allow_trained=allow_trained)
-    found = evaluate_routers(
-        loaded,
-        rows,
-        policy=chosen,
-        perturbations=_rewordings(seed) if perturb else None,
-        seed=seed,
-        allow_trained=allow_trained,
-    )
+    with step_progress(quiet=quiet) as progress:
+        found = evaluate_routers(
+            loaded,
+            rows,
+            EvaluationOptions(
+                policy=chosen, seed=seed, output_tokens=output_tokens, allow_trained=allow_trained
+            ),
+            perturbations=_rewordings(seed) if perturb else None,
+            progress=progress,
+        )
     if not quiet:
         _tell(found, left=len(table) - len(rows))
     if report is not None:

@@ -42,6 +42,7 @@ def add_expert(
 
     if out is not None:
         check_free(out, overwrite=overwrite)
+    _check_mixture(router, out)
     found = Router.load(router)
     found.add_expert(OutcomeTable.read(data, kind=kind, prices=prices).only(expert))
     _save(found, router, out, overwrite=overwrite, json=json, quiet=quiet)
@@ -63,7 +64,19 @@ def remove_expert(
 
     if out is not None:
         check_free(out, overwrite=overwrite)
+    _check_mixture(router, out)
     _save(Router.load(router).remove_expert(name), router, out, overwrite=overwrite, json=json, quiet=quiet)
+
+
+def _check_mixture(folder: Path, out: Path | None) -> None:
+    """Refuse to change the router of a mixture under the experts that its YAML names."""
+    from mixmerge.errors import Fault, MixmergeError
+    from mixmerge.mixture.saving import FILE, is_fitted
+
+    if out is None and is_fitted(folder):
+        what = f"is a fitted mixture: {FILE} names its experts too"
+        run = "Fit the changed mixture: mixmerge route fit MIXTURE.yaml; or pass --out for a router alone"
+        raise MixmergeError(Fault(str(folder), what, run=run))
 
 
 def _save(

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mixmerge.cli.route.options import Json, Kind, Outcomes, Overwrite, Prices, Quiet, Seed
-from mixmerge.cli.route.parsing import check_free, features_from, parse_options
-from mixmerge.cli.show import emit_json, warn
+from mixmerge.cli.route.options import Json, Kind, Overwrite, Prices, Quiet
+from mixmerge.cli.route.parsing import check_free, features_from, is_mixture, parse_options
+from mixmerge.cli.show import emit_json, step_progress, warn
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -17,13 +18,21 @@ if TYPE_CHECKING:
     from mixmerge.evaluate.intervals import Estimate
     from mixmerge.evaluate.records import RoutingReport
     from mixmerge.outcomes.table import OutcomeTable
-    from mixmerge.routers.base import Router
+    from mixmerge.routers.base import Progress, Router
 
 
 def fit(
-    outcomes: Outcomes,
+    outcomes: Annotated[
+        Path,
+        typer.Argument(
+            metavar="OUTCOMES", help="A table of outcomes, or a mixture YAML.", show_default=False
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="The folder to make.", show_default=False)],
-    router: Annotated[str, typer.Option(help="Kind of router; route ls lists them.")] = "knn",
+    router: Annotated[
+        str | None,
+        typer.Option(help="Kind of router, knn by default; route ls lists them.", show_default=False),
+    ] = None,
     option: Annotated[
         list[str] | None,
         typer.Option(
@@ -41,7 +50,9 @@ def fit(
             help="Print the score on such a share of the queries, not fitted on.", show_default=False
         ),
     ] = None,
-    seed: Seed = 0,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Of everything random, 0 by default.", show_default=False)
+    ] = None,
     kind: Kind = None,
     overwrite: Overwrite = False,
     json: Json = False,
@@ -51,48 +62,147 @@ def fit(
 
     With --holdout, a router is first fitted on the rest and asked the
     queries held out; the one that is saved is fitted on all.
-    """
-    from mixmerge import registry
-    from mixmerge.errors import Fault, MixmergeError, OutputError
-    from mixmerge.outcomes.table import OutcomeTable
 
-    row = registry.find("router", router)
+    Of a mixture YAML, fits the router it declares and saves the mixture:
+    a folder that ask takes like any router's.
+    """
+    _check(out, holdout, overwrite=overwrite)
+    if is_mixture(outcomes):
+        given: dict[str, object] = {"--router": router, "--option": option, "--features": features}
+        given |= {"--prices": prices, "--seed": seed, "--kind": kind}
+        task = _of_mixture(outcomes, given, holdout=holdout)
+    else:
+        task = _of_outcomes(
+            outcomes, router or "knn", option or [], features, prices=prices, seed=seed or 0, kind=kind
+        )
+    _run(task, out, holdout, overwrite=overwrite, json=json, quiet=quiet)
+
+
+def _run(task: _Task, out: Path, holdout: float | None, *, overwrite: bool, json: bool, quiet: bool) -> None:
+    table = task.table
+    if not quiet and table is not None:
+        warn([*_warnings(table), *task.warnings])
+    report = None
+    with step_progress(quiet=quiet) as progress:
+        if holdout is not None and table is not None:
+            report = _held_out(task.make, table, share=holdout, seed=task.seed, progress=progress)
+        fitted = task.make() if table is None else task.make().fit(table, progress=progress)
+    task.save(fitted, out, overwrite)
+    _say(fitted, out, report, queries=_count(fitted, table), json=json)
+
+
+def _check(out: Path, holdout: float | None, *, overwrite: bool) -> None:
+    from mixmerge.errors import Fault, MixmergeError, OutputError
+
     check_free(out, overwrite=overwrite)
     if out.exists() and not (out / "router.json").is_file():
         raise OutputError(Fault(str(out), "is no router, so it is not replaced", run="Choose another name"))
     if holdout is not None and not 0 < holdout < 1:
         raise MixmergeError(Fault("--holdout", f"is {holdout:g}", "More than 0, less than 1"))
-    options, embed = parse_options(option or []), features_from(features)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What is to be fitted.
+
+    Args:
+        make: the router, not fitted; or fitted, if there is no table.
+        table: to fit on; None where a mixture has a fitted router.
+        save: writes the fitted router, or the mixture around it: router, folder, overwrite.
+        seed: of everything random.
+        warnings: about the kind of router.
+    """
+
+    make: Callable[[], Router]
+    table: OutcomeTable | None
+    save: Callable[[Router, Path, bool], None]
+    seed: int = 0
+    warnings: tuple[str, ...] = ()
+
+
+def _of_outcomes(
+    outcomes: Path,
+    router: str,
+    option: list[str],
+    features: str | None,
+    *,
+    prices: Path | None,
+    seed: int,
+    kind: str | None,
+) -> _Task:
+    from mixmerge import registry
+    from mixmerge.errors import Fault, MixmergeError
+    from mixmerge.outcomes.table import OutcomeTable
+
+    row = registry.find("router", router)
+    options, embed = parse_options(option), features_from(features)
 
     def make() -> Router:
         made: Router = registry.load(row.target)(options, features=embed, seed=seed)
         return made
 
-    unfitted = make()  # options that are wrong show before the outcomes are read
-    if features is not None and unfitted.features is None:
+    if make().features is None and features is not None:  # wrong options show before the outcomes are read
         raise MixmergeError(Fault("--features", f"{router} does not embed queries", run="Leave it out"))
-    table = OutcomeTable.read(outcomes, kind=kind, prices=prices)
-    if not quiet:
-        warn(_warnings(table))
-        if row.reference:
-            warn([f"{router} looks at the outcomes of what it is asked: for evaluation only"])
-    report = None if holdout is None else _held_out(make, table, share=holdout, seed=seed)
-    fitted = unfitted.fit(table)
-    fitted.save(out, overwrite=overwrite)
-    found = {
-        "path": str(out),
-        "kind": router,
-        "experts": list(fitted.experts),
-        "queries": len(table),
-        "version": type(fitted).load(out).version,
-        "holdout": None if report is None else report.as_dict(),
-    }
+    looks = f"{router} looks at the outcomes of what it is asked: for evaluation only"
+    return _Task(
+        make,
+        OutcomeTable.read(outcomes, kind=kind, prices=prices),
+        lambda fitted, out, overwrite: fitted.save(out, overwrite=overwrite),
+        seed,
+        (looks,) if row.reference else (),
+    )
+
+
+def _of_mixture(path: Path, given: dict[str, object], *, holdout: float | None) -> _Task:
+    """What the YAML declares; ``given`` are the options that it stands in place of."""
+    from mixmerge.errors import Fault, MixmergeError
+    from mixmerge.mixture.saving import spec_of
+    from mixmerge.mixture.wiring import Mixture, outcomes_of, unfitted
+
+    faults = [
+        Fault(name, "a mixture says this itself", run=f"Leave it out, or change {path}")
+        for name, value in given.items()
+        if value is not None
+    ]
+    if faults:
+        raise MixmergeError(faults)
+    spec = spec_of(path)
+
+    def save(fitted: Router, out: Path, overwrite: bool) -> None:
+        Mixture.of(spec, fitted).save(out, overwrite=overwrite)
+
+    if spec.router.folder is not None:
+        if holdout is not None:
+            what = f"the router in {spec.router.folder} is fitted already"
+            raise MixmergeError(Fault("--holdout", what, run="Leave it out, or name kind and outcomes"))
+        return _Task(lambda: Mixture.load(spec).router, None, save)
+    return _Task(lambda: unfitted(spec), outcomes_of(spec), save, spec.router.seed)
+
+
+def _count(fitted: Router, table: OutcomeTable | None) -> int:
+    if table is not None:
+        return len(table)
+    return 0 if fitted.trained_on is None else len(fitted.trained_on.hashes)
+
+
+def _say(fitted: Router, out: Path, report: RoutingReport | None, *, queries: int, json: bool) -> None:
+    from mixmerge.routers.storage import load
+
     if json:
-        emit_json(found)
+        emit_json(
+            {
+                "path": str(out),
+                "kind": fitted.kind,
+                "experts": list(fitted.experts),
+                "queries": queries,
+                "version": load(out).version,
+                "holdout": None if report is None else report.as_dict(),
+            }
+        )
         return
-    print(f"{out}: {router}, fitted on {len(table):,} queries x {len(fitted.experts)} experts")
+    print(f"{out}: {fitted.kind}, fitted on {queries:,} queries x {len(fitted.experts)} experts")
     if report is not None:
-        _print_held_out(report, len(table))
+        _print_held_out(report, queries)
 
 
 def _warnings(table: OutcomeTable) -> list[str]:
@@ -104,13 +214,20 @@ def _warnings(table: OutcomeTable) -> list[str]:
     return [line.removeprefix(mark) for line in lines if line.startswith(mark)]
 
 
-def _held_out(make: Callable[[], Router], table: OutcomeTable, *, share: float, seed: int) -> RoutingReport:
+def _held_out(
+    make: Callable[[], Router], table: OutcomeTable, *, share: float, seed: int, progress: Progress | None
+) -> RoutingReport:
     """How a router that is fitted on the rest does on such a share of the queries."""
-    from mixmerge.evaluate.routing import evaluate_routers
+    from mixmerge.evaluate.routing import EvaluationOptions, evaluate_routers
     from mixmerge.outcomes.splits import split
 
+    def tell(part: str, done: int, steps: int) -> None:
+        if progress is not None:
+            progress(f"held out: {part}", done, steps)
+
     train, test = (table.rows(part) for part in split(table, test=share, seed=seed))
-    return evaluate_routers({"router": make().fit(train)}, test, seed=seed)
+    router = make().fit(train, progress=tell)
+    return evaluate_routers({"router": router}, test, EvaluationOptions(seed=seed), progress=tell)
 
 
 def _print_held_out(report: RoutingReport, queries: int) -> None:

@@ -22,6 +22,15 @@ Prices = Annotated[
     Path | None,
     typer.Option("--prices", help="JSON or YAML: {expert: {input, output, size}}.", show_default=False),
 ]
+OutputTokens = Annotated[
+    float | None,
+    typer.Option(
+        "--output-tokens",
+        min=0,
+        help="Of an answer, to estimate costs from prices where there are no tokens; else 256.",
+        show_default=False,
+    ),
+]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Of everything random.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 Json = Annotated[bool, typer.Option("--json", help="Print as JSON.")]

@@ -13,6 +13,7 @@ from mixmerge.errors import Fault, MixmergeError, OutputError
 from mixmerge.registry import choices
 
 if TYPE_CHECKING:
+    from mixmerge.decision.lines import QueryLines
     from mixmerge.decision.policies import Policy
     from mixmerge.decision.records import Query
     from mixmerge.outcomes.table import OutcomeTable
@@ -144,7 +145,7 @@ def saved_policy(folder: Path, router: Router) -> Policy | None:
 
 def queries_from(
     prompt: str | None, file: str | None, *, field: str | None, metadata: Sequence[str] = ()
-) -> tuple[Query, ...]:
+) -> tuple[Query, ...] | QueryLines:
     """What is asked: the prompt with its metadata, or the lines of a file; of standard input for ``-``.
 
     Raises:
@@ -152,7 +153,7 @@ def queries_from(
     """
     import sys
 
-    from mixmerge.decision.lines import parse_queries, read_queries
+    from mixmerge.decision.lines import parse_queries, stream_queries
     from mixmerge.decision.records import Query
 
     if (prompt is None) == (file is None):
@@ -169,7 +170,7 @@ def queries_from(
         raise MixmergeError(Fault("--meta", "is of a prompt", run="Give the lines of the file such fields"))
     if file == "-":
         return parse_queries(sys.stdin.buffer, name="stdin", field=field)
-    return read_queries(str(file), field=field)
+    return stream_queries(str(file), field=field)
 
 
 def unseen_rows(
@@ -192,6 +193,11 @@ def unseen_rows(
     if not len(clean):
         raise MixmergeError(Fault("--data", "all its queries were fitted on", "Outcomes of other queries"))
     return clean
+
+
+def is_mixture(path: Path) -> bool:
+    """Whether a mixture is meant, and no table of outcomes or router, by the end of the name."""
+    return path.suffix.lower() in (".yaml", ".yml")
 
 
 def check_free(path: Path, *, overwrite: bool) -> None:

@@ -1,0 +1,106 @@
+"""A fitted mixture as one folder: the router's files, its policy, and a YAML that names the experts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mixmerge.decision.files import FILE as POLICY
+from mixmerge.decision.files import read_calibration, write_policy
+from mixmerge.errors import Fault, MixmergeError
+from mixmerge.mixture.reading import read
+from mixmerge.mixture.schema import ExpertSpec, MixtureSpec
+from mixmerge.routers.storage import CARD, replacing, write
+
+if TYPE_CHECKING:
+    from mixmerge.mixture.wiring import Mixture
+
+FILE = "mixture.yaml"
+_HERE = "."  # as a router's folder: the one that the YAML lies in
+_ALLOWED = f"A mixture YAML, or a folder with {FILE} and {CARD}"
+_FIT = "Make one: mixmerge route fit MIXTURE.yaml --out FOLDER"
+
+
+def is_fitted(folder: str | Path) -> bool:
+    """Whether ``save`` wrote the folder, as far as names of files tell."""
+    return all((Path(folder) / name).is_file() for name in (FILE, CARD))
+
+
+def spec_of(source: str | Path | Mapping[str, Any]) -> MixtureSpec:
+    """What a YAML, a mapping of its shape or a fitted mixture's folder says.
+
+    Raises:
+        MixmergeError: every fault of the YAML; or a folder that is no fitted mixture.
+    """
+    if isinstance(source, Mapping):
+        return read(source).require()
+    folder = _folder(source)
+    if folder is not None and not is_fitted(folder):
+        what = "is no mixture"
+        if (folder / CARD).is_file():
+            what = "is a router alone: it does not say what its experts are"
+        raise MixmergeError(Fault(str(folder), what, _ALLOWED, _FIT))
+    spec = read(source if folder is None else folder / FILE).require()
+    beside = Path(source).parent if folder is None else folder
+    if (
+        spec.router.folder == _HERE
+        and (folder is not None or Path(source).name == FILE)
+        and is_fitted(beside)
+    ):
+        return spec.model_copy(update={"router": spec.router.model_copy(update={"folder": str(beside)})})
+    return spec
+
+
+def _folder(source: str | Path) -> Path | None:
+    try:
+        return Path(source) if Path(source).is_dir() else None
+    except (OSError, ValueError):  # no name of a file; reading it says so
+        return None
+
+
+def save(mixture: Mixture, folder: Path, *, overwrite: bool) -> None:
+    """Write a mixture's folder, whole or not at all; ``Mixture.save`` says what is in it."""
+    with replacing(folder, overwrite=overwrite) as new:
+        version = write(mixture.router, new)
+        spec, beside = mixture.spec, mixture.spec.router.folder
+        if spec.policy is not None:
+            write_policy(spec.policy, new, router=version)
+        elif beside is not None and (Path(beside) / POLICY).is_file():
+            found = read_calibration(beside, router=mixture.router.version)
+            write_policy(found or mixture.policy, new, router=version)
+        (new / FILE).write_text(_yaml(spec), encoding="utf-8")
+
+
+def _yaml(spec: MixtureSpec) -> str:
+    """The policy is not in it: it lies beside, where calibration changes it."""
+    import yaml
+
+    rest = spec.model_dump(
+        mode="json", exclude_none=True, exclude_defaults=True, include={"compose", "generate"}
+    )
+    if "compose" in rest:
+        rest["compose"] = {"kind": spec.compose.kind, **spec.compose.options}
+    data = {
+        "experts": {name: _anchored(expert) for name, expert in spec.experts.items()},
+        "router": {"folder": _HERE},
+        **{name: section for name, section in rest.items() if section},
+    }
+    text: str = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+    return text
+
+
+def _anchored(expert: ExpertSpec) -> dict[str, Any]:
+    """Keys of an expert, with paths that hold from any folder."""
+    given = expert.model_dump(mode="json", exclude_none=True)
+    local = () if expert.endpoint is not None else ("model", "adapter", "base")
+    return {name: anchored(value) if name in local else value for name, value in given.items()}
+
+
+def anchored(path: str) -> str:
+    """A local path from the root of the file system; a hub id as it is."""
+    try:
+        local = path.startswith((".", "/", "~")) or path.count("/") > 1 or Path(path).exists()
+        return str(Path(path).expanduser().absolute()) if local else path
+    except (OSError, RuntimeError):  # a name that is too long; ~ of a user who does not exist
+        return path

@@ -1,0 +1,80 @@
+"""Progress of routing: bars on a terminal, nothing elsewhere, and the same results either way."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from mixmerge.evaluate.routing import evaluate_routers
+from mixmerge.routers.base import Router
+from mixmerge.routers.contract import sample
+from mixmerge.routers.nearest import NearestRouter
+
+Told = list[tuple[str, int, int]]
+
+
+def test_what_is_told() -> None:
+    told: Told = []
+    router = NearestRouter().fit(sample(60), progress=lambda *step: told.append(step))
+    assert told == [("fitting", done, 3) for done in range(4)]
+    told.clear()
+    reworded = {"shout": str.upper, "none": str}
+    evaluate_routers(
+        {"a": router, "b": router},
+        sample(30, seed=1),
+        perturbations=reworded,
+        progress=lambda *step: told.append(step),
+    )
+    assert told == [("scoring", done, 6) for done in range(7)] + [("measuring", 0, 1), ("measuring", 1, 1)]
+
+
+def on_a_terminal(folder: Path, *arguments: object) -> tuple[str, str]:
+    """stdout, which is a pipe, and what a terminal got of stderr."""
+    reader, end = os.openpty()
+    seen = bytearray()
+
+    def watch() -> None:
+        try:
+            while part := os.read(reader, 4096):
+                seen.extend(part)
+        except OSError:  # how Linux says that nobody writes any more
+            return
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    command = [sys.executable, "-P", "-m", "mixmerge", "route", *map(str, arguments)]
+    environment = {**os.environ, "TERM": "xterm"}
+    done = subprocess.run(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=end, check=True
+    )
+    os.close(end)
+    watcher.join()
+    os.close(reader)
+    return done.stdout.decode(), seen.decode()
+
+
+@pytest.mark.slow
+def test_bars_are_on_the_terminal_alone(tmp_path: Path) -> None:
+    sample(60).write(tmp_path / "a.jsonl")
+    sample(30, seed=1).write(tmp_path / "b.jsonl")
+    (tmp_path / "q.txt").write_text("add the number\nrhyme the song\n")
+    commands = {
+        "fitting": ("fit", "a.jsonl", "--out", "router", "--overwrite", "--holdout", 0.3),
+        "measuring": ("eval", "router", "--data", "b.jsonl"),
+        "deciding": ("ask", "router", "-i", "q.txt"),
+    }
+    for part, command in commands.items():
+        stdout, seen = on_a_terminal(tmp_path, *command)
+        assert part in seen
+        assert part not in stdout
+        assert part not in on_a_terminal(tmp_path, *command, "--quiet")[1]
+        plain = [sys.executable, "-P", "-m", "mixmerge", "route", *map(str, command)]
+        piped = subprocess.run(plain, cwd=tmp_path, capture_output=True, text=True, check=True)
+        assert part not in piped.stderr
+        assert piped.stdout == stdout
+    assert Router.load(tmp_path / "router").experts == ("sums", "code", "verse", "plain")
