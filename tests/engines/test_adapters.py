@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +19,7 @@ from mixmerge.engines.contract import check_engine
 from mixmerge.engines.echo import EchoEngine
 from mixmerge.engines.local import TransformersEngine
 from mixmerge.engines.records import Generation, Request, Scoring
-from mixmerge.errors import MixmergeError
+from mixmerge.errors import DependencyError, MixmergeError
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 PROMPTS = ["a", "one two three", "the quick brown fox", "1 + 2 = ", "lazy"]
@@ -413,9 +415,41 @@ def test_the_contract_finds_adapters_that_are_ignored_or_leak() -> None:
 def test_peft_is_named_when_it_is_not_there(
     adapter: Make, engine: Callable[..., TransformersEngine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import sys
-
-    monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(MixmergeError, match=r"adapters need peft\. Run: pip install 'mixmerge\[peft\]'"):
-        engine().load()
+    folder = adapter("llama", LLAMA["plain"])
+    with engine(adapters={}) as one:
+        monkeypatch.setitem(sys.modules, "peft", None)
+        with pytest.raises(
+            DependencyError, match=r"adapters need peft\. Run: pip install 'mixmerge\[peft\]'"
+        ):
+            one.add_adapter("a", str(folder))
     assert adapter_reading.stored_elements("nowhere") is None
+
+
+@pytest.mark.slow
+def test_the_benchmark_runs(family: Callable[..., Any], tmp_path: Path) -> None:
+    example = Path(__file__).resolve().parents[2] / "examples" / "bench_adapters.py"
+    base = family("llama", dtype="float32").base
+    done = subprocess.run(
+        [
+            sys.executable,
+            str(example),
+            "--base",
+            str(base),
+            "--adapters",
+            "2",
+            "--rows",
+            "2",
+            "--tokens",
+            "3",
+        ],
+        cwd=tmp_path,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    said = " ".join(done.stdout.split())
+    assert "2 adapters of rank 8 x 2 requests" in said
+    assert "bar: at least 2 x" in said
+    assert "100% of the texts are the same both ways" in said

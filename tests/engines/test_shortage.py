@@ -63,6 +63,7 @@ def llama(folder: Path, tokenizer: Any) -> None:
     tokenizer.save_pretrained(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of memory are Linux's")
 def test_a_batch_that_does_not_fit_is_told_and_let_go(tokenizer: Any, tmp_path: Path) -> None:
     llama(tmp_path, tokenizer)
