@@ -53,3 +53,18 @@ class MethodError(MixmergeError):
 
 class DependencyError(MixmergeError):
     """An optional package is needed and not installed."""
+
+
+class OutOfMemory(MixmergeError):
+    """Memory ran out; less at once may fit."""
+
+
+class EngineDied(MixmergeError):
+    """The process of an engine is gone, or was ended because it hung; calling the engine again starts another.
+
+    ``exit_code`` is the process's, minus the signal's number if a signal ended it; None if it never ran.
+    """
+
+    def __init__(self, faults: Fault | Iterable[Fault], *, exit_code: int | None = None) -> None:
+        super().__init__(faults)
+        self.exit_code = exit_code
