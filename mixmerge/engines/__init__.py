@@ -8,5 +8,6 @@ from __future__ import annotations
 
 ENGINES: dict[str, str] = {
     "transformers": "mixmerge.engines.local:TransformersEngine",
+    "vllm": "mixmerge.engines.vllm:VllmEngine",
     "echo": "mixmerge.engines.echo:EchoEngine",
 }
