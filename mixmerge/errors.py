@@ -55,12 +55,12 @@ class DependencyError(MixmergeError):
     """An optional package is needed and not installed."""
 
 
-class OutOfMemory(MixmergeError):
-    """Memory ran out; less at once may fit."""
+class OutOfMemoryError(MixmergeError):
+    """A batch is too large for the memory that is left: half of it may do."""
 
 
-class EngineDied(MixmergeError):
-    """The process of an engine is gone, or was ended because it hung; calling the engine again starts another.
+class EngineDiedError(MixmergeError):
+    """The process of an engine ended by itself, was killed, or was ended because it hung; its next call starts another.
 
     ``exit_code`` is the process's, minus the signal's number if a signal ended it; None if it never ran.
     """

@@ -18,6 +18,8 @@ TABLES = {
     "features": "mixmerge.routers.features:FEATURES",
     "outcomes": "mixmerge.outcomes.importers:IMPORTERS",
     "engine": "mixmerge.engines:ENGINES",
+    "composition": "mixmerge.aggregate.table:COMPOSITIONS",
+    "extraction": "mixmerge.aggregate.extraction:EXTRACTORS",
 }
 
 

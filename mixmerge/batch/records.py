@@ -69,6 +69,7 @@ class Answer:
         decision: who was picked and why, as JSON values; empty if the request named its expert.
         reason: how the answer was composed, as JSON values.
         fault: why there is no answer; None if there is one.
+        row: place of the request in the job.
     """
 
     id: str
@@ -83,3 +84,4 @@ class Answer:
     decision: Mapping[str, Any] = field(default_factory=dict)
     reason: Mapping[str, Any] = field(default_factory=dict)
     fault: Fault | None = None
+    row: int = 0

@@ -8,9 +8,12 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+import mixmerge.cli.ask as ask_command
+import mixmerge.cli.batch as batch_command
 import mixmerge.cli.inspect as inspect_command
 import mixmerge.cli.merge as merge_command
 import mixmerge.cli.plan as plan_command
+import mixmerge.cli.profile as profile_command
 import mixmerge.cli.recipes as recipes_commands
 import mixmerge.cli.route as route_commands
 import mixmerge.cli.zoo as zoo_commands
@@ -44,6 +47,9 @@ app = typer.Typer(
 app.command("merge")(merge_command.merge)
 app.command("plan")(plan_command.plan)
 app.command("inspect")(inspect_command.inspect)
+app.command("profile")(profile_command.profile)
+app.command("batch")(batch_command.batch)
+app.command("ask")(ask_command.ask)
 app.add_typer(recipes_commands.app, name="recipes")
 app.add_typer(zoo_commands.app, name="zoo")
 app.add_typer(route_commands.app, name="route")

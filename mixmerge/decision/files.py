@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from mixmerge.decision.calibration import Calibrated
+from mixmerge.decision.parsing import parse_json
 from mixmerge.decision.policies import Policy
+from mixmerge.decision.whole import write_whole
 from mixmerge.errors import Fault, MixmergeError, OutputError
 from mixmerge.registry import choices
 
@@ -43,19 +43,10 @@ def write_policy(given: Policy | Calibrated, folder: str | Path, *, router: str 
         if calibration is None
         else calibration.model_dump(mode="json", exclude={"policy"}, exclude_none=True),
     }
-    try:
-        handle, partial = tempfile.mkstemp(prefix=f".{FILE}-", dir=path.parent)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(card, file, ensure_ascii=False, allow_nan=False, indent=1)
-                file.flush()
-                os.fsync(file.fileno())
-            Path(partial).chmod(0o644)
-            Path(partial).replace(path)
-        finally:
-            Path(partial).unlink(missing_ok=True)
-    except OSError as error:
-        raise OutputError(Fault(str(path), f"cannot be written: {error.strerror or error}")) from error
+    if not path.parent.is_dir():
+        raise OutputError(Fault(str(path.parent), "is no folder", "That of a router"))
+    text = json.dumps(card, ensure_ascii=False, allow_nan=False, indent=1)
+    write_whole(path, [text.encode("utf-8")], overwrite=True)
     return path
 
 
@@ -111,14 +102,12 @@ def _read(path: Path, router: str) -> tuple[Policy, Calibrated | None]:
 
 def _card(path: Path) -> dict[str, Any]:
     try:
-        card = json.loads(
-            path.read_text(encoding="utf-8"), object_pairs_hook=_once, parse_constant=_no_constant
-        )
+        card = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise MixmergeError(
             Fault(str(path), "is not there: the router has no policy of its own", run=_AGAIN)
         ) from error
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise MixmergeError(Fault(str(path), f"cannot be read: {error}", run=_AGAIN)) from error
     if not isinstance(card, dict) or card.get("format") != FORMAT:
         raise MixmergeError(Fault(str(path), "is no policy", f"format: {FORMAT}"))
@@ -126,17 +115,3 @@ def _card(path: Path) -> dict[str, Any]:
         what = f"is of version {card.get('version')}"
         raise MixmergeError(Fault(str(path), what, f"This mixmerge reads version {VERSION}", _AGAIN))
     return card
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A mapping from pairs; ValueError for a key that is there twice."""
-    found: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in found:
-            raise ValueError(f"the key {name!r} is there twice")
-        found[name] = value
-    return found
-
-
-def _no_constant(word: str) -> float:
-    raise ValueError(f"{word} is no number")

@@ -8,17 +8,18 @@ numbers are metadata, as is all of an object ``metadata``; other lists and objec
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mixmerge.decision.parsing import raw_lines
 from mixmerge.decision.records import MAX_CHARACTERS, Decision, Query
-from mixmerge.errors import Fault, MixmergeError, OutputError
+from mixmerge.decision.whole import write_whole
+from mixmerge.errors import Fault, MixmergeError
 
 TEXT_FIELDS = ("text", "query", "prompt", "question")
 ID_FIELDS = ("id", "query_id", "custom_id")
@@ -98,25 +99,8 @@ def write_decisions(decisions: Iterable[Decision], path: str | Path, *, overwrit
     Raises:
         OutputError: the file exists and ``overwrite`` is not set, or it cannot be written.
     """
-    path = Path(path)
-    if path.exists() and not overwrite:
-        raise OutputError(Fault(str(path), "exists already", run="Choose another name, or pass --overwrite"))
-    written = 0
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(prefix=f".{path.name[:40]}-", dir=path.parent)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                for decision in decisions:
-                    file.write(json.dumps(decision.as_dict(), ensure_ascii=False) + "\n")
-                    written += 1
-            Path(partial).chmod(0o644)  # mkstemp makes it for its owner alone
-            Path(partial).replace(path)
-        finally:
-            Path(partial).unlink(missing_ok=True)
-    except OSError as error:
-        raise OutputError(Fault(str(path), f"cannot be written: {error.strerror or error}")) from error
-    return written
+    lines = (json.dumps(one.as_dict(), ensure_ascii=False).encode("utf-8") + b"\n" for one in decisions)
+    return write_whole(Path(path), lines, overwrite=overwrite)
 
 
 def _empty(where: str) -> Fault:
@@ -125,21 +109,20 @@ def _empty(where: str) -> Fault:
 
 def _lines(file: BinaryIO, *, name: str, faults: list[Fault]) -> Iterator[tuple[int, str]]:
     """Numbers and texts of the lines, without their ends; faults of those that are no text."""
-    number = 0
-    while line := file.readline(_LINE_BYTES + 1):
-        number += 1
-        if len(line) > _LINE_BYTES:
-            faults.append(Fault(f"{name}, line {number}", f"is longer than {_LINE_BYTES:,} bytes"))
-            while line and not line.endswith(b"\n"):
-                line = file.readline(_LINE_BYTES)
+    for line in raw_lines(file, most=_LINE_BYTES):
+        where = f"{name}, line {line.number}"
+        if line.too_long:
+            faults.append(Fault(where, f"is longer than {_LINE_BYTES:,} bytes"))
             continue
         try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            yield line.number, line.text().rstrip("\r\n")
         except UnicodeDecodeError as error:
-            what = f"is not UTF-8: byte {error.start + 1} of the line is 0x{line[error.start]:02x}"
-            faults.append(Fault(f"{name}, line {number}", what, "UTF-8", "Convert the file, as iconv does"))
-            continue
-        yield number, text.rstrip("\r\n")
+            faults.append(not_utf8(where, error))
+
+
+def not_utf8(where: str, error: UnicodeDecodeError) -> Fault:
+    what = f"is not UTF-8: byte {error.start + 1} of the line is 0x{error.object[error.start]:02x}"
+    return Fault(where, what, "UTF-8", "Convert the file, as iconv does")
 
 
 def _query(line: str, *, is_json: bool, field: str | None) -> tuple[Query, bool]:
@@ -155,13 +138,42 @@ def _query(line: str, *, is_json: bool, field: str | None) -> tuple[Query, bool]
     if not isinstance(given, dict):
         what = f"is JSON, but a {type(given).__name__}"
         raise MixmergeError(Fault("line", what, "An object or a string"))
+    found = fields_of(given, field=field)
+    if not isinstance(found.text, str):
+        raise MixmergeError(no_text(given, found, field=field))
+    query = Query(
+        found.text, id=found.id, metadata=found.metadata, embedding=_embedding(given.get("embedding"))
+    )
+    return query, bool(found.id)
+
+
+@dataclass(frozen=True)
+class Fields:
+    """What an object says of a query.
+
+    Args:
+        name: of the field that holds the text, or would.
+        text: None if there is none; it may be no text.
+        id: "" if there is none.
+        metadata: all its other texts and numbers.
+    """
+
+    name: str
+    text: Any
+    id: str
+    metadata: dict[str, str]
+
+
+def fields_of(given: Mapping[str, Any], *, field: str | None) -> Fields:
+    """The fields of an object.
+
+    Args:
+        field: that holds the text, where it has another name than the usual ones.
+
+    Raises:
+        MixmergeError: its id is neither text nor an integer.
+    """
     text_name, text = _first(given, (field,) if field else TEXT_FIELDS)
-    if not isinstance(text, str):
-        what = f"has no field {field!r}" if field else "has no text"
-        wanted = f"Fields here: {', '.join(given) or 'none'}"
-        if text is not None:
-            what, wanted = f"{text_name} is a {type(text).__name__}", "A string"
-        raise MixmergeError(Fault("line", what, wanted, f"Usual names: {', '.join(TEXT_FIELDS)}"))
     id_name, own_name = _first(given, ID_FIELDS)
     if own_name is not None and (isinstance(own_name, bool) or not isinstance(own_name, str | int)):
         raise MixmergeError(
@@ -173,8 +185,16 @@ def _query(line: str, *, is_json: bool, field: str | None) -> tuple[Query, bool]
         **_texts({key: value for key, value in given.items() if key not in used}),
         **(_texts(inner) if isinstance(inner, dict) else {}),
     }
-    name = "" if own_name is None else str(own_name)
-    return Query(text, id=name, metadata=metadata, embedding=_embedding(given.get("embedding"))), bool(name)
+    return Fields(text_name, text, "" if own_name is None else str(own_name), metadata)
+
+
+def no_text(given: Mapping[str, Any], found: Fields, *, field: str | None) -> Fault:
+    """Why an object has no text."""
+    what = f"has no field {field!r}" if field else "has no text"
+    wanted = f"Fields here: {', '.join(given) or 'none'}"
+    if found.text is not None:
+        what, wanted = f"{found.name} is a {type(found.text).__name__}", "A string"
+    return Fault("line", what, wanted, f"Usual names: {', '.join(TEXT_FIELDS)}")
 
 
 def _first(given: Mapping[str, Any], names: tuple[str, ...]) -> tuple[str, Any]:

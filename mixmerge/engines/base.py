@@ -111,14 +111,22 @@ class Engine(ABC):
     def _unable(self, request: Request) -> Fault | None:
         if request.logprobs and "logprobs" not in self.capabilities:
             return Fault(f"request {request.id}: logprobs", f"{self.name} cannot give them")
-        if request.adapter is not None and request.adapter not in self.adapters:
-            known = ", ".join(self.adapters) or "none"
-            what = f"{self.name} has no adapter {request.adapter!r}"
-            return Fault(f"request {request.id}: adapter", what, f"Known: {known}")
-        return None
+        return self._without(request.adapter, f"request {request.id}")
+
+    def _without(self, adapter: str | None, where: str) -> Fault | None:
+        if adapter is None or adapter in self.adapters:
+            return None
+        known = ", ".join(self.adapters) or "none"
+        return Fault(f"{where}: adapter", f"{self.name} has no adapter {adapter!r}", f"Known: {known}")
 
     def _refuse(self, requests: Sequence[Request]) -> None:
         faults = [fault for fault in self.check(requests) if fault is not None]
+        if faults:
+            raise MixmergeError(faults)
+
+    def _refuse_adapters(self, scorings: Sequence[Scoring]) -> None:
+        found = [self._without(one.adapter, f"scoring {one.id}") for one in scorings]
+        faults = [fault for fault in found if fault is not None]
         if faults:
             raise MixmergeError(faults)
 

@@ -20,10 +20,17 @@ def batches(
         rows: at most so many in a batch, 1 or more.
     """
     order = sorted(range(len(texts)), key=lambda at: (len(texts[at]), extra[at], texts[at]))
+    return packed([len(text) for text in texts], extra, order, budget=budget, rows=rows)
+
+
+def packed(
+    lengths: Sequence[int], extra: Sequence[int], order: Sequence[int], *, budget: int, rows: int
+) -> list[list[int]]:
+    """The same, of texts that are known by their lengths and come in an order of ascending length."""
     made: list[list[int]] = []
     largest = 0
     for at in order:
-        longest = len(texts[at])  # they come by length
+        longest = lengths[at]
         larger = max(largest, extra[at])
         full = made and (len(made[-1]) == rows or (len(made[-1]) + 1) * max(1, longest + larger) > budget)
         if not made or full:

@@ -5,7 +5,7 @@ Raises AssertionError with what was broken.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from mixmerge.engines.base import Engine
@@ -15,13 +15,16 @@ from mixmerge.errors import Fault
 _PROMPTS = ("a b c", "one two three four five six", "x", "the quick brown fox jumps")
 
 
-def check_engine(make: Callable[[], Engine], *, tolerance: float = 1e-4) -> None:
+def check_engine(
+    make: Callable[[], Engine], *, adapters: Sequence[str] = (), tolerance: float = 1e-4
+) -> None:
     """Every promise of the protocol.
 
     Of an engine that is not ``batch_exact``, texts are compared only where the batches are the same.
 
     Args:
         make: an engine of an expert that reads at least 64 tokens, not loaded, the same each time.
+        adapters: of its adapters, those to ask beside the base; each must answer otherwise than the base.
         tolerance: by which log-probabilities may differ across batches.
     """
     engine = make()
@@ -46,13 +49,14 @@ def check_engine(make: Callable[[], Engine], *, tolerance: float = 1e-4) -> None
     _same(answers, engine.generate(named), "the names of requests changed texts")
     assert engine.generate([]) == [], "no requests, no answers"
     _each(engine, requests, answers)
+    _adapters(engine, requests, answers, adapters)
     _stops(engine, requests, alone)
     if "stream" in engine.capabilities:
         _streams(engine, requests, alone)
     if "logprobs" in engine.capabilities:
-        _logprobs(engine, requests, tolerance)
+        _logprobs(engine, _mixed(requests, adapters), tolerance)
     if "loglikelihood" in engine.capabilities:
-        _likelihoods(engine, tolerance)
+        _likelihoods(engine, adapters, tolerance)
     engine.unload()
     engine.unload()
     assert not engine.loaded, "unloading unloads, and does so once"
@@ -78,6 +82,36 @@ def _each(engine: Engine, requests: list[Request], answers: list[Generation]) ->
     assert all(isinstance(one, Fault) for one in faults), "a request that cannot be answered gets a fault"
     _same(answers, [one for one in texts if isinstance(one, Generation)], "a fault beside them changed texts")
     assert engine.generate_each([]) == []
+
+
+def _mixed(requests: list[Request], adapters: Sequence[str]) -> list[Request]:
+    """Every request of the base and of every adapter, one after the other."""
+    return [
+        replace(request, id=f"{request.id} {name}", adapter=name)
+        for request in requests
+        for name in (None, *adapters)
+    ]
+
+
+def _adapters(
+    engine: Engine, requests: list[Request], answers: list[Generation], adapters: Sequence[str]
+) -> None:
+    assert set(adapters) <= set(engine.adapters), "an adapter is one of the engine's"
+    if not adapters:
+        return
+    asked = _mixed(requests, adapters)
+    mixed = engine.generate(asked)
+    _whole(asked, mixed)
+    alone = [engine.generate([request])[0] for request in asked]
+    _whole(asked, alone)
+    if engine.batch_exact:
+        _same(mixed, alone, "what else is in the batch changed texts of adapters")
+        _same(mixed[:: len(adapters) + 1], answers, "adapters in the batch changed texts of the base")
+    for place in range(1, len(adapters) + 1):
+        texts = [one.text for one in mixed[place :: len(adapters) + 1]]
+        assert texts != [one.text for one in answers], "adapters answer as the base does"
+    if "stream" in engine.capabilities:
+        _streams(engine, asked, alone)
 
 
 def _stops(engine: Engine, requests: list[Request], answers: list[Generation]) -> None:
@@ -115,8 +149,12 @@ def _logprobs(engine: Engine, requests: list[Request], tolerance: float) -> None
         assert all(abs(a - b) <= tolerance for a, b in zip(given, alone, strict=True)), "batches agree"
 
 
-def _likelihoods(engine: Engine, tolerance: float) -> None:
-    asked = [Scoring(f"s{at}", prompt, " and more" * (at + 1)) for at, prompt in enumerate(_PROMPTS)]
+def _likelihoods(engine: Engine, adapters: Sequence[str], tolerance: float) -> None:
+    asked = [
+        Scoring(f"s{at} {name}", prompt, " and more" * (at + 1), name)
+        for at, prompt in enumerate(_PROMPTS)
+        for name in (None, *adapters)
+    ]
     asked.append(Scoring("whole", "", "nothing before"))
     given = engine.loglikelihood(asked)
     assert [one.id for one in given] == [one.id for one in asked]

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mixmerge.engines.adapters import Bank
 from mixmerge.engines.records import Finish, Generation, Request, cut_at_stop
 
 if TYPE_CHECKING:
@@ -99,16 +100,24 @@ class Decoder:
         model: a causal language model of transformers that keeps keys and values.
         tokenizer: its tokenizer.
         rows: what is asked; changed in place.
+        bank: the adapters that requests name.
         ends: tokens that end a text.
         pad: any token; it is masked.
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, rows: Sequence[Row], *, ends: frozenset[int], pad: int
+        self,
+        model: Any,
+        tokenizer: Any,
+        rows: Sequence[Row],
+        *,
+        bank: Bank,
+        ends: frozenset[int],
+        pad: int,
     ) -> None:
         from transformers import DynamicCache
 
-        self._model, self._tokenizer, self._ends = model, tokenizer, ends
+        self._model, self._tokenizer, self._bank, self._ends = model, tokenizer, bank, ends
         self.live = list(rows)
         self._cache = DynamicCache(config=model.config)
         self._ids, self._mask = left_padded([row.prompt for row in rows], pad=pad, device=model.device)
@@ -136,7 +145,8 @@ class Decoder:
             "use_cache": True,
             "logits_to_keep": 1,
         }
-        out = self._model(**{name: value for name, value in given.items() if name in self._takes})
+        with self._bank.answering([row.request.adapter for row in self.live]):
+            out = self._model(**{name: value for name, value in given.items() if name in self._takes})
         self._cache = out.past_key_values
         logits: Tensor = out.logits[:, -1].float()
         return logits

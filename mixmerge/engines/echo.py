@@ -66,6 +66,7 @@ class EchoEngine(Engine):
 
     def loglikelihood(self, scorings: Sequence[Scoring]) -> list[Likelihood]:
         """Each word of the prompt has probability 1/2, any other 1/100."""
+        self._refuse_adapters(scorings)
         self.load()
         found = []
         for one in scorings:

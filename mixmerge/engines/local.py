@@ -4,35 +4,30 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 from mixmerge.checkpoint.header import DTYPE_BYTES, read_header
+from mixmerge.engines.adapter_reading import stored_elements
+from mixmerge.engines.adapters import Bank
 from mixmerge.engines.base import Capability, Engine
 from mixmerge.engines.batching import batches
 from mixmerge.engines.decoding import Decoder, Row, accepted, left_padded, positions
+from mixmerge.engines.loading import Dtype, Loaded, empty_cache, load_model, no_bars
 from mixmerge.engines.records import Chunk, Generation, Likelihood, Message, Request, Scoring, held_back
-from mixmerge.errors import Fault, MixmergeError
+from mixmerge.engines.shortage import within_memory
+from mixmerge.errors import DependencyError, Fault, MixmergeError, OutOfMemoryError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+__all__ = ["Dtype", "TransformersEngine", "no_bars"]
+
+T = TypeVar("T")
 _FULL = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-_CAUSAL = ("CausalLM", "LMHeadModel", "ConditionalGeneration")
 _LOGITS_A_TOKEN = 8192  # as many logits take about the memory of one token's activations
-
-
-@dataclass(frozen=True)
-class _Loaded:
-    model: Any
-    tokenizer: Any
-    context: int | None  # tokens, None if it has no bound
-    ends: frozenset[int]
-    pad: int
 
 
 class TransformersEngine(Engine):
@@ -43,8 +38,12 @@ class TransformersEngine(Engine):
     Sampling does what the request says: defaults of the model's generation_config are not used, but for the tokens
     that end a text.
 
+    Adapters are PEFT's LoRA adapters of this model. They are read once, beside the base, and rows of different ones
+    share batches; what a row gets does not depend on the adapters of others. They are held in the base's type.
+
     Args:
         model: a folder, or a hub id.
+        adapters: name -> folder or hub id, of what a request's ``adapter`` may name.
         revision: branch, tag or commit of a hub id.
         dtype: of the weights in memory; ``auto``: as they are stored.
         device: a torch device.
@@ -60,6 +59,7 @@ class TransformersEngine(Engine):
         self,
         model: str,
         *,
+        adapters: Mapping[str, str] | None = None,
         revision: str | None = None,
         dtype: Dtype = "auto",
         device: str = "cpu",
@@ -76,12 +76,30 @@ class TransformersEngine(Engine):
             raise MixmergeError(faults)
         self.model, self.revision, self.dtype, self.device = model, revision, dtype, device
         self.batch_tokens = batch_tokens
+        self._adapters = dict(adapters or {})
         self.load_seconds = 0.0
-        self._loaded: _Loaded | None = None
+        self._loaded: Loaded | None = None
 
     @property
     def loaded(self) -> bool:
         return self._loaded is not None
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        return tuple(self._adapters)
+
+    def add_adapter(self, name: str, folder: str) -> None:
+        """One more adapter; if the base is loaded it stays, and the adapter is read now.
+
+        Raises:
+            MixmergeError: the name is taken, or the adapter cannot be read; then everything is as before.
+            DependencyError: peft is not installed.
+        """
+        if name in self._adapters:
+            raise MixmergeError(Fault(f"engine {self.name}: adapter {name}", "there is one of that name"))
+        if self._loaded is not None:
+            self._read_adapter(self._loaded.bank, name, folder)
+        self._adapters[name] = folder
 
     def load(self) -> None:
         self._expert()
@@ -91,35 +109,41 @@ class TransformersEngine(Engine):
             return
         self._loaded = None
         gc.collect()  # modules refer to each other
-        import torch
-
-        if self.device.startswith("cuda"):
-            torch.cuda.empty_cache()
+        empty_cache(self.device)
 
     def memory(self) -> int | None:
+        """Bytes of the weights, those of the adapters included."""
         if self._loaded is not None:
-            return sum(int(one.numel() * one.element_size()) for one in self._loaded.model.parameters())
+            base = sum(int(one.numel() * one.element_size()) for one in self._loaded.model.parameters())
+            return base + self._loaded.bank.nbytes
         files = sorted(Path(self.model).expanduser().glob("*.safetensors"))
         headers = [header for path in files for header in read_header(path).values()]
-        if not headers:
+        stored = [stored_elements(folder) for folder in self._adapters.values()]
+        if not headers or None in stored:
             return None
+        added = sum(count or 0 for count in stored)
         if self.dtype == "auto":
-            return sum(header.nbytes for header in headers)
-        return sum(header.elements for header in headers) * DTYPE_BYTES[_FULL[self.dtype]]
+            widest = max(DTYPE_BYTES[header.dtype] for header in headers)
+            return sum(header.nbytes for header in headers) + added * widest
+        return (sum(header.elements for header in headers) + added) * DTYPE_BYTES[_FULL[self.dtype]]
 
     def check(self, requests: Sequence[Request]) -> list[Fault | None]:
         return [self._unable(request) or self._read(request)[1] for request in requests]
 
     def generate(self, requests: Sequence[Request]) -> list[Generation]:
-        expert, rows = self._expert(), self._rows(requests)
+        """A text for each request, in their order. What a request gets depends on no other of them.
+
+        Raises:
+            MixmergeError: what ``check`` says, of all requests at once.
+            OutOfMemoryError: a batch did not fit; nothing of it is held any more.
+        """
+        rows = self._rows(requests)
         found: dict[int, Generation] = {}
         texts, extra = [row.prompt for row in rows], [row.limit for row in rows]
         for batch in batches(texts, extra, budget=self.batch_tokens):
-            start = time.perf_counter()
-            decoder = self._decoder([rows[at] for at in batch])
-            while decoder.live:
-                decoder.step()
-            found.update({at: rows[at].generation(expert.tokenizer, start) for at in batch})
+            batch.sort(key=lambda at: rows[at].request.adapter or "")  # rows of one adapter side by side
+            made = self._fit(partial(self._answers, [rows[at] for at in batch]), len(batch))
+            found.update(zip(batch, made, strict=True))
         return [found[at] for at in range(len(rows))]
 
     def stream(self, request: Request) -> Iterator[Chunk]:
@@ -127,7 +151,7 @@ class TransformersEngine(Engine):
         start, shown = time.perf_counter(), 0
         decoder = self._decoder([row])
         while decoder.live:
-            decoder.step()
+            self._fit(decoder.step, 1)
             text = row.text(expert.tokenizer)
             if row.finish is None:  # half a character, or what may become a stop text, waits
                 text = text.rstrip("\ufffd")
@@ -138,13 +162,20 @@ class TransformersEngine(Engine):
         yield Chunk("", row.generation(expert.tokenizer, start))
 
     def loglikelihood(self, scorings: Sequence[Scoring]) -> list[Likelihood]:
+        self._refuse_adapters(scorings)
         texts, scored = self._scored(scorings)
         vocabulary = self._expert().model.get_input_embeddings().weight.shape[0]
         extra = [1 + count * vocabulary // _LOGITS_A_TOKEN for count in scored]
         found: dict[int, Likelihood] = {}
         for batch in batches(texts, extra, budget=self.batch_tokens):
             keep = max(scored[at] for at in batch) + 1
-            logits = self._logits([texts[at] for at in batch], keep)  # (B, keep, V)
+            batch.sort(key=lambda at: scorings[at].adapter or "")
+            logits = self._fit(
+                partial(
+                    self._logits, [texts[at] for at in batch], [scorings[at].adapter for at in batch], keep
+                ),
+                len(batch),
+            )  # (B, keep, V)
             for at, row in zip(batch, logits, strict=True):
                 found[at] = _likelihood(scorings[at].id, row, texts[at][len(texts[at]) - scored[at] :])
         return [found[at] for at in range(len(scorings))]
@@ -220,9 +251,28 @@ class TransformersEngine(Engine):
 
     def _decoder(self, rows: Sequence[Row]) -> Decoder:
         expert = self._expert()
-        return Decoder(expert.model, expert.tokenizer, rows, ends=expert.ends, pad=expert.pad)
+        return Decoder(
+            expert.model, expert.tokenizer, rows, bank=expert.bank, ends=expert.ends, pad=expert.pad
+        )
 
-    def _logits(self, texts: Sequence[Sequence[int]], keep: int) -> Tensor:
+    def _answers(self, rows: Sequence[Row]) -> list[Generation]:
+        start, decoder = time.perf_counter(), self._decoder(rows)
+        while decoder.live:
+            decoder.step()
+        return [row.generation(self._expert().tokenizer, start) for row in rows]
+
+    def _fit(self, work: Callable[[], T], rows: int) -> T:
+        what, run = (
+            f"out of memory on a batch of {rows}",
+            "Give it fewer requests at once, or fewer batch_tokens",
+        )
+        try:
+            return within_memory(work, where=f"engine {self.name}", what=what, run=run)
+        except OutOfMemoryError:
+            empty_cache(self.device)
+            raise
+
+    def _logits(self, texts: Sequence[Sequence[int]], adapters: Sequence[str | None], keep: int) -> Tensor:
         """``(B, keep, V)`` float32: of the last ``keep`` tokens of every text."""
         import torch
 
@@ -236,17 +286,39 @@ class TransformersEngine(Engine):
             "logits_to_keep": keep,
         }
         takes = accepted(expert.model)
-        with torch.inference_mode():
+        with torch.inference_mode(), expert.bank.answering(adapters):
             out = expert.model(**{name: value for name, value in given.items() if name in takes})
             logits: Tensor = out.logits[:, -keep:].float()
         return logits
 
-    def _expert(self) -> _Loaded:
+    def _expert(self) -> Loaded:
         if self._loaded is None:
             start = time.perf_counter()
-            self._loaded = _load(self.model, self.revision, self.dtype, self.device, self.name)
+            self._loaded = within_memory(
+                self._load,
+                where=f"engine {self.name}",
+                what="out of memory while it was loaded",
+                run="Unload another expert, or load it in a smaller dtype",
+            )
             self.load_seconds = time.perf_counter() - start
         return self._loaded
+
+    def _load(self) -> Loaded:
+        loaded = load_model(self.model, self.revision, self.dtype, self.device, self.name)
+        faults: list[Fault] = []
+        for name, folder in self._adapters.items():
+            try:
+                self._read_adapter(loaded.bank, name, folder)
+            except DependencyError:
+                raise
+            except MixmergeError as error:
+                faults += error.faults
+        if faults:
+            raise MixmergeError(faults)
+        return loaded
+
+    def _read_adapter(self, bank: Bank, name: str, folder: str) -> None:
+        bank.add(name, folder, where=f"engine {self.name}: adapter {name}")
 
 
 def _likelihood(name: str, logits: Tensor, tokens: Sequence[int]) -> Likelihood:
@@ -257,72 +329,3 @@ def _likelihood(name: str, logits: Tensor, tokens: Sequence[int]) -> Likelihood:
     wanted = torch.tensor(tokens, device=logits.device)
     logprobs = before.log_softmax(dim=-1).gather(1, wanted[:, None])[:, 0]
     return Likelihood(name, tuple(logprobs.tolist()), bool((before.argmax(dim=-1) == wanted).all()))
-
-
-def _load(model: str, revision: str | None, dtype: Dtype, device: str, name: str) -> _Loaded:
-    import torch
-    from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    try:
-        with no_bars():
-            # Said each time: left open, transformers asks on the terminal whether to run a repository's code.
-            config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False)
-            _refuse_architecture(config, name)
-            loaded, info = AutoModelForCausalLM.from_pretrained(
-                model,
-                revision=revision,
-                dtype="auto" if dtype == "auto" else getattr(torch, dtype),
-                output_loading_info=True,
-                trust_remote_code=False,
-            )
-            tokenizer = AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=False)
-        loaded = loaded.to(device).eval()
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise MixmergeError(
-            Fault(
-                f"engine {name}", f"cannot load it: {reason}", "A folder with config, weights and tokenizer"
-            )
-        ) from error
-    missing = sorted(info["missing_keys"])
-    if missing:
-        what = f"its files lack {len(missing)} tensors, {missing[0]} for one"
-        raise MixmergeError(
-            Fault(f"engine {name}", what, "A whole model: it would answer from random weights")
-        )
-    if "past_key_values" not in accepted(loaded):
-        raise MixmergeError(
-            Fault(f"engine {name}", f"{config.model_type} keeps no keys and values", "A transformer decoder")
-        )
-    return _Loaded(loaded, tokenizer, *_limits(loaded, tokenizer))
-
-
-def _refuse_architecture(config: Any, name: str) -> None:
-    architectures = config.architectures or []
-    if architectures and not any(one.endswith(_CAUSAL) for one in architectures):
-        what = f"is a {architectures[0]}, which does not continue texts"
-        raise MixmergeError(Fault(f"engine {name}", what, "A causal language model"))
-
-
-def _limits(model: Any, tokenizer: Any) -> tuple[int | None, frozenset[int], int]:
-    """Tokens of context, tokens that end a text, and one to pad with."""
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    given = model.generation_config.eos_token_id if model.generation_config is not None else None
-    ends = {*(given if isinstance(given, list) else [given]), tokenizer.eos_token_id} - {None}
-    pad = tokenizer.pad_token_id
-    return context, frozenset(int(one) for one in ends), 0 if pad is None else int(pad)
-
-
-@contextmanager
-def no_bars() -> Iterator[None]:
-    """Without transformers' progress bars: who loads many experts shows progress in another way."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()

@@ -22,9 +22,9 @@ from mixmerge.errors import Fault, MixmergeError
 class ProcessEngine(Engine):
     """An engine that answers in a process of its own, started when it is needed and ended by ``unload``.
 
-    What the engine raises is raised here: a MixmergeError with the same faults, OutOfMemory where memory ran out
+    What the engine raises is raised here: a MixmergeError with the same faults, OutOfMemoryError where memory ran out
     (of the device too), a WorkerError with its traceback for a bug. If the process ends or hangs, calls in flight
-    raise EngineDied, which says how it ended and quotes the last lines it wrote; the next call starts a new one.
+    raise EngineDiedError, which says how it ended and quotes the last lines it wrote; the next call starts a new one.
     The process and all it started end with this one, however it ends. Calls from many threads are answered one
     after another. Linux and macOS.
 

@@ -15,7 +15,7 @@ from queue import Empty, SimpleQueue
 from typing import IO, Any, cast
 
 from mixmerge.engines.process_wire import LONGEST, VERSION, error_of, line_of, message_of
-from mixmerge.errors import EngineDied, Fault
+from mixmerge.errors import EngineDiedError, Fault
 
 WORKER = "mixmerge.engines.worker"
 _KEPT, _QUOTED, _WIDTH = 50, 5, 2000  # lines of its standard error, those told in a fault, bytes of one
@@ -34,7 +34,7 @@ class Child:
         environment: all of its environment.
 
     Raises:
-        EngineDied: it cannot be started.
+        EngineDiedError: it cannot be started.
     """
 
     def __init__(self, name: str, *, python: str, environment: Mapping[str, str]) -> None:
@@ -56,7 +56,9 @@ class Child:
                 start_new_session=True,  # a group of its own, which ends with it; Ctrl-C is ours to handle
             )
         except OSError as error:
-            raise EngineDied(Fault(f"engine {name}", f"cannot start {python}: {error.strerror}")) from error
+            raise EngineDiedError(
+                Fault(f"engine {name}", f"cannot start {python}: {error.strerror}")
+            ) from error
         self._stdin, out, err = (
             cast(IO[bytes], pipe)
             for pipe in (self._process.stdin, self._process.stdout, self._process.stderr)
@@ -82,7 +84,7 @@ class Child:
         """Waits until it says who it is.
 
         Raises:
-            EngineDied: it does not, or speaks another version of the protocol.
+            EngineDiedError: it does not, or speaks another version of the protocol.
         """
         hello = self._next(self._hello, "hello", time.monotonic(), timeout)
         if hello.get("protocol") != VERSION:
@@ -96,9 +98,9 @@ class Child:
             timeout: seconds that it may be silent; None for any.
 
         Raises:
-            EngineDied: it ended before, or was silent for longer and was ended.
+            EngineDiedError: it ended before, or was silent for longer and was ended.
             MixmergeError: what the engine raised.
-            OutOfMemory: so it did, and its memory had run out.
+            OutOfMemoryError: so it did, and its memory had run out.
             WorkerError: the engine has a bug.
         """
         pieces = self.pieces(what, given, timeout)
@@ -132,7 +134,7 @@ class Child:
             with self._lock:
                 self._answers.pop(number, None)
             if not done and self.alive:
-                with contextlib.suppress(EngineDied):
+                with contextlib.suppress(EngineDiedError):
                     self._send({"id": number, "call": "cancel"}, time.monotonic(), _PATIENCE)
 
     def end(self, grace: float) -> None:
@@ -140,7 +142,7 @@ class Child:
         with self._lock:
             busy = len(self._answers) > 1
         if self.alive and not busy:
-            with contextlib.suppress(EngineDied):
+            with contextlib.suppress(EngineDiedError):
                 self._send({"id": 0, "call": "end"}, time.monotonic(), grace)
             self._exited.wait(grace)
         self.kill(_ENDED)
@@ -241,7 +243,7 @@ class Child:
         with self._writing, contextlib.suppress(OSError):
             self._stdin.close()
 
-    def _died(self) -> EngineDied:
+    def _died(self) -> EngineDiedError:
         self._over.wait(2 * _PATIENCE)
         code = self._process.returncode
         why = self._why
@@ -253,4 +255,4 @@ class Child:
         crash = next((at for at, line in enumerate(lines) if line.startswith(_CRASH)), len(lines) - _QUOTED)
         last = " | ".join(lines[max(0, crash) :][:_QUOTED])
         said = f"It said last: {last}" if last else ""
-        return EngineDied(Fault(f"engine {self.name}", why, said), exit_code=code)
+        return EngineDiedError(Fault(f"engine {self.name}", why, said), exit_code=code)

@@ -18,7 +18,8 @@ from typing import Any
 from mixmerge import errors
 from mixmerge.engines.base import Engine
 from mixmerge.engines.records import Chunk, Generation, Likelihood, Message, Request
-from mixmerge.errors import Fault, MixmergeError, OutOfMemory
+from mixmerge.engines.shortage import is_shortage
+from mixmerge.errors import Fault, MixmergeError, OutOfMemoryError
 from mixmerge.registry import choices, find, load
 
 VERSION = 1
@@ -107,17 +108,16 @@ def raised(error: Exception) -> dict[str, Any]:
     """An error as JSON values: a user's fault, memory that ran out, or a bug."""
     if isinstance(error, MixmergeError):
         return {"kind": type(error).__name__, "faults": [asdict(fault) for fault in error.faults]}
-    # torch's is no MemoryError; its name says it without loading torch
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    if is_shortage(error):
         return {"kind": "memory", "text": str(error) or "no memory left"}
     return {"kind": "bug", "text": "".join(traceback.format_exception(error))}
 
 
 def error_of(data: Mapping[str, Any], name: str) -> Exception:
-    """The error that was raised in the worker; memory that ran out is OutOfMemory, whatever raised it there."""
+    """The error that was raised in the worker; memory that ran out is OutOfMemoryError, whatever raised it there."""
     if data["kind"] == "memory":
         run = "Give it fewer requests at once"
-        return OutOfMemory(Fault(f"engine {name}", f"out of memory: {data['text']}", run=run))
+        return OutOfMemoryError(Fault(f"engine {name}", f"out of memory: {data['text']}", run=run))
     if data["kind"] == "bug":
         return WorkerError(f"engine {name}: its worker raised:\n{data['text']}")
     kind = getattr(errors, data["kind"], MixmergeError)  # a plug-in's own kind is not known here

@@ -121,6 +121,7 @@ class Scoring:
         prompt: what comes before; with "" the whole text is scored, its first token too where the expert has a
             token that begins texts.
         continuation: what is scored; not empty.
+        adapter: which of the engine's adapters scores; None for the model itself.
 
     Raises:
         MixmergeError: the continuation is empty.
@@ -129,6 +130,7 @@ class Scoring:
     id: str
     prompt: str
     continuation: str
+    adapter: str | None = None
 
     def __post_init__(self) -> None:
         if not self.continuation:

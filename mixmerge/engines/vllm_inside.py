@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 from mixmerge.engines.base import Capability, Engine
 from mixmerge.engines.local import TransformersEngine
 from mixmerge.engines.records import Chunk, Generation, Message, Request
+from mixmerge.engines.shortage import is_shortage
 from mixmerge.engines.vllm import VllmOptions, read_options
 from mixmerge.errors import DependencyError, Fault, MixmergeError
 
@@ -91,8 +92,8 @@ class VllmInside(Engine):
             self._loaded.asleep = level
 
     def memory(self) -> int | None:
-        """Bytes of the weights in the files; what adapters and the cache take is beside them."""
-        return TransformersEngine(self.model, dtype=self.options.dtype).memory()
+        """Bytes of the weights in the files, those of the adapters included; what the cache takes is beside them."""
+        return TransformersEngine(self.model, adapters=self._folders, dtype=self.options.dtype).memory()
 
     def check(self, requests: Sequence[Request]) -> list[Fault | None]:
         return [self._unable(request) or self._read(request)[1] for request in requests]
@@ -204,7 +205,7 @@ class VllmInside(Engine):
                 what = f"cannot load adapter {name}"
                 llm.llm_engine.add_lora(lora)
         except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-            if type(error).__name__ == "OutOfMemoryError":
+            if is_shortage(error):
                 raise
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise MixmergeError(Fault(f"engine {self.name}", f"{what}: {reason}")) from error

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mixmerge import registry
+from mixmerge.aggregate.table import options_of
 from mixmerge.decision.policies import Policy
 from mixmerge.document import (
     Kind,
@@ -23,6 +24,7 @@ from mixmerge.document import (
 )
 from mixmerge.errors import MixmergeError
 from mixmerge.mixture.schema import (
+    LATER,
     ComposeSpec,
     ExpertSpec,
     GenerateSpec,
@@ -30,14 +32,13 @@ from mixmerge.mixture.schema import (
     Parsed,
     PriceSpec,
     RouterSpec,
+    Strict,
 )
 from mixmerge.mixture.sections import M, arguments_of, plain, read_section
 
 MIXTURE = Kind("mixture", needs="It needs experts and router")
 _KEYS = ["experts", "router", "policy", "compose", "generate"]
 _FORMS = "Either model, or adapter and base, or endpoint and model"
-# Engines that a mixture may name before they can be used.
-_NAMED_ENGINES = ("vllm", "openai")
 
 
 def parse(text: str, *, where: str = "mixture") -> Parsed:
@@ -75,7 +76,7 @@ def _mixture(top: dict[str, Node], report: Report) -> MixtureSpec | None:
     names, experts = _experts(top, report)
     router = _router(top, report)
     policy = _policy(top, names, report)
-    compose = _optional(top, "compose", ComposeSpec, "kind", report)
+    compose = _compose(top, names, report)
     generate = _optional(top, "generate", GenerateSpec, "settings of generation", report)
     if report.faulty or router is None:
         return None
@@ -91,6 +92,33 @@ def _mixture(top: dict[str, Node], report: Report) -> MixtureSpec | None:
 def _optional(top: dict[str, Node], key: str, model: type[M], what: str, report: Report) -> M | None:
     node = given(top, key)
     return None if node is None else read_section(node, model, report, what=what)
+
+
+def _compose(top: dict[str, Node], experts: list[str], report: Report) -> ComposeSpec | None:
+    node = given(top, "compose")
+    if node is None:
+        return None
+    entries = read_mapping(node, report, "a kind and its options")
+    kind = given(entries, "kind")
+    name = "answer" if kind is None else read_text(kind, report, "the name of a composition")
+    if name is None:
+        return None
+    known = [*registry.table("composition"), *LATER]
+    if kind is not None and name not in known:
+        report.fault(kind, f"no composition is called {show(name)}", registry.choices(name, known))
+        return None
+    rest = Node(node.path, node.line, {key: child for key, child in entries.items() if key != "kind"})
+    model = Strict if name in LATER else options_of(name)
+    options = read_section(rest, model, report, what="options of a composition")
+    if options is None:
+        return None
+    for key in ("expert", "aggregator", "experts", "proposers"):
+        value = getattr(options, key, None)
+        for one in (value,) if isinstance(value, str) else value or ():
+            if experts and one not in experts:
+                what = f"the mixture has no expert {show(one)}"
+                report.fault(entries[key], what, registry.choices(one, experts))
+    return ComposeSpec(kind=name, options=options.model_dump(mode="json", exclude_unset=True))
 
 
 def _experts(top: dict[str, Node], report: Report) -> tuple[list[str], dict[str, ExpertSpec]]:
@@ -128,7 +156,7 @@ def _expert(node: Node, report: Report) -> ExpertSpec | None:
     what = _wrong_form(expert)
     if what:
         report.fault(node, what, _FORMS)
-    engines = [*registry.table("engine"), *_NAMED_ENGINES]
+    engines = list(registry.table("engine"))
     if expert.engine is not None and expert.engine not in engines:
         report.fault(
             entries["engine"],
@@ -148,6 +176,8 @@ def _wrong_form(expert: ExpertSpec) -> str:
         return "" if expert.model else "the key model is missing: its name behind the endpoint"
     if expert.engine == "openai":
         return "the key endpoint is missing: engine openai asks a server"
+    if expert.api_key_env is not None:
+        return "api_key_env is for an expert behind an endpoint"
     if expert.adapter is not None or expert.base is not None:
         if expert.model is not None:
             return "model, and adapter or base, are both given"

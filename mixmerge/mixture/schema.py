@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from mixmerge.decision.policies import Policy
 from mixmerge.errors import Fault, MixmergeError
 
-Composition = Literal["answer", "vote", "aggregate", "cascade", "latent", "logits", "twin", "adapters"]
+# Compositions that a mixture may name before they can be used; the others are in ``mixmerge.aggregate``.
+LATER = ("latent", "logits", "twin", "adapters")
 
 
 class Strict(BaseModel):
@@ -37,6 +38,9 @@ class ExpertSpec(Strict):
         engine: how it answers, such as ``transformers`` or ``vllm``.
         adapter, base: folders or hub ids; experts with one base share it.
         endpoint: http(s) address of an OpenAI-compatible server.
+        api_key_env: environment variable that holds the endpoint's key.
+        options: of the engine, such as ``dtype`` or ``revision``.
+        pinned: once loaded for a job, it stays in memory.
         price: of its tokens. A router fitted from outcomes expects costs by it; one from a folder keeps the
             prices it was fitted with.
     """
@@ -46,6 +50,9 @@ class ExpertSpec(Strict):
     adapter: str | None = Field(default=None, min_length=1)
     base: str | None = Field(default=None, min_length=1)
     endpoint: str | None = Field(default=None, pattern="^https?://[^\\s]+$")
+    api_key_env: str | None = Field(default=None, pattern="^[A-Za-z_][A-Za-z0-9_]*$")
+    options: dict[str, Any] = Field(default_factory=dict)
+    pinned: bool = False
     price: PriceSpec | None = None
 
 
@@ -70,17 +77,28 @@ class RouterSpec(Strict):
 
 
 class ComposeSpec(Strict):
-    """How answers are made from the picked experts'."""
+    """How answers are made from the picked experts': a kind, and its options, which are keys beside it."""
 
-    kind: Composition = "answer"
+    kind: str = "answer"
+    options: dict[str, Any] = Field(default_factory=dict)
 
 
 class GenerateSpec(Strict):
-    """How an expert generates: at most so many tokens; 0 is the most likely one; ``seed`` of sampling."""
+    """How an expert generates, where a request does not say.
+
+    Args:
+        max_new_tokens: at most so many.
+        temperature: 0 is the most likely token each time.
+        top_p: the likeliest tokens that have this much probability together are drawn from.
+        stop: texts that end an answer.
+        seed: of sampling.
+    """
 
     max_new_tokens: int = Field(default=256, ge=1)
     temperature: float = Field(default=0.0, ge=0)
-    seed: int = Field(default=0, ge=0, lt=2**64)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    stop: tuple[str, ...] = Field(default=(), strict=False)
+    seed: int = Field(default=0, ge=0, lt=2**63)
 
 
 class MixtureSpec(Strict):

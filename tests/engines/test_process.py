@@ -36,7 +36,7 @@ from mixmerge.engines.process_wire import (
     request_of,
 )
 from mixmerge.engines.records import Chunk, Generation, Likelihood, Message, Request, Scoring
-from mixmerge.errors import CheckpointError, EngineDied, MixmergeError, OutOfMemory
+from mixmerge.errors import CheckpointError, EngineDiedError, MixmergeError, OutOfMemoryError
 
 STANDINS = Path(__file__).parent / "standins"
 ROOT = Path(__file__).parent.parent.parent
@@ -189,7 +189,7 @@ def test_a_model_in_a_process(family: Callable[..., Any]) -> None:
         assert pid is not None
         killer = threading.Timer(chance.random() * 0.2, os.kill, (pid, signal.SIGKILL))
         killer.start()
-        with contextlib.suppress(EngineDied):
+        with contextlib.suppress(EngineDiedError):
             while True:
                 engine.generate(asked)
         killer.join()
@@ -208,8 +208,8 @@ def test_wrong_arguments() -> None:
     with pytest.raises(MixmergeError) as caught:
         ProcessEngine("transformers", {"modle": "x", "dtype": "auto"}, name="e")
     assert [str(fault) for fault in caught.value.faults] == [
-        "engine e: modle: transformers has no such argument. Did you mean 'model'? Known: batch_tokens, device, "
-        "dtype, model, name, revision.",
+        "engine e: modle: transformers has no such argument. Did you mean 'model'? Known: adapters, "
+        "batch_tokens, device, dtype, model, name, revision.",
         "engine e: model: is missing: transformers needs it.",
     ]
     with pytest.raises(MixmergeError) as caught:
@@ -238,7 +238,7 @@ def test_wrong_arguments() -> None:
 def test_a_worker_that_dies(faulty: Callable[..., ProcessEngine], prompt: str, said: str, code: int) -> None:
     engine = faulty()
     engine.load()
-    with pytest.raises(EngineDied, match=f"engine f: {said}") as caught:
+    with pytest.raises(EngineDiedError, match=f"engine f: {said}") as caught:
         ask(engine, prompt)
     assert caught.value.exit_code == code
     assert not engine.loaded
@@ -251,7 +251,7 @@ def test_a_worker_that_is_killed(faulty: Callable[..., ProcessEngine]) -> None:
     pid = engine.pid
     assert pid is not None
     threading.Timer(0.2, os.kill, (pid, signal.SIGKILL)).start()
-    with pytest.raises(EngineDied, match="killed by SIGKILL") as caught:
+    with pytest.raises(EngineDiedError, match="killed by SIGKILL") as caught:
         ask(engine, "sleep 600")
     assert caught.value.exit_code == -signal.SIGKILL
     assert wait_until(lambda: gone(child)), "what it started ends with it"
@@ -271,7 +271,7 @@ def test_a_worker_that_is_killed_while_it_streams(faulty: Callable[..., ProcessE
     pid = engine.pid
     assert pid is not None
     os.kill(pid, signal.SIGKILL)
-    with pytest.raises(EngineDied):
+    with pytest.raises(EngineDiedError):
         list(pieces)
 
 
@@ -293,7 +293,7 @@ def test_a_worker_that_hangs(faulty: Callable[..., ProcessEngine]) -> None:
     assert ask(engine, "sleep 0.1") == "sleep 0.1"
     pid = engine.pid
     assert pid is not None
-    with pytest.raises(EngineDied, match=r"did not answer \(generate\) for 1 s, and was ended"):
+    with pytest.raises(EngineDiedError, match=r"did not answer \(generate\) for 1 s, and was ended"):
         ask(engine, "sleep 600")
     assert gone(pid)
     assert ask(engine, "one") == "one"
@@ -305,7 +305,7 @@ def test_a_worker_that_does_not_read(faulty: Callable[..., ProcessEngine]) -> No
     pid = engine.pid
     assert pid is not None
     os.kill(pid, signal.SIGSTOP)
-    with pytest.raises(EngineDied, match="did not answer"):
+    with pytest.raises(EngineDiedError, match="did not answer"):
         ask(engine, "x" * 4_000_000)
     assert gone(pid)
     assert len(ask(engine, "x" * 4_000_000)) == 4_000_000
@@ -320,7 +320,7 @@ def test_unloading_does_not_wait_for_work(faulty: Callable[..., ProcessEngine]) 
         assert child is not None
         assert wait_until(lambda: len(child._answers) > 1)
         engine.unload()
-        with pytest.raises(EngineDied, match="its process ended"):
+        with pytest.raises(EngineDiedError, match="its process ended"):
             asked.result(LONG)
     assert gone(child.pid)
 
@@ -365,13 +365,13 @@ def test_what_is_no_worker(code: str, said: str, tmp_path: Path, monkeypatch: py
     python.write_text(f"#!{sys.executable}\n{code}\n")
     python.chmod(0o755)
     engine = ProcessEngine("echo", name="e", python=str(python), start_timeout=2.0)
-    with pytest.raises(EngineDied, match=said):
+    with pytest.raises(EngineDiedError, match=said):
         engine.load()
     assert engine.pid is None
 
 
 def test_no_interpreter() -> None:
-    with pytest.raises(EngineDied, match="engine e: cannot start /no/python: No such file"):
+    with pytest.raises(EngineDiedError, match="engine e: cannot start /no/python: No such file"):
         ProcessEngine("echo", name="e", python="/no/python").load()
 
 
@@ -394,8 +394,8 @@ def test_errors_keep_their_kind(faulty: Callable[..., ProcessEngine]) -> None:
     engine = faulty()
     for prompt, kind, said in [
         ("bug", WorkerError, "faulty.py.*ZeroDivisionError: a bug"),
-        ("memory", OutOfMemory, "engine f: out of memory: no memory left"),
-        ("device", OutOfMemory, "CUDA out of memory"),
+        ("memory", OutOfMemoryError, "engine f: out of memory: no memory left"),
+        ("device", OutOfMemoryError, "CUDA out of memory"),
     ]:
         with pytest.raises(kind, match=f"(?s){said}"):
             ask(engine, prompt)

@@ -21,7 +21,7 @@ from mixmerge.engines.local import TransformersEngine
 from mixmerge.engines.records import Generation, Message, Request
 from mixmerge.engines.vllm import VllmEngine, VllmOptions
 from mixmerge.engines.vllm_inside import VllmInside
-from mixmerge.errors import DependencyError, MixmergeError, OutOfMemory
+from mixmerge.errors import DependencyError, MixmergeError, OutOfMemoryError
 from mixmerge.registry import find
 
 STANDIN, ROOT = Path(__file__).parent / "vllm_standin", Path(__file__).parent.parent.parent
@@ -158,7 +158,7 @@ def test_the_stand_in_keeps_the_protocol(
     engine: Callable[..., VllmEngine], adapters: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(VllmInside, "batch_exact", True)  # the stand-in is: it shall keep the whole of it
-    check_engine(lambda: engine(adapters=adapters))
+    check_engine(lambda: engine(adapters=adapters), adapters=("a", "b"))
 
 
 @pytest.mark.parametrize("platform", ["cpu", "cuda"])
@@ -280,7 +280,7 @@ def test_out_of_memory_leaves_nothing_behind(shared: VllmEngine) -> None:
     made = shared
     asked = [Request(prompt, prompt, 6) for prompt in PROMPTS]
     before = texts(made, asked)
-    with pytest.raises(OutOfMemory, match="engine v: out of memory: CUDA out of memory"):
+    with pytest.raises(OutOfMemoryError, match="engine v: out of memory: CUDA out of memory"):
         made.generate([*asked, Request("large", "x", 6, seed=13)])
     assert texts(made, asked) == before
 
@@ -325,7 +325,7 @@ def test_vllm_keeps_the_protocol(tokenizer: Any, tmp_path: Path) -> None:
     def make() -> VllmEngine:
         return VllmEngine(str(base), adapters=adapters, options=options, python=REAL_PYTHON, name="v")
 
-    check_engine(make, tolerance=1e-3)
+    check_engine(make, adapters=("a", "b"), tolerance=1e-3)
     with make() as made:
         asked = [Request(f"{p}/{name}", p, 8, adapter=name) for p in PROMPTS for name in ("a", None, "b")]
         together = texts(made, asked)

@@ -1,4 +1,4 @@
-"""The skill router: extraction, profiles, matching, expected scores, Symbolic-MoE's weights, aggregators."""
+"""The skill router: extraction, profiles, matching, expected scores, Symbolic-MoE's weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from mixmerge.engines.local import TransformersEngine
 from mixmerge.errors import MixmergeError
 from mixmerge.outcomes.table import OutcomeTable
 from mixmerge.routers import profiles
-from mixmerge.routers.aggregators import Answered, best_aggregator, final_text, trials
 from mixmerge.routers.base import Router
 from mixmerge.routers.contract import check_router, queries_of, sample
 from mixmerge.routers.features import TfidfFeatures
@@ -416,72 +415,3 @@ def test_salient_words_of_any_texts(texts: list[str], random: Any) -> None:
 def test_other_embeddings_of_skills() -> None:
     router = SkillRouter(features=TfidfFeatures(dimensions=8)).fit(sample())
     assert router.score(["python loops"]).mean.shape == (1, 4)
-
-
-# --- who puts answers together best
-
-
-def _check(answer: str, reference: str) -> float:
-    return float(answer == reference)
-
-
-ANSWERED = [
-    Answered(str(n), f"{n} + {n}?", str(2 * n), {"a": str(2 * n), "b": "x", "c": "y", "d": " " if n else "z"})
-    for n in range(30)
-]
-
-
-def test_trials_have_one_right_answer_and_two_wrong_ones() -> None:
-    made = trials(ANSWERED, _check)
-    assert [sorted(one.answers) for one in made[1:]] == [
-        sorted([one.reference, "x", "y"]) for one in made[1:]
-    ]
-    assert len({one.answers.index(one.reference) for one in made}) == 3, "the right one stands anywhere"
-    shuffled = [Answered(o.id, o.question, o.reference, dict(reversed(o.answers.items()))) for o in ANSWERED]
-    assert trials(shuffled[::-1], _check)[::-1] == made
-    assert trials(ANSWERED, _check, seed=1) != made
-    unsolved = [Answered("u", "?", "1", {"a": "2", "b": "3"}), Answered("v", "?", "1", {"a": "1", "b": "3"})]
-    assert trials(unsolved, _check) == ()
-    given = trials(unsolved, _check, missing="empty")
-    assert [sorted(one.answers) for one in given] == [["", "2", "3"], ["", "1", "3"]]
-
-
-def test_the_best_aggregator() -> None:
-    def said(choose: Callable[[list[str]], str]) -> Any:
-        def generate(prompts: Sequence[str], **_: Any) -> list[str]:
-            answers = [
-                [part.split("\n")[1] for part in prompt.split("### Answer ")[1:]] for prompt in prompts
-            ]
-            return [f"so many <think> x </think>\n{choose(one)}" for one in answers]
-
-        return generate
-
-    experts = {
-        "wise": said(lambda answers: next(one for one in answers if one.isdigit())),
-        "first": said(lambda answers: answers[0]),
-        "also wise": said(lambda answers: next(one for one in answers if one.isdigit())),
-    }
-    bench = best_aggregator(experts, ANSWERED, _check)
-    firsts = sum(one.answers[0] == one.reference for one in trials(ANSWERED, _check)) / 30
-    assert bench.best == "also wise", "of two alike the first by name"
-    assert bench.accuracy == {"also wise": 1.0, "first": firsts, "wise": 1.0}
-    assert bench.error["first"] == pytest.approx((firsts * (1 - firsts) / 30) ** 0.5)
-    assert (bench.trials, bench.left_out) == (30, 0)
-    assert best_aggregator(dict(reversed(experts.items())), ANSWERED[::-1], _check) == bench
-    assert final_text("a</think> b </think>\n c ") == "c"
-    with pytest.raises(MixmergeError, match="of 1 questions none has 1 right answer and 2 wrong ones"):
-        best_aggregator(experts, [Answered("u", "?", "1", {"a": "1"})], _check)
-    with pytest.raises(MixmergeError, match="experts: are none"):
-        best_aggregator({}, ANSWERED, _check)
-    with pytest.raises(MixmergeError, match="wrong: is 0"):
-        best_aggregator(experts, ANSWERED, _check, wrong=0)
-
-
-def test_a_real_model_aggregates(family: Callable[..., Any]) -> None:
-    engine = TransformersEngine(str(family("llama", dtype="float32").base))
-
-    def generate(prompts: Sequence[str], **options: Any) -> list[str]:
-        return generator(engine)([prompt[-40:] for prompt in prompts], **options)
-
-    bench = best_aggregator({"tiny": generate}, ANSWERED[:3], _check, max_new_tokens=4)
-    assert 0 <= bench.accuracy["tiny"] <= 1

@@ -1,8 +1,9 @@
 """Which expert is best at making one answer of several: measured apart from who is best at answering.
 
 Source: Chen et al., Symbolic Mixture-of-Experts (arXiv 2503.05641), section 3.4, and its released ``bench_aggr.py``.
-Deviations: the prompt is ours; draws are keyed by the question; a question without a right or a wrong answer is left
-out, where the released code puts empty answers (``missing="empty"``); the best expert is told, not read off file names.
+Deviations: the prompt is ours, that of the compositions that aggregate; draws are keyed by the question; a question
+without a right or a wrong answer is left out, where the released code puts empty answers (``missing="empty"``); the
+best expert is told, not read off file names.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from mixmerge.aggregate.extraction import final_text
+from mixmerge.aggregate.prompts import aggregation_prompt
+from mixmerge.engines.callables import Generate
 from mixmerge.errors import Fault, MixmergeError
-from mixmerge.routers.keywords import Generate
 
 Check = Callable[[str, str], float]  # (an answer, the reference) -> above 0.5 if it is right
-_THOUGHT = "</think>"
 
 
 @dataclass(frozen=True)
@@ -146,17 +148,3 @@ def best_aggregator(
         accuracy[name], error[name] = share, math.sqrt(share * (1 - share) / len(right))
     best = max(sorted(accuracy), key=lambda name: accuracy[name])
     return AggregatorBench(best, accuracy, error, len(made), len(answered) - len(made))
-
-
-def aggregation_prompt(question: str, answers: Sequence[str]) -> str:
-    """What an expert is asked to make one answer of several."""
-    shown = "\n\n".join(f"### Answer {at}\n{final_text(text)}" for at, text in enumerate(answers, start=1))
-    return (
-        "Several experts answered the question below; some of them may be wrong. Weigh their answers against each "
-        f"other and give one answer of your own.\n\n{shown}\n\n### Question\n{question}\n\n### Your answer\n"
-    )
-
-
-def final_text(text: str) -> str:
-    """What an expert said after it thought aloud, if it did."""
-    return text.rpartition(_THOUGHT)[2].strip()

@@ -1,0 +1,103 @@
+"""``mixmerge ask``."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mixmerge.cli.batch import BatchTokens, Devices, Memory, MixturePath, conditions_of
+from mixmerge.cli.show import emit_json
+
+if TYPE_CHECKING:
+    from mixmerge.batch.records import Answer
+
+
+def ask(
+    mixture: MixturePath,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What is asked; - for stdin.")],
+    expert: Annotated[
+        str | None,
+        typer.Option("--expert", help="Who answers; by default the router decides.", show_default=False),
+    ] = None,
+    meta: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--meta", metavar="NAME=VALUE", help="Label of the prompt, such as task=sums.", show_default=False
+        ),
+    ] = None,
+    explain: Annotated[bool, typer.Option("--explain", help="Say on stderr who answers, and why.")] = False,
+    max_new_tokens: Annotated[
+        int | None, typer.Option("--max-new-tokens", min=1, help="Of the answer.", show_default=False)
+    ] = None,
+    temperature: Annotated[
+        float | None,
+        typer.Option("--temperature", min=0.0, help="0: the likeliest token.", show_default=False),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", min=0, help="Of sampling.", show_default=False)
+    ] = None,
+    device: Devices = None,
+    memory: Memory = None,
+    batch_tokens: BatchTokens = 8192,
+    json: Annotated[bool, typer.Option("--json", help="Print the whole record as JSON.")] = False,
+) -> None:
+    """One answer of a mixture, printed as it comes."""
+    from mixmerge.batch.records import Item, Settings
+    from mixmerge.cli.route.parsing import labels
+    from mixmerge.engines.records import Message
+    from mixmerge.mixture import Mixture
+
+    loaded = Mixture.load(mixture)
+    text = sys.stdin.read() if prompt == "-" else prompt
+    settings = Settings(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    item = Item("prompt", (Message("user", text),), expert, settings, labels(meta or ()))
+    conditions = conditions_of(device, memory, batch_tokens, None)
+    shown = ""
+    answer: Answer | None = None
+    for piece in loaded.stream(item, conditions=conditions):
+        answer = piece.answer
+        if not json and piece.text:
+            print(piece.text, end="", flush=True)
+            shown += piece.text
+    assert answer is not None  # the last piece has it
+    if answer.fault is not None:
+        from mixmerge.errors import MixmergeError
+
+        raise MixmergeError(answer.fault)
+    if json:
+        emit_json(record_of(answer))
+    elif not shown.endswith("\n"):
+        print()
+    if explain and not json:
+        explained(answer)
+
+
+def record_of(answer: Answer) -> dict[str, object]:
+    """The answer as JSON values."""
+    return {
+        "answer": answer.text,
+        "expert": answer.expert,
+        "finish": answer.finish,
+        "tokens_in": answer.tokens_in,
+        "tokens_out": answer.tokens_out,
+        "calls": answer.calls,
+        "cost": answer.cost,
+        "decision": dict(answer.decision),
+        "reason": dict(answer.reason),
+    }
+
+
+def explained(answer: Answer) -> None:
+    """Who answered and why, on stderr."""
+    decision = answer.decision
+    lines = [f"answered by {answer.expert}, {answer.calls} generations, {answer.tokens_out} tokens"]
+    if decision:
+        scores = ", ".join(f"{name} {score:.3g}" for name, score in decision["scores"].items())
+        lines += [
+            f"policy {decision['policy']}: {decision['reason'].get('rule', '')}",
+            f"expected scores: {scores}",
+        ]
+    lines += [f"{name}: {value}" for name, value in answer.reason.items()]
+    print("\n".join(lines), file=sys.stderr)

@@ -1,0 +1,192 @@
+"""``mixmerge batch``."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mixmerge.cli.show import emit_json, size, table
+from mixmerge.cli.zoo import step_progress
+
+if TYPE_CHECKING:
+    from mixmerge.batch.costs import Report
+    from mixmerge.batch.setup import Conditions
+    from mixmerge.mixture.batching import JobPlan
+
+MixturePath = Annotated[
+    Path, typer.Argument(metavar="MIXTURE", help="Its YAML, or a fitted folder.", show_default=False)
+]
+Devices = Annotated[
+    list[str] | None,
+    typer.Option("--device", help="cpu, cuda:0, ...; several times for several.", show_default="cpu"),
+]
+Memory = Annotated[
+    float | None,
+    typer.Option("--memory", min=0.001, help="GB that experts may take on a device.", show_default=False),
+]
+BatchTokens = Annotated[
+    int, typer.Option("--batch-tokens", min=1, help="Of a batch: prompts and what may be generated.")
+]
+
+
+def batch(
+    mixture: MixturePath,
+    input: Annotated[  # the option's name
+        str,
+        typer.Option("-i", "--input", help="Requests: OpenAI batch JSONL, JSONL, CSV, text; - for stdin."),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", help="Answers, in the input's format.", show_default=False),
+    ] = None,
+    format: Annotated[
+        str | None, typer.Option("--format", help="openai, jsonl, csv or text.", show_default=False)
+    ] = None,
+    field: Annotated[
+        str | None, typer.Option("--field", help="JSON field or CSV column of the text.", show_default=False)
+    ] = None,
+    name: Annotated[str, typer.Option(help="body.model of requests that are routed.")] = "mixmerge",
+    plan: Annotated[bool, typer.Option("--plan", help="Print what would run where, and stop.")] = False,
+    unordered: Annotated[bool, typer.Option("--unordered", help="Write answers as they come.")] = False,
+    explain: Annotated[bool, typer.Option("--explain", help="Write decisions and reasons too.")] = False,
+    device: Devices = None,
+    memory: Memory = None,
+    batch_tokens: BatchTokens = 8192,
+    deadline: Annotated[
+        float | None,
+        typer.Option(help="Seconds after which no batch is started.", show_default=False),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the output, and start again.")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+) -> None:
+    """Answer a file of requests: each expert is loaded once, and nothing is lost.
+
+    Routes every request, groups them by what has to be loaded, generates,
+    composes, and writes one answer for each line. A run that was killed
+    goes on when the same command is given again.
+    """
+    from mixmerge.errors import Fault, MixmergeError
+    from mixmerge.mixture import Mixture, batching
+
+    if output is None and not plan:
+        raise MixmergeError(Fault("--output", "is missing", "A file, or --plan"))
+    conditions = conditions_of(device, memory, batch_tokens, deadline)
+    loaded = Mixture.load(mixture)
+    with _file(input, output) as path:
+        files = batching.Files(
+            path,
+            output or path.with_suffix(".answers"),
+            format=format,
+            field=field,
+            name=name,
+            explain=explain,
+            unordered=unordered,
+            overwrite=overwrite,
+        )
+        if plan:
+            planned = batching.plan(loaded, files, conditions)
+            emit_json(planned.as_dict()) if json else show_plan(planned)
+            return
+        with step_progress(quiet=quiet) as progress:
+            done = batching.run(loaded, files, conditions, progress=progress)
+    if json:
+        emit_json({"output": str(done.output), **done.report.as_dict()})
+        return
+    print(done.output)
+    show_report(done.report)
+
+
+def conditions_of(
+    devices: list[str] | None, memory: float | None, batch_tokens: int, deadline: float | None
+) -> Conditions:
+    """Where a job runs, as options say it."""
+    from mixmerge.batch.placing import Device
+    from mixmerge.batch.setup import Conditions, memory_of
+
+    names = devices or ["cpu"]
+    given = None if memory is None else int(memory * 1e9)
+    found = tuple(Device(name, given if given is not None else memory_of(name, names)) for name in names)
+    return Conditions(found, batch_tokens, deadline)
+
+
+@contextmanager
+def _file(source: str, output: Path | None) -> Iterator[Path]:
+    """The input as a file: what comes on stdin is copied beside the output, so that the job can go on."""
+    if source != "-":
+        yield Path(source)
+        return
+    if output is None:
+        with tempfile.TemporaryDirectory() as folder:
+            yield _copied(Path(folder) / "requests")
+        return
+    kept = output.absolute().parent / f".{output.name}.stdin"
+    yield _copied(kept)
+    kept.unlink(missing_ok=True)
+
+
+def _copied(path: Path) -> Path:
+    with path.open("wb") as file:
+        shutil.copyfileobj(sys.stdin.buffer, file)
+    return path
+
+
+def show_plan(plan: JobPlan) -> None:
+    """Groups by device, and what the naive order would cost."""
+    rows = [
+        (
+            one.device,
+            ", ".join(expert.name for expert in group.experts),
+            f"{group.calls:,}",
+            f"{len(group.batches):,}",
+            size(group.bytes) if group.bytes else "-",
+            f"{group.prompt:,}",
+            f"{group.new:,}",
+        )
+        for one in plan.placements
+        for group in one.groups
+    ]
+    columns = ("device", "experts", "answers", "batches", "weights", "prompt tokens", "new tokens, at most")
+    table(f"{plan.requests:,} requests, {plan.calls:,} answers to make", columns, rows, text=(0, 1))
+    if plan.answered:
+        print(f"{plan.answered:,} of these answers are there from a run before")
+    if plan.bad:
+        print(f"{plan.bad:,} lines are no requests: each gets an error record")
+    naive = f"{plan.naive_loads:,} loads, about {plan.naive_load_seconds:,.0f} s of them"
+    print(f"{plan.loads:,} loads; answering one request after the other: {naive}")
+
+
+def show_report(report: Report) -> None:
+    """What the job took, expert by expert."""
+    rows = [
+        (
+            one.expert,
+            f"{one.answers:,}",
+            f"{one.tokens_in:,}",
+            f"{one.tokens_out:,}",
+            f"{one.seconds:,.1f}",
+            f"{one.rate:,.0f}",
+            "-" if one.cost is None else f"${one.cost:.4g}",
+        )
+        for one in report.experts
+    ]
+    columns = ("expert", "answers", "tokens in", "tokens out", "seconds", "tokens/s", "cost")
+    table(f"{report.answered:,} of {report.requests:,} requests answered", columns, rows)
+    times = sum(one.times for one in report.loads)
+    print(
+        f"{times:,} loads in {report.load_seconds:,.1f} s; "
+        f"one request after the other would take {report.naive_loads:,}"
+    )
+    if report.splits:
+        print(f"{report.splits:,} batches were too large and were divided")
+    if report.failed:
+        print(f"{report.failed:,} requests have an error record", file=sys.stderr)

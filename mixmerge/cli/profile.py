@@ -1,0 +1,83 @@
+"""``mixmerge profile``."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mixmerge.cli.batch import BatchTokens, Devices, Memory, MixturePath, conditions_of, show_report
+from mixmerge.cli.show import emit_json, table
+from mixmerge.cli.zoo import step_progress
+
+
+def profile(
+    mixture: MixturePath,
+    tasks: Annotated[
+        Path,
+        typer.Option("--tasks", help="JSONL or CSV: a text and its answer on each line.", show_default=False),
+    ],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="Outcomes: .parquet or .jsonl.", show_default=False)
+    ],
+    check: Annotated[
+        str,
+        typer.Option(
+            "--check", help="What has to be the same: exact, first_line, number, choice, json:PATH, whole."
+        ),
+    ] = "exact",
+    reference: Annotated[str, typer.Option("--reference", help="Field of the right answer.")] = "answer",
+    field: Annotated[
+        str | None, typer.Option("--field", help="Field of the text.", show_default=False)
+    ] = None,
+    draws: Annotated[int, typer.Option("--draws", min=1, help="Answers of each expert to a query.")] = 1,
+    temperature: Annotated[
+        float | None, typer.Option("--temperature", min=0.0, help="Of the answers.", show_default=False)
+    ] = None,
+    device: Devices = None,
+    memory: Memory = None,
+    batch_tokens: BatchTokens = 8192,
+    deadline: Annotated[
+        float | None, typer.Option(help="Seconds after which no batch is started.", show_default=False)
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+) -> None:
+    """Run every expert over labelled queries, and write who was right: what routers are fitted on.
+
+    The router of the mixture need not be there yet. A run that was killed
+    goes on when the same command is given again.
+    """
+    from mixmerge.decision.whole import check_free
+    from mixmerge.mixture import read
+    from mixmerge.mixture.profiling import profile as run
+    from mixmerge.mixture.profiling import same
+
+    check_free(output, overwrite=overwrite)
+    work = output.absolute().parent / f".{output.name}.job"
+    with step_progress(quiet=quiet) as progress:
+        made = run(
+            read(mixture).require(),
+            tasks,
+            work,
+            check=same(check),
+            conditions=conditions_of(device, memory, batch_tokens, deadline),
+            reference=reference,
+            draws=draws,
+            temperature=temperature,
+            field=field,
+            progress=progress,
+        )
+    made.outcomes.write(output)
+    shutil.rmtree(work, ignore_errors=True)
+    means = made.outcomes.means()
+    if json:
+        emit_json({"output": str(output), "score": means, **made.report.as_dict()})
+        return
+    print(output)
+    rows = [(name, f"{value:.3f}") for name, value in means.items()]
+    table(f"{len(made.outcomes):,} queries", ("expert", "mean score"), rows)
+    show_report(made.report)

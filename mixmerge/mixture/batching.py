@@ -1,0 +1,201 @@
+"""A batch job of a mixture: a file of requests in, a file of answers out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mixmerge.batch.costs import Report
+from mixmerge.batch.job import Job, Progress
+from mixmerge.batch.lines import Input, Line
+from mixmerge.batch.placing import REMOTE, Placement, load_seconds
+from mixmerge.batch.records import Answer
+from mixmerge.batch.setup import Conditions
+from mixmerge.batch.writing import Form
+from mixmerge.batch.writing_files import Unordered, write_ordered
+from mixmerge.decision.whole import check_free
+from mixmerge.mixture.answering import setup_of
+
+if TYPE_CHECKING:
+    from mixmerge.mixture.wiring import Mixture
+
+
+@dataclass(frozen=True)
+class Files:
+    """What a batch job reads and writes.
+
+    Args:
+        input: requests: OpenAI batch JSONL, JSONL, CSV or text.
+        output: answers, in the format that goes with the input's.
+        format: of the input; None to tell by its name and first lines.
+        field: of JSONL or CSV that holds the text, where it has another name than the usual ones.
+        name: that ``body.model`` has where the mixture is meant.
+        explain: write decisions and reasons too.
+        unordered: write answers as they come, not in the order of the input at the end.
+        overwrite: replace an output that exists, and start again.
+    """
+
+    input: Path
+    output: Path
+    format: str | None = None
+    field: str | None = None
+    name: str = "mixmerge"
+    explain: bool = False
+    unordered: bool = False
+    overwrite: bool = False
+
+    @property
+    def work(self) -> Path:
+        """The folder a job goes on from; it is gone when the job is done."""
+        return self.output.absolute().parent / f".{self.output.name}.job"
+
+
+@dataclass(frozen=True)
+class JobPlan:
+    """What a job would do in its first stage.
+
+    Args:
+        placements: what each device does.
+        requests: of the input; ``bad`` of them are no requests.
+        answered: calls that a run before has answered already.
+        naive_loads: loads if requests were answered one by one.
+        stages: whether later stages may follow, which depend on what is said.
+    """
+
+    placements: tuple[Placement, ...]
+    requests: int
+    bad: int
+    calls: int
+    answered: int
+    naive_loads: int
+    naive_load_seconds: float
+
+    @property
+    def loads(self) -> int:
+        return sum(len(one.groups) for one in self.placements if one.device != REMOTE)
+
+    def as_dict(self) -> dict[str, Any]:
+        groups = [
+            {
+                "device": one.device,
+                "unit": group.unit,
+                "experts": [expert.name for expert in group.experts],
+                "calls": group.calls,
+                "batches": len(group.batches),
+                "bytes": group.bytes,
+                "prompt_tokens": group.prompt,
+                "new_tokens": group.new,
+            }
+            for one in self.placements
+            for group in one.groups
+        ]
+        return {
+            "requests": self.requests,
+            "bad": self.bad,
+            "calls": self.calls,
+            "answered": self.answered,
+            "groups": groups,
+            "loads": self.loads,
+            "naive_loads": self.naive_loads,
+            "naive_load_seconds": self.naive_load_seconds,
+        }
+
+
+@dataclass(frozen=True)
+class Batched:
+    """What came of a job: the report, and where the answers are."""
+
+    report: Report
+    output: Path
+
+
+def plan(mixture: Mixture, files: Files, conditions: Conditions) -> JobPlan:
+    """What ``run`` would do: nothing is loaded, and nothing is written beside the output but decisions."""
+    setup, source = setup_of(mixture), _input(files, mixture)
+    with Job(source, setup, files.work, conditions) as job:
+        job.decide()
+        stage = job.next_stage()
+        placements = [] if stage is None else job.placements(stage)
+        sizes = [load_seconds(group) for one in placements for group in one.groups if not group.remote]
+        mean = sum(sizes) / len(sizes) if sizes else 0.0
+        return JobPlan(
+            tuple(placements),
+            len(job),
+            len(job.bad),
+            0 if stage is None else len(stage),
+            0 if stage is None else int((stage.offsets >= 0).sum()),
+            job.naive_loads,
+            job.naive_loads * mean,
+        )
+
+
+def run(
+    mixture: Mixture, files: Files, conditions: Conditions, *, progress: Progress | None = None
+) -> Batched:
+    """Answer every request of a file; after a kill the same call goes on.
+
+    Raises:
+        StoppedError: the deadline is over; the same call goes on.
+        MixmergeError: the output exists, the input has no request, the disk refuses, ...
+    """
+    check_free(files.output, overwrite=files.overwrite or (files.unordered and files.work.exists()))
+    setup, source = setup_of(mixture), _input(files, mixture)
+    if files.overwrite:
+        _forget(files.work)
+    with Job(source, setup, files.work, conditions, progress=progress) as job:
+        form = Form(source, created=job.created, explain=files.explain)
+        failed = (
+            _unordered(job, source, form, files) if files.unordered else _ordered(job, source, form, files)
+        )
+        report = job.report(failed=failed)
+    job.remove()
+    return Batched(report, files.output)
+
+
+def _input(files: Files, mixture: Mixture) -> Input:
+    return Input.open(
+        files.input,
+        format=files.format,
+        field=files.field,
+        experts=tuple(mixture.experts),
+        mixture_name=files.name,
+    )
+
+
+def _ordered(job: Job, source: Input, form: Form, files: Files) -> int:
+    job.run()
+    failed = 0
+
+    def pairs() -> Iterator[tuple[Line, Answer]]:
+        nonlocal failed
+        for line, answer in zip(source.lines(), job.answers(), strict=True):
+            failed += answer.fault is not None
+            yield line, answer
+
+    write_ordered(files.output, pairs(), form=form, overwrite=files.overwrite)
+    return failed
+
+
+def _unordered(job: Job, source: Input, form: Form, files: Files) -> int:
+    failed = 0
+    with ExitStack() as stack:
+        out = stack.enter_context(
+            Unordered(files.output, form, resume=not files.overwrite, overwrite=files.overwrite)
+        )
+
+        def settled(answer: Answer) -> None:
+            nonlocal failed
+            failed += answer.fault is not None
+            out.write(source.read([answer.row])[0], answer)
+
+        job.run(settled=settled)
+    return failed
+
+
+def _forget(work: Path) -> None:
+    import shutil
+
+    shutil.rmtree(work, ignore_errors=True)
