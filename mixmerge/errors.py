@@ -60,4 +60,11 @@ class OutOfMemoryError(MixmergeError):
 
 
 class EngineDiedError(MixmergeError):
-    """The process of an engine ended by itself, or was killed."""
+    """The process of an engine ended by itself, was killed, or was ended because it hung; its next call starts another.
+
+    ``exit_code`` is the process's, minus the signal's number if a signal ended it; None if it never ran.
+    """
+
+    def __init__(self, faults: Fault | Iterable[Fault], *, exit_code: int | None = None) -> None:
+        super().__init__(faults)
+        self.exit_code = exit_code

@@ -9,5 +9,6 @@ from __future__ import annotations
 ENGINES: dict[str, str] = {
     "transformers": "mixmerge.engines.local:TransformersEngine",
     "openai": "mixmerge.engines.openai:OpenAIEngine",
+    "vllm": "mixmerge.engines.vllm:VllmEngine",
     "echo": "mixmerge.engines.echo:EchoEngine",
 }

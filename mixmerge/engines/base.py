@@ -18,9 +18,14 @@ class Engine(ABC):
 
     ``name`` is what errors call it. ``capabilities``: ``logprobs`` are those of generated tokens, ``loglikelihood``
     those of given texts. A method that is not among them raises MixmergeError.
+
+    ``batch_exact``: what a request gets depends on no other of its batch, to the last bit. Where it is False, an
+    engine's arithmetic depends on what shares a batch, so that another batch may give another text at a near tie;
+    the same batch gives the same texts all the same.
     """
 
     capabilities: ClassVar[frozenset[Capability]] = frozenset({"generate"})
+    batch_exact: ClassVar[bool] = True
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -58,7 +63,7 @@ class Engine(ABC):
 
     @abstractmethod
     def generate(self, requests: Sequence[Request]) -> list[Generation]:
-        """A text for each request, in their order. What a request gets depends on no other of them.
+        """A text for each request, in their order. What a request gets depends on no other of them (``batch_exact``).
 
         Raises:
             MixmergeError: what ``check`` says, of all requests at once.

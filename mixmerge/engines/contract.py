@@ -20,6 +20,8 @@ def check_engine(
 ) -> None:
     """Every promise of the protocol.
 
+    Of an engine that is not ``batch_exact``, texts are compared only where the batches are the same.
+
     Args:
         make: an engine of an expert that reads at least 64 tokens, not loaded, the same each time.
         adapters: of its adapters, those to ask beside the base; each must answer otherwise than the base.
@@ -36,17 +38,21 @@ def check_engine(
     assert engine.loaded, "answering loads the expert"
     _whole(requests, answers)
     _same(answers, engine.generate(requests), "the same requests gave other texts")
-    _same(answers[::-1], engine.generate(requests[::-1]), "the order of requests changed texts")
+    turned = engine.generate(requests[::-1])[::-1]
     alone = [engine.generate([request])[0] for request in requests]
-    _same(answers, alone, "what else is in the batch changed texts")
+    for other in (turned, alone):
+        _whole(requests, other)
+    if engine.batch_exact:
+        _same(answers, turned, "the order of requests changed texts")
+        _same(answers, alone, "what else is in the batch changed texts")
     named = [replace(request, id=f"other {request.id}") for request in requests]
     _same(answers, engine.generate(named), "the names of requests changed texts")
     assert engine.generate([]) == [], "no requests, no answers"
     _each(engine, requests, answers)
     _adapters(engine, requests, answers, adapters)
-    _stops(engine, requests, answers)
+    _stops(engine, requests, alone)
     if "stream" in engine.capabilities:
-        _streams(engine, requests, answers)
+        _streams(engine, requests, alone)
     if "logprobs" in engine.capabilities:
         _logprobs(engine, _mixed(requests, adapters), tolerance)
     if "loglikelihood" in engine.capabilities:
@@ -97,13 +103,15 @@ def _adapters(
     mixed = engine.generate(asked)
     _whole(asked, mixed)
     alone = [engine.generate([request])[0] for request in asked]
-    _same(mixed, alone, "what else is in the batch changed texts of adapters")
-    _same(mixed[:: len(adapters) + 1], answers, "adapters in the batch changed texts of the base")
+    _whole(asked, alone)
+    if engine.batch_exact:
+        _same(mixed, alone, "what else is in the batch changed texts of adapters")
+        _same(mixed[:: len(adapters) + 1], answers, "adapters in the batch changed texts of the base")
     for place in range(1, len(adapters) + 1):
         texts = [one.text for one in mixed[place :: len(adapters) + 1]]
         assert texts != [one.text for one in answers], "adapters answer as the base does"
     if "stream" in engine.capabilities:
-        _streams(engine, asked, mixed)
+        _streams(engine, asked, alone)
 
 
 def _stops(engine: Engine, requests: list[Request], answers: list[Generation]) -> None:
@@ -133,8 +141,11 @@ def _logprobs(engine: Engine, requests: list[Request], tolerance: float) -> None
         assert given is not None, "log-probabilities were asked for"
         assert len(given) == one.tokens_out, "one for each token"
         assert all(value <= 0 for value in given)
-        alone = engine.generate([request])[0].logprobs
+        other = engine.generate([request])[0]
+        alone = other.logprobs
         assert alone is not None
+        if not engine.batch_exact and other.text != one.text:
+            continue
         assert all(abs(a - b) <= tolerance for a, b in zip(given, alone, strict=True)), "batches agree"
 
 
