@@ -255,7 +255,7 @@ class Job:
 
             return Residence(
                 memory,
-                open_engine=lambda unit: open_engine(units[unit], device=device),
+                open_engine=lambda unit: open_engine(units[unit], device=device, apart=self.conditions.apart),
                 size=lambda unit: self.sizes[unit],
                 pinned=lambda unit: any(one.pinned for one in units[unit]),
                 loaded=loaded,

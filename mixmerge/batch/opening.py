@@ -8,8 +8,8 @@ from typing import Any
 
 from mixmerge.checkpoint.header import DTYPE_BYTES, read_header
 from mixmerge.engines.base import Engine
+from mixmerge.engines.process_wire import make_engine
 from mixmerge.experts import Expert
-from mixmerge.registry import find
 
 _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
@@ -21,27 +21,38 @@ def arguments_of(unit: Sequence[Expert], *, device: str) -> dict[str, Any]:
     if first.engine == "echo":
         return {"name": first.model, **options}
     if first.remote:
-        about = {"endpoint": first.endpoint, "model": first.model, "name": first.name}
-        return {**about, "api_key_env": first.api_key_env, **options}
-    about = {"model": first.model, "name": first.model, "device": device, **options}
+        return {"endpoint": first.endpoint, "model": first.model, "api_key_env": first.api_key_env, **options}
     adapters = {one.name: one.adapter for one in unit if one.adapter is not None}
-    return {**about, "adapters": adapters} if adapters else about
+    about: dict[str, Any] = {"model": first.model, **({"adapters": adapters} if adapters else {})}
+    if first.engine == "vllm":
+        return {**about, "options": options}
+    return {**about, "device": device, **options}
 
 
-def open_engine(unit: Sequence[Expert], *, device: str) -> Engine:
-    """The engine that runs these experts, not loaded. On a GPU it is a process of its own.
+def open_engine(unit: Sequence[Expert], *, device: str, apart: bool = False) -> Engine:
+    """The engine that runs these experts, not loaded. On a GPU it is a process of its own, so that memory comes back.
+
+    Args:
+        unit: experts that share what is loaded.
+        device: a torch device.
+        apart: a process of its own on the CPU too.
 
     Raises:
         MixmergeError: there is no engine of that name, or it does not take the options.
     """
-    arguments = arguments_of(unit, device=device)
-    if device.startswith("cuda") and not unit[0].remote:
-        from mixmerge.engines.process import ProcessEngine
+    first, arguments = unit[0], arguments_of(unit, device=device)
+    name = first.name if first.remote or len(unit) == 1 else first.model
+    gpu = device.startswith("cuda") and not first.remote
+    visible = device.partition(":")[2] or None if gpu else None
+    if first.engine == "vllm":
+        return make_engine("vllm", {**arguments, "visible_devices": visible}, name)
+    if first.remote or first.engine == "echo" or not (gpu or apart):
+        return make_engine(first.engine, arguments, name)
+    from mixmerge.engines.process import ProcessEngine
 
-        apart: Engine = ProcessEngine(unit[0].engine, arguments, name=unit[0].model)
-        return apart
-    made: Engine = find("engine", unit[0].engine)(**arguments)
-    return made
+    if gpu and visible is not None:
+        arguments["device"] = "cuda"  # the only one that the process sees
+    return ProcessEngine(first.engine, arguments, name=name, visible_devices=visible)
 
 
 def size_of(unit: Sequence[Expert]) -> int:

@@ -106,11 +106,13 @@ class Conditions:
         devices: at least one.
         batch_tokens: of a batch, prompts by estimate and what may be generated; 1 or more.
         deadline: seconds after which no further batch is started; None for no end.
+        apart: experts on the CPU run in processes of their own too: what kills one does not kill the job.
     """
 
     devices: tuple[Device, ...] = field(default_factory=lambda: (Device("cpu", free_memory()),))
     batch_tokens: int = 8192
     deadline: float | None = None
+    apart: bool = False
 
     def __post_init__(self) -> None:
         faults = []

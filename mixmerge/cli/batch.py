@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mixmerge.cli.show import emit_json, size, table
-from mixmerge.cli.zoo import step_progress
+from mixmerge.cli.show import emit_json, size, step_progress, table
 
 if TYPE_CHECKING:
     from mixmerge.batch.costs import Report
@@ -63,6 +62,9 @@ def batch(
         float | None,
         typer.Option(help="Seconds after which no batch is started.", show_default=False),
     ] = None,
+    apart: Annotated[
+        bool, typer.Option("--apart", help="Experts run in processes of their own, on the CPU too.")
+    ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the output, and start again.")
     ] = False,
@@ -80,7 +82,7 @@ def batch(
 
     if output is None and not plan:
         raise MixmergeError(Fault("--output", "is missing", "A file, or --plan"))
-    conditions = conditions_of(device, memory, batch_tokens, deadline)
+    conditions = conditions_of(device, memory, batch_tokens, deadline, apart=apart)
     loaded = Mixture.load(mixture)
     with _file(input, output) as path:
         files = batching.Files(
@@ -107,7 +109,12 @@ def batch(
 
 
 def conditions_of(
-    devices: list[str] | None, memory: float | None, batch_tokens: int, deadline: float | None
+    devices: list[str] | None,
+    memory: float | None,
+    batch_tokens: int,
+    deadline: float | None,
+    *,
+    apart: bool = False,
 ) -> Conditions:
     """Where a job runs, as options say it."""
     from mixmerge.batch.placing import Device
@@ -116,7 +123,7 @@ def conditions_of(
     names = devices or ["cpu"]
     given = None if memory is None else int(memory * 1e9)
     found = tuple(Device(name, given if given is not None else memory_of(name, names)) for name in names)
-    return Conditions(found, batch_tokens, deadline)
+    return Conditions(found, batch_tokens, deadline, apart)
 
 
 @contextmanager

@@ -9,8 +9,7 @@ from typing import Annotated
 import typer
 
 from mixmerge.cli.batch import BatchTokens, Devices, Memory, MixturePath, conditions_of, show_report
-from mixmerge.cli.show import emit_json, table
-from mixmerge.cli.zoo import step_progress
+from mixmerge.cli.show import emit_json, step_progress, table
 
 
 def profile(

@@ -48,13 +48,26 @@ def write_whole(path: Path, pieces: Iterable[bytes], *, overwrite: bool = False)
     """Write pieces as they come to a ``whole_file``. Returns how many there were.
 
     Raises:
-        OutputError: as ``whole_file``.
+        OutputError: as ``whole_file``; what ``pieces`` raises comes as it is.
     """
-    written = 0
-    with whole_file(path, overwrite=overwrite) as file:
-        for piece in pieces:
-            file.write(piece)
-            written += 1
+    written, theirs = 0, iter(pieces)
+    fault: OSError | None = None
+    try:
+        with whole_file(path, overwrite=overwrite) as file:
+            while True:
+                try:
+                    piece = next(theirs)
+                except StopIteration:
+                    break
+                except OSError as error:
+                    fault = error
+                    raise
+                file.write(piece)
+                written += 1
+    except OutputError:
+        if fault is not None:
+            raise fault from None
+        raise
     return written
 
 
