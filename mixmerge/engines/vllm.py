@@ -11,8 +11,8 @@ from mixmerge.engines.process import ProcessEngine
 from mixmerge.errors import Fault, MixmergeError
 from mixmerge.registry import choices
 
-# Weight before what a user or the environment says. vLLM sends statistics home unless it is told not to; with its
-# engine in a process of its own, the order of its work depends on time (its page "Reproducibility").
+# The caller's ``environment`` comes before these. vLLM sends statistics home unless it is told not to; with its
+# engine in a further process, the order of its work depends on time (its page "Reproducibility").
 _QUIET = {"VLLM_NO_USAGE_STATS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
 
