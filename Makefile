@@ -17,7 +17,7 @@ READY := .venv/.ready
 
 help: ; @sed -n 's/^# make/make/p' Makefile
 demo: $(READY) ; $(BIN)/python examples/demo.py
-test: $(READY) ; $(BIN)/python -P -m pytest -q
+test: $(READY) ; $(BIN)/python -P -m pytest -q -n auto --dist worksteal
 lint: $(READY) ; $(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 bench: $(READY) ; $(BIN)/python examples/bench_merge.py
 

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import fcntl
 import json
 import math
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,21 +23,33 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from mixmerge.checkpoint.header import DTYPE_BYTES
-from mixmerge.machine import cache_root
+from mixmerge.machine import cache_root, cores
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-_CACHE = Path(tempfile.mkdtemp(prefix="mixmerge-tests-"))
-atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
-# Compiled loops are kept by the hash of their source, and take a minute to make: the user's are as good, if there
-# is a place for them.
-(_CACHE / "mixmerge").mkdir()
-with contextlib.suppress(OSError, RuntimeError):
-    _KERNELS = cache_root() / "kernels"
-    _KERNELS.mkdir(parents=True, exist_ok=True)
-    (_CACHE / "mixmerge" / "kernels").symlink_to(_KERNELS.resolve())
+    from mixmerge.zoo import Spec, Zoo
+
+
+def _new_cache() -> Path:
+    """A folder for all that this run makes once. It goes when the run ends."""
+    cache = Path(tempfile.mkdtemp(prefix="mixmerge-tests-"))
+    atexit.register(shutil.rmtree, cache, ignore_errors=True)
+    # Compiled loops are kept by the hash of their source, and take a minute to make: the user's are as good, if
+    # there is a place for them.
+    (cache / "mixmerge").mkdir()
+    with contextlib.suppress(OSError, RuntimeError):
+        kernels = cache_root() / "kernels"
+        kernels.mkdir(parents=True, exist_ok=True)
+        (cache / "mixmerge" / "kernels").symlink_to(kernels.resolve())
+    return cache
+
+
+# The workers of pytest-xdist are children of the process that set the variable, and share its folder.
+_SHARED = "MIXMERGE_TESTS_CACHE"
+_CACHE = Path(os.environ[_SHARED]) if "PYTEST_XDIST_WORKER" in os.environ else _new_cache()
+os.environ[_SHARED] = str(_CACHE)
 os.environ.update(
     GOMP_SPINCOUNT="0",  # two OpenMP threads that spin on shared cores are 5 to 10 times slower
     OMP_NUM_THREADS="1",
@@ -96,11 +110,30 @@ _AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForM
 
 @dataclass(frozen=True)
 class Family:
-    """A base and its experts on disk, shared by all tests of a session: to change one, ``clone`` it."""
+    """A base and its experts on disk, shared by all tests of a run: to change one, ``clone`` it."""
 
     name: str
     base: Path
     experts: list[Path]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """``-n auto``: a worker for each core; each holds torch and what it has loaded, so no more than eight."""
+    return min(cores(), 8)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The long ones first: a run by several workers must not end with one of them at work alone."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+@contextmanager
+def _alone(name: str) -> Iterator[None]:
+    """Of all workers of a run, one at a time is in the block of this name."""
+    with (_CACHE / f"{name}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -177,11 +210,36 @@ def _listing(folder: Path) -> list[tuple[str, int, int]]:
     )
 
 
+def _make_family(
+    root: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    name: str,
+    experts: int,
+    dtype: Dtype,
+    shard_size: str | None,
+    seed: int,
+) -> None:
+    """Write a base and its experts to ``root``, which appears when all are there."""
+    import torch
+
+    partial = Path(tempfile.mkdtemp(dir=root.parent))
+
+    def save(model: Any, folder: Path) -> None:
+        model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=shard_size or "5GB")
+        tokenizer.save_pretrained(folder)
+
+    for index in range(experts):
+        expert = _build(name, seed)
+        _perturb(expert, scale=0.01, seed=1000 * (seed + 1) + index)
+        save(expert, partial / f"expert{index}")
+    save(_build(name, seed), partial / "base")
+    partial.rename(root)
+
+
 @pytest.fixture(scope="session")
-def family(
-    tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerBase
-) -> Iterator[Callable[..., Family]]:
-    """``family(name, *, experts=2, dtype="bfloat16", shard_size=None, seed=0)``: made once a session.
+def family(tokenizer: PreTrainedTokenizerBase) -> Iterator[Callable[..., Family]]:
+    """``family(name, *, experts=2, dtype="bfloat16", shard_size=None, seed=0)``: made once a run.
 
     Args of the callable:
         name: a key of ``FAMILIES``; other names are refused.
@@ -193,16 +251,10 @@ def family(
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    made: dict[tuple[object, ...], Family] = {}
+    made: dict[Path, Family] = {}
     listings: dict[Path, list[tuple[str, int, int]]] = {}
-
-    def save(model: Any, folder: Path, dtype: Dtype, shard_size: str | None) -> Path:
-        import torch
-
-        model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=shard_size or "5GB")
-        tokenizer.save_pretrained(folder)
-        listings[folder] = _listing(folder)
-        return folder
+    families = _CACHE / "families"
+    families.mkdir(exist_ok=True)
 
     def make(
         name: str,
@@ -212,28 +264,47 @@ def family(
         shard_size: str | None = None,
         seed: int = 0,
     ) -> Family:
-        key = (name, experts, dtype, shard_size, seed)
-        if key not in made:
-            root = tmp_path_factory.mktemp(name)
-            folders = []
-            for index in range(experts):
-                expert = _build(name, seed)
-                _perturb(expert, scale=0.01, seed=1000 * (seed + 1) + index)
-                folders.append(save(expert, root / f"expert{index}", dtype, shard_size))
-            made[key] = Family(name, save(_build(name, seed), root / "base", dtype, shard_size), folders)
-        return made[key]
+        root = families / f"{name}-{experts}-{dtype}-{shard_size}-{seed}"
+        if root not in made:
+            with _alone(root.name):
+                if not root.exists():
+                    _make_family(
+                        root,
+                        tokenizer,
+                        name=name,
+                        experts=experts,
+                        dtype=dtype,
+                        shard_size=shard_size,
+                        seed=seed,
+                    )
+            listings[root] = _listing(root)
+            made[root] = Family(name, root / "base", [root / f"expert{index}" for index in range(experts)])
+        return made[root]
 
     yield make
-    changed = [str(folder) for folder, before in listings.items() if _listing(folder) != before]
+    changed = [str(root) for root, before in listings.items() if _listing(root) != before]
     assert not changed, f"a test changed a shared checkpoint; take a clone() of it: {changed}"
 
 
 @pytest.fixture(scope="session")
-def zoo() -> Path:
-    """A zoo of real models that have learned next to nothing: for the mechanics, in seconds."""
-    from mixmerge.zoo import Spec, build
+def built() -> Callable[[Spec], Zoo]:
+    """``built(spec)``: the zoo of a specification, trained once a run, whichever worker needs it first."""
+    from mixmerge.zoo import build
+    from mixmerge.zoo.spec import cache_folder
 
-    return build(Spec(effort=0.01)).folder
+    def make(spec: Spec) -> Zoo:
+        with _alone(cache_folder(spec).name):
+            return build(spec)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def zoo(built: Callable[[Spec], Zoo]) -> Path:
+    """A zoo of real models that have learned next to nothing: for the mechanics, in seconds."""
+    from mixmerge.zoo import Spec
+
+    return built(Spec(effort=0.01)).folder
 
 
 @pytest.fixture

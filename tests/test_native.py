@@ -51,6 +51,16 @@ def test_the_second_process_needs_no_numba(made: Path) -> None:
     assert len(list(kept(made).parent.iterdir())) == 1, "a temporary file stayed"
 
 
+def test_two_processes_make_it_at_once(tmp_path: Path) -> None:
+    run, environment = [sys.executable, "-c", NORMS], os.environ | {"MIXMERGE_CACHE": str(tmp_path)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    both = [subprocess.Popen(run, text=True, env=environment, **pipes) for _ in range(2)]
+    told = [process.communicate() for process in both]
+    assert [out.split()[:2] for out, _ in told] == [["5.0", "2.0"]] * 2, told
+    assert len(list(kept(tmp_path).parent.iterdir())) == 1, "a temporary file stayed"
+    assert norms(MIXMERGE_CACHE=str(tmp_path)) == ["5.0", "2.0", "False"]
+
+
 @pytest.mark.parametrize("harm", ["cut", "flipped", "empty", "others may write"])
 def test_what_may_not_be_trusted_is_made_again(harm: str, made: Path, tmp_path: Path) -> None:
     shutil.copytree(made, tmp_path, dirs_exist_ok=True)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -24,6 +23,7 @@ import yaml
 from mixmerge.methods.table import markdown
 from mixmerge.mixture import parse as parse_mixture
 from mixmerge.recipe import parse as parse_recipe
+from mixmerge.zoo import Zoo, copy_to
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -129,7 +129,7 @@ def check(document: str, folder: Path, *, place_zoo: Callable[[], None]) -> Repo
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_blocks_run(path: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     def place_zoo() -> None:
-        shutil.copytree(request.getfixturevalue("zoo"), tmp_path / "zoo")
+        copy_to(Zoo.open(request.getfixturevalue("zoo")), tmp_path / "zoo")
 
     report = check(path.read_text(encoding="utf-8"), tmp_path, place_zoo=place_zoo)
     assert not report.faults, "\n".join(f"{path.name}:{fault}" for fault in report.faults)

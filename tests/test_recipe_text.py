@@ -90,11 +90,11 @@ def test_tags_are_refused_and_run_nothing(tmp_path: Path) -> None:
 def test_alias_bomb_is_refused_at_once() -> None:
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 20)]
-    started = time.perf_counter()
+    started = time.process_time()  # whatever else the machine does
     assert faults("\n".join(lines)) == [
         "recipe (line 6): the recipe has too many values, aliases expanded. At most 200,000."
     ]
-    assert time.perf_counter() - started < 1
+    assert time.process_time() - started < 1
 
 
 def test_at_most_a_hundred_faults_are_listed() -> None:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import filecmp
 import json
-import os
 import random
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,9 +26,9 @@ TINY = Spec(tasks=("reverse", "sort"), effort=0.01)
 
 
 @pytest.fixture(scope="module")
-def tiny() -> Zoo:
+def tiny(built: Callable[[Spec], Zoo]) -> Zoo:
     """Two experts that have learned next to nothing, in some seconds."""
-    return build(TINY)
+    return built(TINY)
 
 
 @pytest.fixture
@@ -232,9 +230,17 @@ def test_adapters_are_their_experts_twins(
 
 
 def test_same_specification_same_bytes(tiny: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes build it at once: one places it, the other takes that, and no part of either stays."""
     monkeypatch.setenv("MIXMERGE_CACHE", str(tmp_path))
-    again = build(TINY)
-    assert again.folder.is_relative_to(tmp_path)
+    command = [sys.executable, "-P", "-m", "mixmerge", "zoo", "build", "--tasks", "reverse,sort"]
+    command += ["--effort", "0.01", "--json"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    both = [subprocess.Popen(command, text=True, **pipes) for _ in range(2)]
+    told = [process.communicate() for process in both]
+    assert [process.returncode for process in both] == [0, 0], told
+    again = find(TINY)
+    assert {json.loads(out)["folder"] for out, _ in told} == {str(again.folder)}
+    assert list((tmp_path / "zoo").iterdir()) == [again.folder]
     assert again.folder.name == tiny.folder.name
     assert files(again.folder) == files(tiny.folder)
     _, different, unread = filecmp.cmpfiles(
@@ -245,9 +251,8 @@ def test_same_specification_same_bytes(tiny: Zoo, tmp_path: Path, monkeypatch: p
 
 def test_the_cache(tiny: Zoo) -> None:
     before = {path: (tiny.folder / path).stat().st_mtime_ns for path in files(tiny.folder)}
-    began = time.perf_counter()
-    assert build(TINY).folder == find(TINY).folder == tiny.folder
-    assert time.perf_counter() - began < 1
+    again = build(TINY, progress=lambda *step: pytest.fail(f"trained again: {step}"))
+    assert again.folder == find(TINY).folder == tiny.folder
     assert before == {path: (tiny.folder / path).stat().st_mtime_ns for path in files(tiny.folder)}
     specs = [TINY, Spec(), Spec("neox"), Spec(seed=1), Spec(effort=0.5), Spec(tasks=("sort", "reverse"))]
     assert len({cache_folder(spec) for spec in specs}) == len(specs)
@@ -273,6 +278,9 @@ def test_copy(tiny: Zoo, tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="it exists, and is not this zoo"):
         copy_to(tiny, tmp_path / "full")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "zoo"]
+    # Another process writes its outcomes: a hidden file is listed, and gone when it would be copied.
+    (copied.folder / ".outcomes.jsonl-0f1e2d3c").symlink_to("gone")
+    assert files(copy_to(copied, tmp_path / "again").folder) == files(tiny.folder)
     with pytest.raises(CheckpointError, match=r"there is no zoo here\. Run: mixmerge zoo build"):
         Zoo.open(tmp_path / "full")
 
@@ -348,14 +356,13 @@ def test_asking_again_gives_the_scores_of_the_build(tiny: Zoo) -> None:
 
 
 @pytest.mark.slow
-def test_demo(tmp_path: Path) -> None:
-    """Every shipped recipe is merged and in the table; the zoo is a tiny one."""
+def test_demo(zoo: Path, tmp_path: Path) -> None:
+    """Every shipped recipe is merged and in the table; the zoo is the run's tiny one, of the same effort."""
     done = subprocess.run(
-        [sys.executable, ROOT / "examples" / "demo.py", "--out", "demo", "--effort", "0.005", "--limit", "4"],
+        [sys.executable, ROOT / "examples" / "demo.py", "--out", "demo", "--effort", "0.01", "--limit", "4"],
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        env=os.environ | {"MIXMERGE_CACHE": str(cache_folder(TINY).parent.parent)},
     )
     assert done.returncode == 0, done.stderr
     recipes = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))
@@ -373,16 +380,18 @@ def test_demo(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", ["llama", "neox"])
-def test_the_real_zoo(variant: str, tmp_path: Path) -> None:
+def test_the_real_zoo(variant: str, built: Callable[[Spec], Zoo], tmp_path: Path) -> None:
     """Each expert is near its ceiling on its own task and near the base on others; merging is worth it."""
-    zoo = build(Spec(variant))
-    built = built_scores(zoo)
-    base = built.scores["base"]
-    assert built.average("base") < 0.3
+    zoo = built(Spec(variant))
+    when_built = built_scores(zoo)
+    base = when_built.scores["base"]
+    assert when_built.average("base") < 0.3
     for task in zoo.tasks:
-        assert built.own[task] > (0.85 if variant == "llama" else 0.7), task
+        assert when_built.own[task] > (0.85 if variant == "llama" else 0.7), task
         for other in set(zoo.tasks) - {task}:
-            assert abs(built.scores[task][other] - base[other]) < 0.25, f"the expert of {task} at {other}"
+            assert abs(when_built.scores[task][other] - base[other]) < 0.25, (
+                f"the expert of {task} at {other}"
+            )
 
     models = {f"adapter {task}": f"{zoo.base}+{zoo.adapter(task)}" for task in zoo.tasks}
     models |= {
@@ -393,7 +402,7 @@ def test_the_real_zoo(variant: str, tmp_path: Path) -> None:
     found = score_models(zoo, models, limit=120)
     for task in zoo.tasks:
         assert found.shares(f"adapter {task}")[task] > 0.9, f"the adapter of {task} lost its skill"
-    assert found.average("linear") > built.average("base") + 0.1
+    assert found.average("linear") > when_built.average("base") + 0.1
     for method in ("arithmetic", "ties"):
         assert found.average(method) > found.average("linear") + 0.05
 

@@ -78,7 +78,9 @@ def copy_to(zoo: Zoo, folder: Path) -> Zoo:
             Fault(str(folder), "it exists, and is not this zoo", run="Name a new folder, or remove this one")
         )
     with _placed(folder) as partial:
-        shutil.copytree(zoo.folder, partial, dirs_exist_ok=True)
+        # A hidden file is one that another process is writing (``outcomes``): it may be gone when it is copied.
+        hidden = shutil.ignore_patterns(".*")
+        shutil.copytree(zoo.folder, partial, dirs_exist_ok=True, ignore=hidden)
     return Zoo.open(folder)
 
 

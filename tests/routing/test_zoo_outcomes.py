@@ -18,16 +18,16 @@ from mixmerge.cli import app
 from mixmerge.errors import MixmergeError
 from mixmerge.evaluate import answered, answers, exact_match, load
 from mixmerge.outcomes import OutcomeTable
-from mixmerge.zoo import Spec, Zoo, build, built_scores, outcomes
+from mixmerge.zoo import Spec, Zoo, built_scores, copy_to, outcomes
 from mixmerge.zoo.outcomes import FILE, scores_by_task
 
 PROGRAM = [sys.executable, "-P", "-m", "mixmerge"]
 
 
 @pytest.fixture
-def own(zoo: Path, clone: Callable[[Path], Path]) -> Zoo:
-    """A copy of the zoo of two experts: a small part of what the session's zoo answers, and nothing kept."""
-    found = Zoo.open(clone(zoo))
+def own(zoo: Path, tmp_path: Path) -> Zoo:
+    """A copy of the zoo of two experts: a small part of what the run's zoo answers, and nothing kept."""
+    found = copy_to(Zoo.open(zoo), tmp_path / "own")
     (found.folder / FILE).unlink(missing_ok=True)
     return Zoo(found.folder, ("sort", "close"), found.manifest)
 
@@ -182,13 +182,13 @@ def test_faults_of_the_command(
 
 
 @pytest.mark.slow
-def test_three_commands_on_a_zoo_that_has_learned(tmp_path: Path) -> None:
+def test_three_commands_on_a_zoo_that_has_learned(built: Callable[[Spec], Zoo], tmp_path: Path) -> None:
     """As real processes: outcomes, fit, ask; the router sends a question to the expert that can answer it.
 
     The zoo is the one that tests/test_zoo.py builds, so that the suite trains it once.
     """
     spec = Spec()
-    zoo = build(spec).folder
+    zoo = built(spec).folder
 
     def mixmerge(*arguments: str) -> str:
         done = subprocess.run(
