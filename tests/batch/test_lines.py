@@ -31,6 +31,10 @@ def request_line(name: str = "a", *, url: str = CHAT, **body: Any) -> str:
     return json.dumps({"custom_id": name, "method": "POST", "url": url, "body": full})
 
 
+def said(text: str) -> tuple[Message, ...]:
+    return (Message("user", text),)
+
+
 def items(job: Input) -> list[Item]:
     lines = list(job.scan())
     assert [line.faults for line in lines] == [()] * len(lines)
@@ -338,8 +342,8 @@ def test_json_lines(job: Make) -> None:
     ]
     found = list(job("\n".join(lines)).scan())
     assert [line.item for line in found if line.item] == [
-        Item("7", "one", metadata={"task": "sums", "level": "3", "lang": "en"}),
-        Item("3", "two"),
+        Item("7", said("one"), metadata={"task": "sums", "level": "3", "lang": "en"}),
+        Item("3", said("two")),
         Item("c", (Message("user", "three"),)),
     ]
     assert [str(line.fault) for line in found if line.fault] == [
@@ -353,7 +357,7 @@ def test_json_lines(job: Make) -> None:
 
 def test_a_named_field(job: Make) -> None:
     (found,) = items(job('{"q": "one", "text": "x"}', field="q"))
-    assert found == Item("1", "one", metadata={"text": "x"})
+    assert found == Item("1", said("one"), metadata={"text": "x"})
     (chat,) = items(job('{"messages": [{"role": "user", "content": "a"}], "text": "x"}', field="messages"))
     assert chat.prompt == (Message("user", "a"),)
 
@@ -365,7 +369,7 @@ def test_csv_rows_span_lines(job: Make) -> None:
     )
     made = job(content, "job.csv")
     lines = list(made.scan())
-    assert [(line.number, line.id, line.item.prompt if line.item else None) for line in lines] == [
+    assert [(line.number, line.id, line.item.text if line.item else None) for line in lines] == [
         (2, "1", 'two\r\nlines, "quoted"'),
         (5, "5", "no id"),
         (6, "3", '5" pipe'),
@@ -410,7 +414,7 @@ def test_a_quote_that_is_not_closed_costs_one_row(job: Make) -> None:
 
 def test_text(job: Make) -> None:
     made = job("\ufeffone\n\n  \ntwo\r\n{three\n", "job.txt")
-    assert [(one.id, one.prompt) for one in items(made)] == [("1", "one"), ("4", "two"), ("5", "{three")]
+    assert [(one.id, one.text) for one in items(made)] == [("1", "one"), ("4", "two"), ("5", "{three")]
     same_again(made, list(made.scan()))
 
 
