@@ -58,7 +58,9 @@ def test_verdicts(bench: Any) -> None:
 
 
 def test_time_in_which_two_are_at_work_counts_once(bench: Any) -> None:
-    clock = bench.Clock([("load", 0.0, 2.0), ("load", 3.0, 4.0), ("generate", 1.0, 3.5), ("generate", 6.0, 7.0)])
+    clock = bench.Clock(
+        [("load", 0.0, 2.0), ("load", 3.0, 4.0), ("generate", 1.0, 3.5), ("generate", 6.0, 7.0)]
+    )
     assert (clock.total("load"), clock.total("generate")) == (3.0, 3.5)
     assert clock.first("load") == 2.0
     assert clock.busy() == 5.0
