@@ -59,6 +59,10 @@ class OutOfMemoryError(MixmergeError):
     """A batch is too large for the memory that is left: half of it may do."""
 
 
+class StoppedError(MixmergeError):
+    """A job was cancelled, or its time is up; what it has done is kept. The command exits with 3."""
+
+
 class EngineDiedError(MixmergeError):
     """The process of an engine ended by itself, was killed, or was ended because it hung; its next call starts another.
 
