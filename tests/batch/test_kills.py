@@ -171,7 +171,7 @@ class Hunter(threading.Thread):
                     self.left -= 1
 
 
-def hunted(commands: Any, job: Any, *, kills: int, each: int, seed: int) -> None:
+def hunted(commands: Any, job: Any, *, kills: int, each: int, seed: int, most: float | None = None) -> None:
     """Jobs whose engines run in processes of their own, which are killed, so many in each job."""
     rng = random.Random(seed)
     arguments: list[object] = ["batch", job.mixture, "-i", job.requests, "--apart", "--batch-tokens", 300]
@@ -184,7 +184,12 @@ def hunted(commands: Any, job: Any, *, kills: int, each: int, seed: int) -> None
     while killed < kills:
         jobs += 1
         out = job.folder / f"out{jobs}.jsonl"
-        hunter = Hunter(commands.begin(*arguments, "-o", out), min(each, kills - killed), rng, most=took)
+        hunter = Hunter(
+            commands.begin(*arguments, "-o", out),
+            min(each, kills - killed),
+            rng,
+            took if most is None else most,
+        )
         hunter.start()
         ended = commands.end()
         hunter.over.set()
@@ -199,6 +204,13 @@ def test_a_killed_engine_is_started_again(commands: Any, case: Make) -> None:
     asked = [{"id": f"r{i}", "text": f"{i} " * 40} for i in range(30)]
     expert = {"model": "m", "engine": "hungry", "options": {"delay": 0.1}}
     hunted(commands, case({"a": expert}, asked), kills=3, each=2, seed=3)
+
+
+def test_an_engine_that_is_killed_while_it_loads(commands: Any, case: Make) -> None:
+    """As soon as there is a process, twice: the third one loads."""
+    expert = {"model": "m", "engine": "hungry", "options": {"delay": 0.5}}
+    made = case({"a": expert}, [{"id": f"r{i}", "text": f"{i}"} for i in range(5)])
+    hunted(commands, made, kills=2, each=2, seed=5, most=0.1)
 
 
 @pytest.mark.slow
