@@ -163,7 +163,9 @@ def case(tmp_path: Path) -> Callable[..., Case]:
         )
         router = {"kind": "best_single", "outcomes": str(folder / "outcomes.jsonl")}
         mixture = folder / "mix.yaml"
-        mixture.write_text(yaml.safe_dump({"experts": dict(experts), "router": router, **sections}))
+        mixture.write_text(
+            yaml.safe_dump({"experts": dict(experts), "router": router, **sections}, sort_keys=False)
+        )
         lines = [one if isinstance(one, str) else json.dumps(one) for one in requests]
         (folder / "requests.jsonl").write_text(
             "".join(f"{line}\n" for line in lines), errors="surrogateescape"

@@ -34,13 +34,15 @@ def slow(case: Make, name: str, *, requests: int, delay: float) -> Any:
     )
 
 
-def hits(commands: Any, arguments: list[object], *, kills: int, most: float, rng: random.Random) -> int:
-    """Give one command until it ends by itself, killing it at random points; how many kills hit it."""
-    hit = 0
+def hits(
+    commands: Any, arguments: list[object], *, journal: Path, kills: int, most: float, rng: random.Random
+) -> list[int]:
+    """Give one command until it ends by itself, killing it at random points; batches that had ended at each kill."""
+    hit: list[int] = []
     while True:
         pid = commands.begin(*arguments)
         timer = None
-        if hit < kills:
+        if len(hit) < kills:
             timer = threading.Timer(rng.uniform(0, most), os.kill, (pid, signal.SIGKILL))
             timer.start()
         ended = commands.end()
@@ -52,7 +54,7 @@ def hits(commands: Any, arguments: list[object], *, kills: int, most: float, rng
         if ended.code == 2 and "exists already" in ended.err:  # killed after its very last line of work
             return hit
         assert ended.code == -signal.SIGKILL, ended
-        hit += 1
+        hit.append(journal.read_bytes().count(b'"data": {"end"') if journal.exists() else 0)
 
 
 def lines(path: Path, *, in_order: bool) -> list[bytes]:
@@ -70,18 +72,21 @@ def killed_jobs(
     commands(*arguments, "-o", whole)
     wanted = lines(whole, in_order="--unordered" not in options)
     assert len(wanted) == requests
-    hit, jobs = 0, 0
-    while hit < kills:
+    hit, jobs = list[int](), 0
+    while len(hit) < kills:
         jobs += 1
         out = made.folder / f"out{jobs}.jsonl"
-        hit += hits(commands, [*arguments, "-o", out], kills=kills - hit, most=1.0, rng=rng)
+        journal = made.folder / f".{out.name}.job" / "journal.jsonl"
+        left = kills - len(hit)
+        hit += hits(commands, [*arguments, "-o", out], journal=journal, kills=left, most=1.0, rng=rng)
         assert lines(out, in_order="--unordered" not in options) == wanted
         assert not (made.folder / f".{out.name}.job").exists()
-    left = {path.name for path in made.folder.iterdir()}
-    assert left == {"mix.yaml", "outcomes.jsonl", "requests.jsonl", "whole.jsonl"} | {
+    assert len(set(hit)) > kills // 3, f"the kills hit the same places: {hit}"
+    there = {path.name for path in made.folder.iterdir()}
+    assert there == {"mix.yaml", "outcomes.jsonl", "requests.jsonl", "whole.jsonl"} | {
         f"out{i + 1}.jsonl" for i in range(jobs)
     }
-    print(f"{hit} kills of {jobs} jobs {' '.join(options)}: each output as undisturbed")
+    print(f"{len(hit)} kills of {jobs} jobs {' '.join(options)}, after {hit} batches: outputs as undisturbed")
 
 
 @pytest.mark.parametrize("options", [[], ["--unordered"]])
