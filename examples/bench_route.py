@@ -277,8 +277,8 @@ def figures(sizes: Sizes, found: Mapping[str, Mapping[str, float]]) -> Iterator[
 
 
 HEADINGS = ("what", "measured", "bar", "", "how")
-ABOUT = """Outcomes and queries are points of unit length about a 20-dimensional subspace, made by the benchmark. They are
-not text: nearly all of their energy is in few dimensions, which kNN finds out and uses. How many lists a recall takes,
+ABOUT = """Outcomes and queries are points of unit length about a 20-dimensional subspace, made by the benchmark. They
+are not text: nearly all of their energy is in few dimensions, which kNN finds and uses. How many lists a recall takes,
 and what few dimensions save, may differ with your embeddings; the recall that a fitted router reached on its own data
 is in its folder, in `router.json`. MiniLM embeds passages of 60 words of Python's documentation."""
 
