@@ -36,7 +36,7 @@ class Files:
         field: of JSONL or CSV that holds the text, where it has another name than the usual ones.
         name: that ``body.model`` has where the mixture is meant.
         explain: write decisions and reasons too.
-        unordered: write answers as they come, not in the order of the input at the end.
+        unordered: write answers as they come, and error records last; not in the order of the input at the end.
         overwrite: replace an output that exists, and start again.
     """
 
@@ -209,16 +209,22 @@ def _written(job: Job, files: Files) -> int | None:
 
 
 def _unordered(job: Job, source: Input, form: Form, files: Files) -> int:
-    failed = 0
+    """What failed is written when all else is done: a run that is killed before tries it again when it goes on."""
+    failed: list[int] = []
     with ExitStack() as stack:
         out = stack.enter_context(
             Unordered(files.output, form, resume=not files.overwrite, overwrite=files.overwrite)
         )
 
         def settled(answer: Answer) -> None:
-            nonlocal failed
-            failed += answer.fault is not None
-            out.write(source.read([answer.row])[0], answer)
+            if answer.fault is not None:
+                failed.append(answer.row)
+            else:
+                out.write(source.read([answer.row])[0], answer)
 
         job.run(settled=settled)
-    return failed
+        for row in sorted(failed):
+            answer = job.answer(row, len(job.stages))
+            if answer is not None:
+                out.write(source.read([row])[0], answer)
+    return len(failed)

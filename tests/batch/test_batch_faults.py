@@ -311,6 +311,26 @@ def test_an_endpoint_that_cannot_be_relied_on(case: Make, endpoint: str) -> None
         assert said[name.split()[0]] in one["error"]["message"]
 
 
+@pytest.mark.parametrize("options", [[], ["--unordered"]])
+def test_what_failed_is_tried_again_by_a_run_that_goes_on(
+    case: Make, endpoint: str, options: list[str]
+) -> None:
+    """The server answers the second time; the first run has no time left for the local expert."""
+    asked = [openai(f"r{i}", "hello " * 20, model="b") for i in range(20)]
+    asked.insert(3, openai("far", "broken once"))
+    far = {"endpoint": endpoint, "model": "far", "options": {"retries": 0}}
+    made = case({"a": far, "b": echo(delay=0.1)}, asked)
+    command = [*options, "--batch-tokens", 300]
+    batch(made, *command, "--deadline", 0.5, code=3)
+    if options:
+        assert "far" not in records(made.folder / "out.jsonl")
+    result = batch(made, *command)
+    assert result.stderr == ""
+    found = records(made.folder / "out.jsonl")
+    assert len(found) == 21
+    assert found["far"]["response"]["body"]["choices"][0]["message"]["content"] == "said broken once"
+
+
 def test_a_key_that_is_not_there_stops_the_job(
     case: Make, endpoint: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
