@@ -16,14 +16,17 @@ from mixmerge.batch.plan import Batch, Group, Stage
 from mixmerge.batch.residence import Residence
 from mixmerge.engines.base import Engine
 from mixmerge.engines.records import Generation, Request
-from mixmerge.errors import EngineDiedError, Fault, MixmergeError, OutOfMemoryError, OutputError
+from mixmerge.errors import (
+    EngineDiedError,
+    Fault,
+    MixmergeError,
+    OutOfMemoryError,
+    OutputError,
+    StoppedError,
+)
 
 RETRIES = 2  # of a batch whose engine died, before it is divided
 CONCURRENT = 8  # requests at one endpoint
-
-
-class StoppedError(MixmergeError):
-    """The job was cancelled, or its time is up; what is in the journal stays."""
 
 
 @dataclass(frozen=True, eq=False)
