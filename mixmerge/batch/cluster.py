@@ -56,8 +56,8 @@ class Cluster:
         Where this process is in a cluster already, that one is used, and stays when this is closed.
 
         Args:
-            address: ``local`` to start one, which is reached from this machine only; ``auto`` for the one this
-                machine is part of; ``host:port`` of its head.
+            address: ``local`` to start one, which Ray guards by a token; ``auto`` for the one that this machine is
+                part of; ``host:port`` of its head.
             cpus: of a slot, where no machine has a GPU; 1 or more. A machine with fewer is one slot.
             memory: bytes that experts may take in a slot; None: what its machine has free, shared by its slots.
             local_cpus: that a cluster started here has; None for those of this machine.
@@ -161,7 +161,6 @@ def _connect(ray: Any, address: str, local_cpus: int | None) -> None:
                     num_cpus=local_cpus or cores(),
                     include_dashboard=False,
                     object_store_memory=STORE,
-                    _node_ip_address="127.0.0.1",
                     **quiet,
                 )
         else:
@@ -190,7 +189,7 @@ def _without_statistics() -> Iterator[None]:
 def _slots(ray: Any, wanted: Sequence[Mapping[str, int]], wait: float) -> list[Slot]:
     """Those that are free within ``wait`` seconds."""
     groups = [ray.util.placement_group([dict(bundle)]) for bundle in wanted]
-    end, slots = time.monotonic() + wait, []
+    end, slots = time.monotonic() + wait, list[Slot]()
     for group, bundle in zip(groups, wanted, strict=True):
         if group.wait(timeout_seconds=max(0.1, end - time.monotonic())):
             slots.append(Slot(f"ray:{len(slots)}", group, bundle.get("CPU", 0), "GPU" in bundle))

@@ -69,7 +69,10 @@ def _on_cluster(unit: Sequence[Expert], cluster: Cluster, device: str, name: str
     from mixmerge.engines.ray import RayEngine
 
     slot = cluster.slot(device)
-    there = [replace(one, model=_absolute(one.model), adapter=one.adapter and _absolute(one.adapter)) for one in unit]
+    there = [
+        replace(one, model=_absolute(one.model), adapter=one.adapter and _absolute(one.adapter))
+        for one in unit
+    ]
     places = {place for one in there for place in (one.model, one.adapter) if place is not None}
     return RayEngine(
         unit[0].engine,

@@ -5,12 +5,13 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 from mixmerge.engines.base import Engine
-from mixmerge.errors import Fault, MixmergeError
+from mixmerge.errors import EngineDiedError, Fault, MixmergeError
 
+RETRIES = 2  # of a load whose engine died
 Loaded = Callable[[str, float], None]  # (unit, seconds)
 
 
@@ -139,10 +140,19 @@ class Residence:
     def _load(self, unit: str, held: _Held) -> None:
         start = time.perf_counter()
         try:
-            held.engine.load()
+            _load(held.engine)
         except MixmergeError as error:
             held.error = error
         else:
             self._loaded(unit, time.perf_counter() - start)
         finally:
             held.ready.set()
+
+
+def _load(engine: Engine) -> None:
+    """Load it; an engine whose process is killed meanwhile starts another one."""
+    for _ in range(RETRIES):
+        with suppress(EngineDiedError):
+            engine.load()
+            return
+    engine.load()

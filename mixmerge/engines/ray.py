@@ -15,7 +15,9 @@ from mixmerge.engines.process_wire import error_of
 from mixmerge.engines.ray_actor import Hosted
 from mixmerge.errors import EngineDiedError, Fault, MixmergeError, OutOfMemoryError, StoppedError
 
-SHARE = 0.001  # of a slot's GPU that an actor is counted with: what fits into its memory is for the caller to say
+SHARE = (
+    0.001  # of a slot's GPU that an actor is counted with: what fits into its memory is for the caller to say
+)
 
 
 @dataclass(frozen=True, eq=False)
