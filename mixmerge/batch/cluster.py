@@ -26,7 +26,7 @@ from mixmerge.machine import cores
 LOCAL = "local"
 CPUS = 4
 STORE = 200_000_000  # bytes of shared memory for Ray's objects on a local cluster: texts are small
-WAIT = 60.0
+WAIT, KNOCK = 60.0, 10.0  # seconds for slots, and for a cluster to say that it is there
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,9 +69,13 @@ class Cluster:
         """
         _refuse(address, cpus, local_cpus, wait)
         ray = imported()
+        if ":" in address:
+            _knock(address)
         own = not ray.is_initialized()
         if own:
             _connect(ray, address, local_cpus)
+        else:
+            _same(ray, address)
         try:
             slots = _slots(ray, bundles(ray.nodes(), cpus), wait)
             return cls(_measured(ray, slots, memory), own)
@@ -165,11 +169,32 @@ def _connect(ray: Any, address: str, local_cpus: int | None) -> None:
                 )
         else:
             ray.init(address=address, **quiet)
-    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        said = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        what = "does not start" if address == LOCAL else f"no cluster answers at {address}"
-        run = "" if address == LOCAL else "Start one with: ray start --head"
-        raise MixmergeError(Fault("--ray", f"{what}: {said}", run=run)) from error
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        raise _silent(address, error) from error
+
+
+def _silent(address: str, error: Exception) -> MixmergeError:
+    said = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    what = "does not start" if address == LOCAL else f"no cluster answers at {address}"
+    run = "" if address == LOCAL else "Start one with: ray start --head"
+    return MixmergeError(Fault("--ray", f"{what}: {said}", run=run))
+
+
+def _same(ray: Any, address: str) -> None:
+    """Refuse another cluster than the one that this process is in."""
+    joined = ray.get_runtime_context().gcs_address
+    if ":" in address and address != joined:
+        what = f"{address}: this process is in the cluster at {joined} already"
+        raise MixmergeError(Fault("--ray", what, "auto", "Call ray.shutdown() to leave it"))
+
+
+def _knock(address: str) -> None:
+    """Refuse in seconds an address where nobody is: Ray tries for minutes."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK).close()
+    except (OSError, ValueError, OverflowError) as error:
+        raise _silent(address, error) from error
 
 
 @contextmanager
