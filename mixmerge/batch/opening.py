@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mixmerge.checkpoint.header import DTYPE_BYTES, read_header
+from mixmerge.checkpoint.reader import read_json
 from mixmerge.engines.base import Engine
 from mixmerge.engines.process_wire import make_engine
 from mixmerge.experts import Expert
@@ -97,6 +98,26 @@ def size_of(unit: Sequence[Expert]) -> int:
     places = [first.model, *(one.adapter for one in unit if one.adapter is not None)]
     wanted = _DTYPES.get(str(first.options.get("dtype", "auto")))
     return sum(_weights(Path(place).expanduser(), wanted) for place in places)
+
+
+def token_bytes(unit: Sequence[Expert]) -> int:
+    """Bytes that keys and values of one token take, by the model's config; 0 if that cannot be told from files here."""
+    first = unit[0]
+    path = Path(first.model).expanduser() / "config.json"
+    if first.remote or first.engine == "echo" or not path.is_file():
+        return 0
+    config = read_json(path)
+    config = config.get("text_config") or config
+    layers = config.get("num_hidden_layers") or config.get("n_layer")
+    heads = config.get("num_attention_heads") or config.get("n_head")
+    width = config.get("hidden_size") or config.get("n_embd")
+    if not (isinstance(layers, int) and isinstance(heads, int) and isinstance(width, int) and heads):
+        return 0
+    dtype = _DTYPES.get(
+        str(first.options.get("dtype") or config.get("dtype") or config.get("torch_dtype")), "F32"
+    )
+    shared = config.get("num_key_value_heads") or heads
+    return 2 * layers * shared * (config.get("head_dim") or width // heads) * DTYPE_BYTES[dtype]
 
 
 def _weights(folder: Path, dtype: str | None) -> int:
