@@ -273,7 +273,12 @@ class Job:
 
             return Residence(
                 memory,
-                open_engine=lambda unit: open_engine(units[unit], device=device, apart=self.conditions.apart),
+                open_engine=lambda unit: open_engine(
+                    units[unit],
+                    device=device,
+                    apart=self.conditions.apart,
+                    cluster=self.conditions.cluster,
+                ),
                 size=lambda unit: self.sizes[unit],
                 pinned=lambda unit: any(one.pinned for one in units[unit]),
                 loaded=loaded,

@@ -8,10 +8,12 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from mixmerge.cli.show import emit_json, size, step_progress, table
 
@@ -41,6 +43,31 @@ Memory = Annotated[
 BatchTokens = Annotated[
     int, typer.Option("--batch-tokens", min=1, help="Of a batch: prompts and what may be generated.")
 ]
+
+
+class WithRay(TyperCommand):
+    """A command whose ``--ray`` may stand without an address, which Typer has no word for."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, with_address(args))
+
+
+def with_address(args: list[str]) -> list[str]:
+    """The arguments, with ``local`` after a ``--ray`` that no address follows."""
+    end = args.index("--") if "--" in args else len(args)
+    made: list[str] = []
+    for at, one in enumerate(args):
+        made.append(one)
+        if one == "--ray" and at < end and not _is_address("".join(args[at + 1 : at + 2])):
+            made.append("local")
+    return made
+
+
+def _is_address(text: str) -> bool:
+    """A word that Ray knows, or host:port; no option, and no file."""
+    if text in ("auto", "local"):
+        return True
+    return ":" in text and not text.startswith("-") and not Path(text).exists()
 
 
 def batch(
@@ -73,6 +100,18 @@ def batch(
     apart: Annotated[
         bool, typer.Option("--apart", help="Experts run in processes of their own, on the CPU too.")
     ] = False,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            "--ray",
+            metavar="[ADDRESS]",
+            help="Run on a Ray cluster: auto or host:port; with no address one is started here.",
+            show_default=False,
+        ),
+    ] = None,
+    ray_cpus: Annotated[
+        int, typer.Option("--ray-cpus", min=1, help="CPUs of a slot, where the cluster has no GPUs.")
+    ] = 4,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the output, and start again.")
     ] = False,
@@ -92,9 +131,14 @@ def batch(
 
     if output is None and not plan:
         raise MixmergeError(Fault("--output", "is missing", "A file, or --plan"))
+    if ray is not None and device:
+        raise MixmergeError(Fault("--device", "does not go with --ray: the cluster's slots are the devices"))
     conditions = conditions_of(device, memory, batch_tokens, deadline, apart=apart)
     loaded = Mixture.load(mixture, trust_endpoints=trust_endpoints)
-    with _file(input, None if plan else output) as path:
+    with (
+        _file(input, None if plan else output) as path,
+        _cluster(conditions, ray, ray_cpus, memory) as conditions,
+    ):
         files = batching.Files(
             path,
             output or path.with_suffix(".answers"),
@@ -134,6 +178,21 @@ def conditions_of(
     given = None if memory is None else int(memory * 1e9)
     found = tuple(Device(name, given if given is not None else memory_of(name, names)) for name in names)
     return Conditions(found, batch_tokens, deadline, apart)
+
+
+@contextmanager
+def _cluster(
+    conditions: Conditions, address: str | None, cpus: int, memory: float | None
+) -> Iterator[Conditions]:
+    """The conditions, on a cluster if there is to be one."""
+    if address is None:
+        yield conditions
+        return
+    from mixmerge.batch.cluster import Cluster
+
+    given = None if memory is None else int(memory * 1e9)
+    with Cluster.open(address, cpus=cpus, memory=given) as cluster:
+        yield replace(conditions, devices=cluster.devices, cluster=cluster)
 
 
 @contextmanager
