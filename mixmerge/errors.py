@@ -59,6 +59,10 @@ class OutOfMemoryError(MixmergeError):
     """A batch is too large for the memory that is left: half of it may do."""
 
 
+class StoppedError(MixmergeError):
+    """A job was cancelled, its time is up, or what it runs on is gone; what it has done is kept. Exit code 3."""
+
+
 class EngineDiedError(MixmergeError):
     """The process of an engine ended by itself, was killed, or was ended because it hung; its next call starts another.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import threading
 import time
 from array import array
@@ -16,9 +15,9 @@ import numpy as np
 
 from mixmerge.batch.costs import Report, report
 from mixmerge.batch.decided import Decided
-from mixmerge.batch.journal import Journal
+from mixmerge.batch.journal import FILE, Journal, fault_of
 from mixmerge.batch.lines import Line
-from mixmerge.batch.opening import open_engine, size_of
+from mixmerge.batch.opening import open_engine, size_of, token_bytes
 from mixmerge.batch.placing import REMOTE, Placement, place
 from mixmerge.batch.plan import Stage, estimated, groups, loads_in_order
 from mixmerge.batch.records import Answer, Item
@@ -30,6 +29,8 @@ from mixmerge.errors import Fault, MixmergeError
 
 Progress = Callable[[str, int, int], None]  # (what, done, in all)
 MOST_STAGES = 64
+MOST_TOKENS = 1 << 40
+_CACHE_SHARE = 0.5  # of the memory beside the weights, for keys and values; activations take the rest
 
 
 class Job:
@@ -65,19 +66,17 @@ class Job:
         self.naive_loads = 0
         self.bad: dict[int, tuple[str, Fault]] = {}
         self._read()
-        work.mkdir(parents=True, exist_ok=True)
-        self.journal = Journal(work / "journal.jsonl", job=self._about())
+        try:
+            work.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise fault_of(work, error) from error
+        self.journal = Journal(work / FILE, job=self._about())
         self.decided = Decided(work / "decisions.jsonl", self._rows)
 
     @cached_property
     def created(self) -> int:
         """Seconds since 1970 when the job was first run."""
-        for event in self.journal.events:
-            if "created" in event:
-                return int(event["created"])
-        now = int(time.time())
-        self.journal.note({"created": now})
-        return now
+        return self._noted("created", int(time.time()))
 
     # --- the input
 
@@ -179,14 +178,33 @@ class Job:
         """Unit -> bytes."""
         return {unit: size_of(members) for unit, members in self.setup.experts.units().items()}
 
+    @cached_property
+    def budgets(self) -> dict[str, int]:
+        """Unit -> tokens of a batch: what is asked for, or what keys and values have room for beside the weights.
+
+        The memory that was there when the job was first run decides, so that a job that goes on has the same batches.
+        """
+        smallest = min(device.memory for device in self.conditions.devices)
+        memory = self._noted("memory", smallest)
+        found = {}
+        for unit, members in self.setup.experts.units().items():
+            each = token_bytes(members)
+            room = int(_CACHE_SHARE * max(0, memory - self.sizes[unit])) // each if each else MOST_TOKENS
+            found[unit] = max(1, min(self.conditions.batch_tokens, room))
+        return found
+
+    def _noted(self, name: str, value: int) -> int:
+        """A number of the job's first run."""
+        for event in self.journal.events:
+            if name in event:
+                return int(event[name])
+        self.journal.note({name: value})
+        return value
+
     def placements(self, stage: Stage, *, loaded: frozenset[str] = frozenset()) -> list[Placement]:
         """Which device runs what of a stage, in what order."""
         found = groups(
-            stage,
-            self.setup.experts,
-            self.sizes,
-            batch_tokens=self.conditions.batch_tokens,
-            splits=self.journal.splits,
+            stage, self.setup.experts, self.sizes, budgets=self.budgets, splits=self.journal.splits
         )
         return place(found, self.conditions.devices, loaded=loaded)
 
@@ -255,7 +273,12 @@ class Job:
 
             return Residence(
                 memory,
-                open_engine=lambda unit: open_engine(units[unit], device=device, apart=self.conditions.apart),
+                open_engine=lambda unit: open_engine(
+                    units[unit],
+                    device=device,
+                    apart=self.conditions.apart,
+                    cluster=self.conditions.cluster,
+                ),
                 size=lambda unit: self.sizes[unit],
                 pinned=lambda unit: any(one.pinned for one in units[unit]),
                 loaded=loaded,
@@ -319,8 +342,8 @@ class Job:
 
     def remove(self) -> None:
         """Take away the folder: the job is done and its answers are elsewhere."""
-        self.close()
-        shutil.rmtree(self.work, ignore_errors=True)
+        self.decided.close()
+        self.journal.remove()
 
     def close(self) -> None:
         self.decided.close()

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mixmerge.checkpoint.header import DTYPE_BYTES, read_header
+from mixmerge.checkpoint.reader import read_json
 from mixmerge.engines.base import Engine
 from mixmerge.engines.process_wire import make_engine
 from mixmerge.experts import Expert
+
+if TYPE_CHECKING:
+    from mixmerge.batch.cluster import Cluster
 
 # Options of an expert that say how vLLM's process is run; the others are ``VllmOptions``.
 _VLLM_PROCESS = ("revision", "python", "start_timeout", "timeout", "grace")
@@ -32,19 +37,25 @@ def arguments_of(unit: Sequence[Expert], *, device: str) -> dict[str, Any]:
     return {**about, "device": device, **options}
 
 
-def open_engine(unit: Sequence[Expert], *, device: str, apart: bool = False) -> Engine:
+def open_engine(
+    unit: Sequence[Expert], *, device: str, apart: bool = False, cluster: Cluster | None = None
+) -> Engine:
     """The engine that runs these experts, not loaded. On a GPU it is a process of its own, so that memory comes back.
 
     Args:
         unit: experts that share what is loaded.
-        device: a torch device.
+        device: a torch device, or a slot of the cluster.
         apart: a process of its own on the CPU too.
+        cluster: where what is no endpoint's runs; None for this machine.
 
     Raises:
         MixmergeError: there is no engine of that name, or it does not take the options.
     """
-    first, arguments = unit[0], arguments_of(unit, device=device)
+    first = unit[0]
     name = first.name if first.remote or len(unit) == 1 else first.model
+    if cluster is not None and not first.remote:
+        return _on_cluster(unit, cluster, device, name)
+    arguments = arguments_of(unit, device=device)
     gpu = device.startswith("cuda") and not first.remote
     visible = device.partition(":")[2] or None if gpu else None
     if first.engine == "vllm":
@@ -58,6 +69,30 @@ def open_engine(unit: Sequence[Expert], *, device: str, apart: bool = False) -> 
     return ProcessEngine(first.engine, arguments, name=name, visible_devices=visible)
 
 
+def _on_cluster(unit: Sequence[Expert], cluster: Cluster, device: str, name: str) -> Engine:
+    from mixmerge.engines.ray import RayEngine
+
+    slot = cluster.slot(device)
+    there = [
+        replace(one, model=_absolute(one.model), adapter=one.adapter and _absolute(one.adapter))
+        for one in unit
+    ]
+    places = {place for one in there for place in (one.model, one.adapter) if place is not None}
+    return RayEngine(
+        unit[0].engine,
+        arguments_of(there, device="cuda" if slot.gpu else "cpu"),
+        name=name,
+        slot=slot,
+        folders=sorted(place for place in places if Path(place).is_absolute()),
+    )
+
+
+def _absolute(place: str) -> str:
+    """A folder's path from the root, as other machines need it; a hub id as it is."""
+    folder = Path(place).expanduser()
+    return str(folder.absolute()) if folder.is_dir() else place
+
+
 def size_of(unit: Sequence[Expert]) -> int:
     """Bytes of the weights that are loaded for these experts; 0 if that cannot be told from files here."""
     first = unit[0]
@@ -66,6 +101,26 @@ def size_of(unit: Sequence[Expert]) -> int:
     places = [first.model, *(one.adapter for one in unit if one.adapter is not None)]
     wanted = _DTYPES.get(str(first.options.get("dtype", "auto")))
     return sum(_weights(Path(place).expanduser(), wanted) for place in places)
+
+
+def token_bytes(unit: Sequence[Expert]) -> int:
+    """Bytes that keys and values of one token take, by the model's config; 0 if that cannot be told from files here."""
+    first = unit[0]
+    path = Path(first.model).expanduser() / "config.json"
+    if first.remote or first.engine == "echo" or not path.is_file():
+        return 0
+    config = read_json(path)
+    config = config.get("text_config") or config
+    layers = config.get("num_hidden_layers") or config.get("n_layer")
+    heads = config.get("num_attention_heads") or config.get("n_head")
+    width = config.get("hidden_size") or config.get("n_embd")
+    if not (isinstance(layers, int) and isinstance(heads, int) and isinstance(width, int) and heads):
+        return 0
+    dtype = _DTYPES.get(
+        str(first.options.get("dtype") or config.get("dtype") or config.get("torch_dtype")), "F32"
+    )
+    shared = config.get("num_key_value_heads") or heads
+    return 2 * layers * shared * (config.get("head_dim") or width // heads) * DTYPE_BYTES[dtype]
 
 
 def _weights(folder: Path, dtype: str | None) -> int:

@@ -117,7 +117,7 @@ def groups(
     experts: ExpertSet,
     sizes: Mapping[str, int],
     *,
-    batch_tokens: int,
+    budgets: Mapping[str, int],
     splits: frozenset[str] | set[str] = frozenset(),
 ) -> list[Group]:
     """The calls of a stage by what has to be loaded for them, those of like length in a batch.
@@ -128,7 +128,7 @@ def groups(
         stage: what is asked.
         experts: that may be asked.
         sizes: unit -> bytes.
-        batch_tokens: of a batch, prompts and what may be generated.
+        budgets: unit -> tokens of a batch, prompts and what may be generated.
         splits: batches that turned out too large: their halves take their place.
     """
     found = []
@@ -140,7 +140,7 @@ def groups(
         asked = {int(place) for place in np.unique(stage.experts[calls])}
         remote = members[0].remote
         rows = 1 if remote else ROWS
-        whole = _batches(stage, unit, calls, batch_tokens=batch_tokens, rows=rows)
+        whole = _batches(stage, unit, calls, budget=budgets[unit], rows=rows)
         found.append(
             Group(
                 unit,
@@ -155,10 +155,10 @@ def groups(
     return found
 
 
-def _batches(stage: Stage, unit: str, calls: Integers, *, batch_tokens: int, rows: int) -> list[Batch]:
+def _batches(stage: Stage, unit: str, calls: Integers, *, budget: int, rows: int) -> list[Batch]:
     tokens, new = stage.tokens[calls], stage.new[calls]
     order = np.lexsort((stage.keys[calls], new, tokens)).tolist()
-    packs = packed(tokens.tolist(), new.tolist(), order, budget=batch_tokens, rows=rows)
+    packs = packed(tokens.tolist(), new.tolist(), order, budget=budget, rows=rows)
     return [Batch.of(unit, calls[np.array(pack)], stage.keys) for pack in packs]
 
 

@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from mixmerge.engines.base import Engine
-from mixmerge.errors import Fault, MixmergeError
+from mixmerge.errors import EngineDiedError, Fault, MixmergeError
 
+RETRIES = 2  # of a load whose process died
 Loaded = Callable[[str, float], None]  # (unit, seconds)
 
 
@@ -139,10 +140,21 @@ class Residence:
     def _load(self, unit: str, held: _Held) -> None:
         start = time.perf_counter()
         try:
-            held.engine.load()
+            _load_engine(held.engine)
         except MixmergeError as error:
             held.error = error
         else:
             self._loaded(unit, time.perf_counter() - start)
         finally:
             held.ready.set()
+
+
+def _load_engine(engine: Engine) -> None:
+    """Load it; a process that died under it, which says nothing about the expert, is started again."""
+    for _ in range(RETRIES):
+        try:
+            engine.load()
+            return
+        except EngineDiedError:
+            continue
+    engine.load()

@@ -16,14 +16,17 @@ from mixmerge.batch.plan import Batch, Group, Stage
 from mixmerge.batch.residence import Residence
 from mixmerge.engines.base import Engine
 from mixmerge.engines.records import Generation, Request
-from mixmerge.errors import EngineDiedError, Fault, MixmergeError, OutOfMemoryError, OutputError
+from mixmerge.errors import (
+    EngineDiedError,
+    Fault,
+    MixmergeError,
+    OutOfMemoryError,
+    OutputError,
+    StoppedError,
+)
 
 RETRIES = 2  # of a batch whose engine died, before it is divided
 CONCURRENT = 8  # requests at one endpoint
-
-
-class StoppedError(MixmergeError):
-    """The job was cancelled, or its time is up; what is in the journal stays."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +84,11 @@ class StageRun:
             else:
                 jobs.append(lambda placement=placement: self._device(placement))  # type: ignore[misc]
         with ThreadPoolExecutor(max(1, len(jobs)), "device") as pool:
-            _all_done([pool.submit(job) for job in jobs], self.hooks.stop)
+            try:
+                _all_done([pool.submit(job) for job in jobs], self.hooks.stop)
+            except BaseException:  # Ctrl-C too: the pool waits for the batches at work, and for no more
+                self.hooks.stop.set()
+                raise
 
     def _device(self, placement: Placement) -> None:
         residence = self.residences[placement.device]

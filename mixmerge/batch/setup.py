@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from mixmerge.aggregate import Composition
 from mixmerge.batch.decided import Route
@@ -16,6 +16,9 @@ from mixmerge.batch.placing import Device
 from mixmerge.batch.records import Item
 from mixmerge.errors import Fault, MixmergeError
 from mixmerge.experts import ExpertSet
+
+if TYPE_CHECKING:
+    from mixmerge.batch.cluster import Cluster
 
 _MEMORY_SHARE = 0.8  # of what is free, that experts may take
 
@@ -107,12 +110,14 @@ class Conditions:
         batch_tokens: of a batch, prompts by estimate and what may be generated; 1 or more.
         deadline: seconds after which no further batch is started; None for no end.
         apart: experts on the CPU run in processes of their own too: what kills one does not kill the job.
+        cluster: whose slots the devices are; None where they are this machine's.
     """
 
     devices: tuple[Device, ...] = field(default_factory=lambda: (Device("cpu", free_memory()),))
     batch_tokens: int = 8192
     deadline: float | None = None
     apart: bool = False
+    cluster: Cluster | None = None
 
     def __post_init__(self) -> None:
         faults = []

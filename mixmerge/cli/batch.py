@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import shutil
+import hashlib
+import os
 import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from mixmerge.cli.show import emit_json, size, step_progress, table
 
@@ -20,7 +23,14 @@ if TYPE_CHECKING:
     from mixmerge.mixture.batching import JobPlan
 
 MixturePath = Annotated[
-    Path, typer.Argument(metavar="MIXTURE", help="Its YAML, or a fitted folder.", show_default=False)
+    Path,
+    typer.Argument(metavar="MIXTURE", help="Its YAML, a fitted folder, or a hub id.", show_default=False),
+]
+TrustEndpoints = Annotated[
+    bool,
+    typer.Option(
+        "--trust-endpoints", help="A mixture of the hub may send prompts and keys to the servers it names."
+    ),
 ]
 Devices = Annotated[
     list[str] | None,
@@ -33,6 +43,31 @@ Memory = Annotated[
 BatchTokens = Annotated[
     int, typer.Option("--batch-tokens", min=1, help="Of a batch: prompts and what may be generated.")
 ]
+
+
+class WithRay(TyperCommand):
+    """A command whose ``--ray`` may stand without an address, which Typer has no word for."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, with_address(args))
+
+
+def with_address(args: list[str]) -> list[str]:
+    """The arguments, with ``local`` after a ``--ray`` that no address follows."""
+    end = args.index("--") if "--" in args else len(args)
+    made: list[str] = []
+    for at, one in enumerate(args):
+        made.append(one)
+        if one == "--ray" and at < end and not _is_address("".join(args[at + 1 : at + 2])):
+            made.append("local")
+    return made
+
+
+def _is_address(text: str) -> bool:
+    """A word that Ray knows, or host:port; no option, and no file."""
+    if text in ("auto", "local"):
+        return True
+    return ":" in text and not text.startswith("-") and not Path(text).exists()
 
 
 def batch(
@@ -65,26 +100,45 @@ def batch(
     apart: Annotated[
         bool, typer.Option("--apart", help="Experts run in processes of their own, on the CPU too.")
     ] = False,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            "--ray",
+            metavar="[ADDRESS]",
+            help="Run on a Ray cluster: auto or host:port; with no address one is started here.",
+            show_default=False,
+        ),
+    ] = None,
+    ray_cpus: Annotated[
+        int, typer.Option("--ray-cpus", min=1, help="CPUs of a slot, where the cluster has no GPUs.")
+    ] = 4,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the output, and start again.")
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    trust_endpoints: TrustEndpoints = False,
 ) -> None:
     """Answer a file of requests: each expert is loaded once, and nothing is lost.
 
     Routes every request, groups them by what has to be loaded, generates,
-    composes, and writes one answer for each line. A run that was killed
-    goes on when the same command is given again.
+    composes, and writes one answer for each line. A run that was killed,
+    interrupted (exit code 130) or out of time (exit code 3) goes on when
+    the same command is given again.
     """
     from mixmerge.errors import Fault, MixmergeError
     from mixmerge.mixture import Mixture, batching
 
     if output is None and not plan:
         raise MixmergeError(Fault("--output", "is missing", "A file, or --plan"))
+    if ray is not None and device:
+        raise MixmergeError(Fault("--device", "does not go with --ray: the cluster's slots are the devices"))
     conditions = conditions_of(device, memory, batch_tokens, deadline, apart=apart)
-    loaded = Mixture.load(mixture)
-    with _file(input, output) as path:
+    loaded = Mixture.load(mixture, trust_endpoints=trust_endpoints)
+    with (
+        _file(input, None if plan else output) as path,
+        _cluster(conditions, ray, ray_cpus, memory) as conditions,
+    ):
         files = batching.Files(
             path,
             output or path.with_suffix(".answers"),
@@ -127,24 +181,62 @@ def conditions_of(
 
 
 @contextmanager
+def _cluster(
+    conditions: Conditions, address: str | None, cpus: int, memory: float | None
+) -> Iterator[Conditions]:
+    """The conditions, on a cluster if there is to be one."""
+    if address is None:
+        yield conditions
+        return
+    from mixmerge.batch.cluster import Cluster
+
+    given = None if memory is None else int(memory * 1e9)
+    with Cluster.open(address, cpus=cpus, memory=given) as cluster:
+        yield replace(conditions, devices=cluster.devices, cluster=cluster)
+
+
+@contextmanager
 def _file(source: str, output: Path | None) -> Iterator[Path]:
-    """The input as a file: what comes on stdin is copied beside the output, so that the job can go on."""
+    """The input as a file: what comes on stdin is copied beside the output, by the hash of its content.
+
+    So the same requests are the same file to a job that goes on, and others are not written over it.
+    """
     if source != "-":
         yield Path(source)
         return
     if output is None:
         with tempfile.TemporaryDirectory() as folder:
-            yield _copied(Path(folder) / "requests")
+            yield _copied(Path(folder), "requests")[0]
         return
-    kept = output.absolute().parent / f".{output.name}.stdin"
-    yield _copied(kept)
-    kept.unlink(missing_ok=True)
+    kept, new = _copied(output.absolute().parent, f".{output.name}")
+    done = False
+    try:
+        yield kept
+        done = True
+    finally:
+        if done or new:
+            kept.unlink(missing_ok=True)
 
 
-def _copied(path: Path) -> Path:
-    with path.open("wb") as file:
-        shutil.copyfileobj(sys.stdin.buffer, file)
-    return path
+def _copied(folder: Path, name: str) -> tuple[Path, bool]:
+    """The copy, and whether it was not there before."""
+    from mixmerge.outcomes.whole import unwritable
+
+    partial, digest = folder / f"{name}.{os.getpid()}.stdin", hashlib.sha256()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            while block := sys.stdin.buffer.read(1 << 20):
+                digest.update(block)
+                file.write(block)
+        kept = folder / f"{name}.{digest.hexdigest()[:16]}.stdin"
+        if new := not kept.exists():
+            partial.replace(kept)
+        return kept, new
+    except OSError as error:
+        raise unwritable(partial, error) from error
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def show_plan(plan: JobPlan) -> None:

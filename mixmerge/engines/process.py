@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from mixmerge.engines.base import Engine
+from mixmerge.engines.apart import ApartEngine
 from mixmerge.engines.process_child import Child
-from mixmerge.engines.process_wire import chunk_of, fault_of, generation_of, likelihood_of, make_engine
-from mixmerge.engines.records import Chunk, Generation, Likelihood, Request, Scoring
-from mixmerge.errors import Fault, MixmergeError
 
 
-class ProcessEngine(Engine):
+class ProcessEngine(ApartEngine):
     """An engine that answers in a process of its own, started when it is needed and ended by ``unload``.
 
     What the engine raises is raised here: a MixmergeError with the same faults, OutOfMemoryError where memory ran out
@@ -57,20 +52,14 @@ class ProcessEngine(Engine):
         timeout: float | None = None,
         grace: float = 10.0,
     ) -> None:
-        super().__init__(name)
-        _refuse_times(name, start_timeout=start_timeout, timeout=timeout, grace=grace)
-        self.kind, self.arguments = kind, _as_json(arguments or {}, name)
+        super().__init__(
+            kind, arguments, name=name, start_timeout=start_timeout, timeout=timeout, grace=grace
+        )
         self.python = python or sys.executable
         self.environment = {**(environment or {})}
         if visible_devices is not None:
             self.environment["CUDA_VISIBLE_DEVICES"] = visible_devices
-        self.start_timeout, self.timeout, self.grace = start_timeout, timeout, grace
         self.load_seconds = 0.0
-        # Never loaded: it refuses wrong arguments at once, and says what it can without a process.
-        self._twin = make_engine(kind, self.arguments, name)
-        self.capabilities = self._twin.capabilities  # type: ignore[misc]  # each kind has its own
-        self.batch_exact = self._twin.batch_exact  # type: ignore[misc]
-
         self._child: Child | None = None
         self._will: weakref.finalize[..., ProcessEngine] | None = None
         self._starting = threading.Lock()
@@ -86,10 +75,6 @@ class ProcessEngine(Engine):
         child = self._child
         return child.pid if child is not None and child.alive else None
 
-    @property
-    def adapters(self) -> tuple[str, ...]:
-        return self._twin.adapters
-
     def load(self) -> None:
         if not self.loaded:
             start = time.perf_counter()
@@ -103,36 +88,11 @@ class ProcessEngine(Engine):
         if child is not None:
             child.end(self.grace)
 
-    def memory(self) -> int | None:
-        found: int | None = self._ask("memory") if self.loaded else self._twin.memory()
-        return found
-
-    def check(self, requests: Sequence[Request]) -> list[Fault | None]:
-        return [fault_of(one) for one in self._ask("check", [asdict(request) for request in requests])]
-
-    def generate(self, requests: Sequence[Request]) -> list[Generation]:
-        return [
-            generation_of(one) for one in self._ask("generate", [asdict(request) for request in requests])
-        ]
-
-    def generate_each(self, requests: Sequence[Request]) -> list[Generation | Fault]:
-        given = self._ask("generate_each", [asdict(request) for request in requests])
-        return [Fault(**one["fault"]) if "fault" in one else generation_of(one) for one in given]
-
-    def stream(self, request: Request) -> Iterator[Chunk]:
-        if "stream" not in self.capabilities:
-            raise self._cannot("stream")
-        return self._chunks(request)
-
-    def loglikelihood(self, scorings: Sequence[Scoring]) -> list[Likelihood]:
-        return [likelihood_of(one) for one in self._ask("loglikelihood", [asdict(one) for one in scorings])]
-
-    def _chunks(self, request: Request) -> Iterator[Chunk]:
-        for one in self._started().pieces("stream", asdict(request), self.timeout):
-            yield chunk_of(one)
-
     def _ask(self, what: str, given: Any = None) -> Any:
         return self._started().call(what, given, self.timeout)
+
+    def _pieces(self, what: str, given: Any) -> Iterator[Any]:
+        yield from self._started().pieces(what, given, self.timeout)
 
     def _started(self) -> Child:
         with self._starting:
@@ -153,30 +113,3 @@ class ProcessEngine(Engine):
                 raise
             self._child = child
             return child
-
-
-def _as_json(arguments: Mapping[str, Any], name: str) -> dict[str, Any]:
-    faults, found = [], {}
-    for key, value in arguments.items():
-        try:
-            found[key] = json.loads(json.dumps(value))
-        except (TypeError, ValueError) as error:
-            faults.append(
-                Fault(f"engine {name}: {key}", f"cannot go to another process: {error}", "JSON values")
-            )
-    if faults:
-        raise MixmergeError(faults)
-    return found
-
-
-def _refuse_times(name: str, *, start_timeout: float, timeout: float | None, grace: float) -> None:
-    wrong = [
-        (not start_timeout > 0, "start_timeout", start_timeout, "Seconds above 0"),
-        (timeout is not None and not timeout > 0, "timeout", timeout, "Seconds above 0, or None"),
-        (not grace >= 0, "grace", grace, "Seconds, 0 or more"),
-    ]
-    faults = [
-        Fault(f"engine {name}: {key}", f"is {value!r}", allowed) for bad, key, value, allowed in wrong if bad
-    ]
-    if faults:
-        raise MixmergeError(faults)

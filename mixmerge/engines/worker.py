@@ -61,7 +61,8 @@ def _stream(engine: Engine, given: Any) -> Iterator[Any]:
     return (asdict(chunk) for chunk in engine.stream(request_of(given)))
 
 
-_ANSWERS: Mapping[str, Callable[[Engine, Any], Any]] = {
+# What is asked -> how an engine answers it, in JSON values.
+ANSWERS: Mapping[str, Callable[[Engine, Any], Any]] = {
     "load": lambda engine, _: engine.load(),
     "memory": lambda engine, _: engine.memory(),
     "generate": _generate,
@@ -70,7 +71,7 @@ _ANSWERS: Mapping[str, Callable[[Engine, Any], Any]] = {
     "loglikelihood": _loglikelihood,
     "sleep": _sleep,
 }
-_PIECES: Mapping[str, Callable[[Engine, Any], Iterator[Any]]] = {"stream": _stream}
+PIECES: Mapping[str, Callable[[Engine, Any], Iterator[Any]]] = {"stream": _stream}
 
 
 class Worker:
@@ -144,9 +145,9 @@ class Worker:
             return None
         if self._engine is None:
             raise MixmergeError(Fault("worker", f"{call} before open"))
-        if call not in _PIECES:
-            return _ANSWERS[call](self._engine, given)
-        for piece in _PIECES[call](self._engine, given):
+        if call not in PIECES:
+            return ANSWERS[call](self._engine, given)
+        for piece in PIECES[call](self._engine, given):
             if number in self._unwanted:
                 break
             self._say({"id": number, "piece": piece})

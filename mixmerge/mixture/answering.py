@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mixmerge.aggregate.auto import AUTO, AutoOptions, auto
 from mixmerge.aggregate.cascade import Escalation
 from mixmerge.aggregate.records import Composition
 from mixmerge.aggregate.table import composition
@@ -16,6 +17,7 @@ from mixmerge.checkpoint.identity import canonical_hash
 from mixmerge.decision.records import Decision, Query
 from mixmerge.errors import Fault, MixmergeError
 from mixmerge.experts import Expert, ExpertSet, identity
+from mixmerge.mixture.fitting import outcomes_of
 from mixmerge.mixture.schema import LATER, MixtureSpec
 from mixmerge.outcomes.table import Price
 from mixmerge.routers.base import UNSAVED, Router
@@ -104,6 +106,13 @@ def _composition(mixture: Mixture) -> Composition:
                 "answer, vote, aggregate, ...",
             )
         )
+    if told.kind == AUTO:
+        if mixture.spec.router.outcomes is None:
+            what = "auto looks at the outcomes, and the router comes from a folder"
+            raise MixmergeError(
+                Fault("compose.kind", what, "router: {kind: ..., outcomes: FILE}", "Name a kind")
+            )
+        return auto(outcomes_of(mixture.spec), AutoOptions.model_validate(told.options))[0]
     escalation: Escalation | None = None
     if told.kind == "cascade" and "experts" not in told.options and isinstance(mixture.router, CascadeRouter):
         escalation = mixture.router.cascade()

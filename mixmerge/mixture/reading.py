@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mixmerge import registry
+from mixmerge.aggregate.auto import AUTO, AutoOptions
 from mixmerge.aggregate.table import options_of
 from mixmerge.decision.policies import Policy
 from mixmerge.document import (
@@ -103,12 +104,12 @@ def _compose(top: dict[str, Node], experts: list[str], report: Report) -> Compos
     name = "answer" if kind is None else read_text(kind, report, "the name of a composition")
     if name is None:
         return None
-    known = [*registry.table("composition"), *LATER]
+    known = [*registry.table("composition"), AUTO, *LATER]
     if kind is not None and name not in known:
         report.fault(kind, f"no composition is called {show(name)}", registry.choices(name, known))
         return None
     rest = Node(node.path, node.line, {key: child for key, child in entries.items() if key != "kind"})
-    model = Strict if name in LATER else options_of(name)
+    model = Strict if name in LATER else AutoOptions if name == AUTO else options_of(name)
     options = read_section(rest, model, report, what="options of a composition")
     if options is None:
         return None

@@ -7,22 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from mixmerge import registry
 from mixmerge.batch.job import Progress
 from mixmerge.batch.records import Answer
 from mixmerge.batch.setup import Conditions
 from mixmerge.decision.files import FILE, read_policy
 from mixmerge.decision.policies import Policy
 from mixmerge.decision.records import Decision, Query, as_queries
-from mixmerge.errors import Fault, MixmergeError
 from mixmerge.mixture.asking import Asked, Piece, answers, as_finished, stream
 from mixmerge.mixture.batching import Batched, Files, run
-from mixmerge.mixture.saving import anchored, spec_of
-from mixmerge.mixture.schema import ExpertSpec, MixtureSpec, RouterSpec
-from mixmerge.outcomes.table import OutcomeTable, Price
+from mixmerge.mixture.fitting import outcomes_of, same_experts, unfitted
+from mixmerge.mixture.hub import confined, is_hub_id, snapshot
+from mixmerge.mixture.saving import FILE as MIXTURE
+from mixmerge.mixture.saving import is_fitted, spec_of
+from mixmerge.mixture.schema import ExpertSpec, MixtureSpec
 from mixmerge.routers.base import Router
-
-_PATHS = ("model", "path")  # options of features that may be local paths
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,18 +38,36 @@ class Mixture:
     policy: Policy
 
     @classmethod
-    def load(cls, source: str | Path | Mapping[str, Any] | MixtureSpec) -> Self:
+    def load(
+        cls,
+        source: str | Path | Mapping[str, Any] | MixtureSpec,
+        *,
+        revision: str | None = None,
+        trust_endpoints: bool = False,
+    ) -> Self:
         """Read a mixture, and fit its router on its outcomes or load it from its folder.
 
         Args:
             source: a YAML file; a folder that ``save`` or ``mixmerge route fit MIXTURE.yaml`` wrote; a mapping of
-                the YAML's shape; or what one says.
+                the YAML's shape; what one says; or the hub id (``org/name``) of a repository with such a folder,
+                whose relative paths are then those in the repository.
+            revision: branch, tag or commit of a hub id.
+            trust_endpoints: a mixture of the hub may send prompts, and keys of the environment, to the servers that
+                it names.
 
         Raises:
             MixmergeError: every fault of the YAML; or outcomes or a router that cannot be read, or that know
-                other experts than the mixture; or a folder that is no fitted mixture.
+                other experts than the mixture; or a folder that is no fitted mixture. Of a hub id: what
+                ``mixmerge.mixture.hub`` says, such as a path that leads out of the repository.
         """
-        spec = source if isinstance(source, MixtureSpec) else spec_of(source)
+        if isinstance(source, MixtureSpec):
+            spec = source
+        elif isinstance(source, str | Path) and is_hub_id(source):
+            folder = snapshot(str(source), revision)
+            found = spec_of(folder if is_fitted(folder) else folder / MIXTURE)
+            spec = confined(found, folder, name=str(source), trust_endpoints=trust_endpoints)
+        else:
+            spec = spec_of(source)
         return cls.of(spec, _loaded(spec) if spec.router.folder else unfitted(spec).fit(outcomes_of(spec)))
 
     @classmethod
@@ -152,45 +168,8 @@ class Mixture:
 def _loaded(spec: MixtureSpec) -> Router:
     folder = str(spec.router.folder)
     router = Router.load(folder)
-    _same(tuple(spec.experts), router.experts, f"the router in {folder}")
+    same_experts(tuple(spec.experts), router.experts, f"the router in {folder}")
     return router
-
-
-def unfitted(spec: MixtureSpec) -> Router:
-    """The router of a kind that a mixture wants, before it is fitted on ``outcomes_of`` the mixture."""
-    wanted = spec.router
-    kind = registry.load(registry.find("router", str(wanted.kind)).target)
-    router: Router = kind(wanted.options, features=_features(wanted), seed=wanted.seed)
-    return router
-
-
-def outcomes_of(spec: MixtureSpec) -> OutcomeTable:
-    """The outcomes that a mixture names, of its experts in its order and with its prices.
-
-    Raises:
-        MixmergeError: they cannot be read, or know other experts than the mixture.
-    """
-    source = str(spec.router.outcomes)
-    table = OutcomeTable.read(source)
-    names = tuple(spec.experts)
-    _same(names, table.experts, source)
-    prices = {
-        name: Price(expert.price.input, expert.price.output, expert.price.size)
-        for name, expert in spec.experts.items()
-        if expert.price is not None
-    }
-    return table.only(names).priced(prices)
-
-
-def _features(wanted: RouterSpec) -> Any:
-    if wanted.features is None:
-        return None
-    options = {
-        name: anchored(value) if name in _PATHS and isinstance(value, str) else value
-        for name, value in wanted.features.items()
-        if name != "kind"
-    }
-    return registry.find("features", str(wanted.features["kind"]))(**options)
 
 
 def _policy(spec: MixtureSpec, router: Router) -> Policy:
@@ -200,20 +179,3 @@ def _policy(spec: MixtureSpec, router: Router) -> Policy:
     if folder is not None and (Path(folder) / FILE).is_file():
         return read_policy(folder, router=router.version)
     return Policy()
-
-
-def _same(mixture: tuple[str, ...], other: tuple[str, ...], where: str) -> None:
-    """Refuse a router or a table that knows other experts than the mixture has."""
-    lacks = [name for name in mixture if name not in other]
-    more = [name for name in other if name not in mixture]
-    faults = []
-    if lacks:
-        faults.append(
-            Fault("experts", f"{where} does not know {', '.join(lacks)}", f"It knows {', '.join(other)}")
-        )
-    if more:
-        faults.append(
-            Fault("experts", f"the mixture lacks {', '.join(more)}, which {where} knows", run="Add them")
-        )
-    if faults:
-        raise MixmergeError(faults)

@@ -13,10 +13,9 @@ from mixmerge.aggregate import Ask, Composition, Question, Said, Settled
 from mixmerge.batch.job import Job
 from mixmerge.batch.placing import Device
 from mixmerge.batch.records import Answer, Item, Settings
-from mixmerge.batch.running import StoppedError
 from mixmerge.batch.setup import Conditions, Defaults, Listed, Setup
 from mixmerge.decision.records import Decision, Pick, Query
-from mixmerge.errors import MixmergeError
+from mixmerge.errors import MixmergeError, StoppedError
 from mixmerge.experts import Expert, ExpertSet
 from mixmerge.outcomes.table import Price
 
@@ -168,3 +167,17 @@ def test_several_devices_share_the_work(tmp_path: Path) -> None:
         report = job.report()
     assert {one.device for one in report.loads} == {"cpu", "cpu:1"}
     assert sum(one.times for one in report.loads) == 2
+
+
+def test_batches_keep_to_the_memory_of_the_first_run(tmp_path: Path, hollow: Callable[..., Path]) -> None:
+    config = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 32}
+    folder = hollow("expert", {"w": ("F32", (1000,))}, **config, dtype="bfloat16")
+    experts = ExpertSet((Expert("a", str(folder)), EXPERTS["b"]))
+    room = (
+        4_000 + 2 * 2 * 2 * 2 * 8 * 2 * 50
+    )  # of the weights, and of keys and values of 100 tokens, half of which count
+    for memory, tokens in ((room, 50), (1 << 40, 50)):
+        conditions = replace(CPU, devices=(Device("cpu", memory),), batch_tokens=8192)
+        with Job(Listed(tuple(items(2))), setup(experts=experts), tmp_path / "job", conditions) as job:
+            assert job.budgets[experts["a"].unit] == tokens
+            assert job.budgets[experts["b"].unit] == 8192

@@ -104,14 +104,16 @@ EXPERTS = ExpertSet((Expert("a", "m"), Expert("b", "base", adapter="x"), Expert(
 
 
 def test_adapters_of_one_base_are_one_group() -> None:
-    found = groups(stage_of([0, 1, 2, 1], [5, 5, 5, 5]), EXPERTS, {}, batch_tokens=1000)
+    found = groups(
+        stage_of([0, 1, 2, 1], [5, 5, 5, 5]), EXPERTS, {}, budgets=dict.fromkeys(EXPERTS.units(), 1000)
+    )
     assert [[one.name for one in g.experts] for g in found] == [["a"], ["b", "c"]]
     assert sorted(found[1].batches[0].calls.tolist()) == [1, 2, 3]
 
 
 def test_batches_keep_to_their_budget_and_like_lengths() -> None:
     stage = stage_of([0] * 6, [90, 10, 50, 10, 90, 10])
-    (found,) = groups(stage, EXPERTS, {}, batch_tokens=100)
+    (found,) = groups(stage, EXPERTS, {}, budgets=dict.fromkeys(EXPERTS.units(), 100))
     for batch in found.batches:
         longest = int(stage.tokens[batch.calls].max()) + 10
         assert len(batch.calls) * longest <= 100 or len(batch.calls) == 1
@@ -120,8 +122,10 @@ def test_batches_keep_to_their_budget_and_like_lengths() -> None:
 
 def test_a_split_batch_comes_back_as_its_halves() -> None:
     stage = stage_of([0] * 4, [10] * 4)
-    (whole,) = groups(stage, EXPERTS, {}, batch_tokens=1000)
-    (split,) = groups(stage, EXPERTS, {}, batch_tokens=1000, splits={whole.batches[0].id})
+    (whole,) = groups(stage, EXPERTS, {}, budgets=dict.fromkeys(EXPERTS.units(), 1000))
+    (split,) = groups(
+        stage, EXPERTS, {}, budgets=dict.fromkeys(EXPERTS.units(), 1000), splits={whole.batches[0].id}
+    )
     halves = whole.batches[0].halves(stage.keys)
     assert [one.id for one in split.batches] == [one.id for one in halves]
 

@@ -156,8 +156,9 @@ def _of_outcomes(
 def _of_mixture(path: Path, given: dict[str, object], *, holdout: float | None) -> _Task:
     """What the YAML declares; ``given`` are the options that it stands in place of."""
     from mixmerge.errors import Fault, MixmergeError
+    from mixmerge.mixture.fitting import outcomes_of, unfitted
     from mixmerge.mixture.saving import spec_of
-    from mixmerge.mixture.wiring import Mixture, outcomes_of, unfitted
+    from mixmerge.mixture.wiring import Mixture
 
     faults = [
         Fault(name, "a mixture says this itself", run=f"Leave it out, or change {path}")
