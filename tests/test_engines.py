@@ -383,9 +383,21 @@ def test_memory_and_unloading(tiny: Callable[..., TransformersEngine]) -> None:
         assert half.memory() == before // 2
         assert half.generate([Request("a", "one", 3)])[0].tokens_out == 3
     kept = weakref.ref(engine._expert().model)
-    engine.unload()
-    gc.collect()
+    engine.generate([Request("a", "one", 3)])
+    collections = []
+
+    def count(phase: str, info: Any) -> None:
+        collections.append(phase)
+
+    gc.disable()
+    gc.callbacks.append(count)
+    try:
+        engine.unload()
+    finally:
+        gc.callbacks.remove(count)
+        gc.enable()
     assert kept() is None
+    assert not collections, "a collection takes a quarter of a second where transformers is loaded"
 
 
 def test_what_cannot_be_loaded(

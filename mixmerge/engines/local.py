@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -107,8 +108,12 @@ class TransformersEngine(Engine):
     def unload(self) -> None:
         if self._loaded is None:
             return
+        weights = [weakref.ref(one) for one in self._loaded.model.parameters()]
         self._loaded = None
-        gc.collect()  # modules refer to each other
+        # Most models go by themselves. What refers to itself, as with adapters, waits for a collection, which looks at
+        # every object of the process.
+        if any(one() is not None for one in weights):
+            gc.collect()
         empty_cache(self.device)
 
     def memory(self) -> int | None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -220,6 +222,19 @@ def test_memory_counts_adapters(engine: Callable[..., TransformersEngine], adapt
             assert one.memory() == expected
             assert one.generate([Request("a", "one", 3, adapter="b")])[0].tokens_out == 3
     assert engine(adapters={"a": "nobody/nothing"}).memory() is None
+
+
+def test_unloading_gives_the_memory_back(engine: Callable[..., TransformersEngine]) -> None:
+    """Hooks and layers refer to each other, so that nothing of it would go by itself."""
+    loaded = engine()
+    loaded.generate([Request("a", "one", 2, adapter=loaded.adapters[0]), Request("b", "two", 2)])
+    kept = [weakref.ref(one) for one in loaded._expert().model.parameters()]
+    gc.disable()
+    try:
+        loaded.unload()
+        assert not any(one() is not None for one in kept)
+    finally:
+        gc.enable()
 
 
 def test_an_adapter_that_is_not_there(engine: Callable[..., TransformersEngine], tmp_path: Path) -> None:
