@@ -36,6 +36,19 @@ BatchTokens = Annotated[
     int, typer.Option("--batch-tokens", min=1, help="Of a batch: prompts and what may be generated.")
 ]
 
+Ray = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        metavar="[ADDRESS]",
+        help="Run on a Ray cluster: auto or host:port; with no address one is started here.",
+        show_default=False,
+    ),
+]
+RayCpus = Annotated[
+    int, typer.Option("--ray-cpus", min=1, help="CPUs of a slot, where the cluster has no GPUs.")
+]
+
 
 class WithRay(TyperCommand):
     """A command whose ``--ray`` may stand without an address, which Typer has no word for."""
@@ -92,18 +105,8 @@ def batch(
     apart: Annotated[
         bool, typer.Option("--apart", help="Experts run in processes of their own, on the CPU too.")
     ] = False,
-    ray: Annotated[
-        str | None,
-        typer.Option(
-            "--ray",
-            metavar="[ADDRESS]",
-            help="Run on a Ray cluster: auto or host:port; with no address one is started here.",
-            show_default=False,
-        ),
-    ] = None,
-    ray_cpus: Annotated[
-        int, typer.Option("--ray-cpus", min=1, help="CPUs of a slot, where the cluster has no GPUs.")
-    ] = 4,
+    ray: Ray = None,
+    ray_cpus: RayCpus = 4,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the output, and start again.")
     ] = False,
