@@ -62,9 +62,9 @@ class Clock:
         return sum(end - start for name, start, end in self.spans if name == what)
 
     def first(self, what: str) -> float:
-        return min(((start, end - start) for name, start, end in self.spans if name == what), default=(0, 0))[
-            1
-        ]
+        """Seconds of the first of these."""
+        spans = [(start, end - start) for name, start, end in self.spans if name == what]
+        return min(spans, default=(0.0, 0.0))[1]
 
     def busy(self) -> float:
         """Seconds in which any engine was at work."""
@@ -106,17 +106,13 @@ class Figure:
     note: str = ""
 
     def cells(self) -> list[str]:
+        number = f"{self.value:,.0f}" if abs(self.value) >= 100 else f"{self.value:.3g}"
+        said = f"{number} {self.unit}".strip()
         if self.bar is None:
-            return [self.what, f"{self.value:,.3g} {self.unit}".strip(), "", "", self.note]
+            return [self.what, said, "", "", self.note]
         met = self.value >= self.bar if self.least else self.value <= self.bar
         bar = f"{'at least' if self.least else 'at most'} {self.bar:g} {self.unit}".strip()
-        return [
-            self.what,
-            f"{self.value:,.3g} {self.unit}".strip(),
-            bar,
-            "met" if met else "MISSED",
-            self.note,
-        ]
+        return [self.what, said, bar, "met" if met else "MISSED", self.note]
 
 
 def copies(model: Path, count: int, folder: Path) -> ExpertSet:

@@ -1,38 +1,33 @@
-"""What ``make demo`` runs: train the tiny zoo (or take it from the cache), merge it by every recipe, compare.
+"""What ``make demo`` runs: train the tiny zoo (or take it from the cache), merge it by every recipe, route, compare.
 
     python examples/demo.py [--out demo] [--limit N] [--effort SHARE]
 
 The recipes name ``./zoo/base`` and ``./zoo/experts/...``: run ``mixmerge merge`` in the output folder to try
-others. Nothing is downloaded.
+others, or ``mixmerge ask routed.yaml "sort up 3142 -> "``. Nothing is downloaded.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import sys
+import shutil
+import statistics
+import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
+
+from zoo_support import named, note, place, read_answers, write_questions
 
 import mixmerge
 from mixmerge.cli.zoo import show_scores, step_progress
-from mixmerge.zoo import Spec, Zoo, build, copy_to, score_models
+from mixmerge.evaluate import exact_match
+from mixmerge.mixture import Mixture, read
+from mixmerge.mixture.profiling import profile, same
+from mixmerge.zoo import Spec, Zoo, build, score_models
 
 RECIPES = Path(mixmerge.__file__).parent / "recipes"
-
-
-def note(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def place(zoo: Zoo, target: Path) -> None:
-    """Make the zoo appear at ``target``: a link, or a copy where links are not allowed."""
-    if target.is_symlink():
-        target.unlink()
-    with contextlib.suppress(OSError):
-        target.symlink_to(zoo.folder.resolve(), target_is_directory=True)
-        return
-    copy_to(zoo, target)
+HELD_IN = 40  # questions of each task that the router learns from; the experts have learned from them too
 
 
 def merge_all(folder: Path) -> dict[str, str]:
@@ -48,6 +43,28 @@ def merge_all(folder: Path) -> dict[str, str]:
             mixmerge.merge(recipe, merged, overwrite=True)
             found[f"merge: {recipe.stem}"] = str(merged.resolve())
     return found
+
+
+def route(zoo: Zoo, folder: Path, limit: int | None) -> dict[str, float]:
+    """Fit the shipped mixture's router on how experts answer questions of the training, then answer the held-out ones
+    in one grouped batch; task -> mean score.
+    """
+    held_in = {task: zoo.questions(task, "train")[:HELD_IN] for task in zoo.tasks}
+    held_out = {task: zoo.questions(task)[:limit] for task in zoo.tasks}
+    with contextlib.chdir(folder):
+        shutil.copyfile(RECIPES / "mixtures" / "routed.yaml", "routed.yaml")
+        write_questions(Path("tasks.jsonl"), held_in, answers=True)
+        write_questions(Path("questions.jsonl"), held_out, answers=False)
+        spec = read("routed.yaml").require()
+        with tempfile.TemporaryDirectory() as work:
+            made = profile(spec, Path("tasks.jsonl"), Path(work), check=same("first_line"))
+        made.outcomes.write("outcomes.jsonl")
+        Mixture.load(spec).batch("questions.jsonl", "answers.jsonl", overwrite=True)
+        given = read_answers(Path("answers.jsonl"))
+    right = {name: exact_match(given[name]["answer"], one.answer) for name, one in named(held_out).items()}
+    return {
+        task: statistics.fmean(right[name] for name in named({task: some})) for task, some in held_out.items()
+    }
 
 
 def main() -> None:
@@ -71,6 +88,9 @@ def main() -> None:
     note(f"asking {len(models)} models what no expert was trained on")
     with step_progress(quiet=False) as progress:
         table = score_models(zoo, models, limit=options.limit, progress=progress)
+    note("fitting a router, and answering in one batch")
+    routed = {"routed: an expert for each question": route(zoo, options.out, options.limit)}
+    table = replace(table, scores={**table.scores, **routed})
     show_scores(table, "held-out score in % (share of the task's own expert's score that is retained)")
     print(f"{options.out}/zoo, {options.out}/merges: {time.perf_counter() - began:.0f} s in all")
 

@@ -60,7 +60,7 @@ class OutOfMemoryError(MixmergeError):
 
 
 class StoppedError(MixmergeError):
-    """A job was cancelled, its time is up, or what it runs on is gone; what is in its journal stays."""
+    """A job was cancelled, its time is up, or what it runs on is gone; what it has done is kept. Exit code 3."""
 
 
 class EngineDiedError(MixmergeError):

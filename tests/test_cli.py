@@ -259,7 +259,9 @@ def test_recipes_cp(run: Run, shelf: Path, tmp_path: Path) -> None:
 def test_the_shipped_recipes_are_listed(run: Run) -> None:
     listed = json.loads(run("recipes", "ls", "--json").stdout)
     shipped = Path(mixmerge.__file__).parent / "recipes"
-    assert set(listed) == {path.stem for path in shipped.glob("*.yaml")}
+    found = [*sorted(shipped.glob("*.yaml")), *sorted(shipped.glob("mixtures/*.yaml"))]
+    assert list(listed) == [path.stem for path in found]
+    assert {"ties", "routed", "symbolic-moe"} <= set(listed)
     assert all(listed.values()), "a recipe begins with a comment that says what it shows"
 
 

@@ -691,3 +691,40 @@ def test_the_command_itself(shell: Shell, hub: Hub) -> None:
     assert ended.returncode == 0, ended.stderr
     assert ended.stderr == ""
     assert ended.stdout.startswith(f"{shell.out}: 4 tensors")
+
+
+# -- mixtures -------------------------------------------------------------------------------------------------
+
+
+def test_a_mixture_is_downloaded_once_and_stays_here(shell: Shell, hub: Hub) -> None:
+    """With what lies beside it, but for weights that are programs; and the cache is good without the hub."""
+    spec = {
+        "experts": {"a": {"model": "one", "engine": "echo"}, "b": {"model": "experts/b"}},
+        "router": {"kind": "best_single", "outcomes": "data/outcomes.jsonl"},
+    }
+    path = shell.root / "outcomes.jsonl"
+    code = (
+        "from mixmerge.outcomes.table import OutcomeTable; import numpy as np;"
+        "OutcomeTable(ids=tuple('wxyz'), queries=tuple('wxyz'), experts=('a', 'b'),"
+        f"score=np.tile([0.9, 0.1], (4, 1))).write({str(path)!r})"
+    )
+    assert shell.run(code=code).code == 0
+    files = {
+        "mixture.yaml": json.dumps(spec).encode(),
+        "data/outcomes.jsonl": path.read_bytes(),
+        "experts/b/config.json": b"{}",
+        "experts/b/pytorch_model.bin": b"code",
+    }
+    commit = hub.put("org/mix", files)
+    asked = shell.run("ask", "org/mix", "hello there")
+    assert (asked.code, asked.out) == (0, "hello there\n"), asked.err
+    folder = shell.cache / "hub" / "models--org--mix" / "snapshots" / commit
+    there = {str(one.relative_to(folder)) for one in folder.rglob("*") if one.is_file()}
+    assert there == files.keys() - {"experts/b/pytorch_model.bin"}
+    sent = len(hub.sent())
+    assert shell.run("ask", "org/mix", "again", offline=True).out == "again\n"
+    assert shell.run("ask", "org/mix", "again", endpoint="http://127.0.0.1:9").out == "again\n"
+    assert len(hub.sent()) == sent
+    shell.run("ask", "org/none", "hello").refused("org/none", "neither a folder here nor a model on the hub")
+    hub.put("org/model", model(1))
+    shell.run("ask", "org/model", "hello").refused("org/model: has no mixture.yaml on the hub")

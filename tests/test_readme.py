@@ -227,3 +227,12 @@ def test_a_planted_fault_is_found(check_sample: Any, document: str, fault: str) 
     report = check_sample(document)
     assert len(report.faults) == 1
     assert fault in report.faults[0]
+
+
+def test_composition_table_of_the_docs() -> None:
+    from mixmerge.aggregate.table import markdown as compositions
+
+    text = (ROOT / "docs" / "batch.md").read_text(encoding="utf-8")
+    found = re.search(r"<!-- compositions -->\n(.*?)\n<!-- /compositions -->", text, re.DOTALL)
+    assert found, "docs/batch.md has no <!-- compositions --> table <!-- /compositions -->"
+    assert found[1] == compositions(), f"the table of compositions is old; it should be\n{compositions()}"

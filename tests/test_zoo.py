@@ -357,7 +357,9 @@ def test_asking_again_gives_the_scores_of_the_build(tiny: Zoo) -> None:
 
 @pytest.mark.slow
 def test_demo(zoo: Path, tmp_path: Path) -> None:
-    """Every shipped recipe is merged and in the table; the zoo is the run's tiny one, of the same effort."""
+    """Every shipped recipe is merged and in the table, with a routed mixture of the experts; the zoo is the run's tiny
+    one, of the same effort.
+    """
     done = subprocess.run(
         [sys.executable, ROOT / "examples" / "demo.py", "--out", "demo", "--effort", "0.01", "--limit", "4"],
         cwd=tmp_path,
@@ -372,10 +374,14 @@ def test_demo(zoo: Path, tmp_path: Path) -> None:
         "base",
         *(f"expert: {task}" for task in TASKS),
         *(f"merge: {recipe}" for recipe in recipes),
+        "routed: an expert for each question",
     ]
     for recipe in recipes:
         assert (tmp_path / "demo" / "merges" / recipe / "model.safetensors").is_file()
     assert (tmp_path / "demo" / "zoo" / "zoo.json").is_file()
+    answers = (tmp_path / "demo" / "answers.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(answers) == 4 * len(TASKS)
+    assert not any(json.loads(line)["error"] for line in answers)
 
 
 @pytest.mark.slow

@@ -121,3 +121,19 @@ def composition(
         raise MixmergeError(Fault(where, f"{kind} takes no escalation", "Only cascade does"))
     found: Composition = made(chosen)
     return found
+
+
+def markdown() -> str:
+    """A Markdown table of the compositions that come with mixmerge, with their options; no final line break."""
+    rows = [("kind", "the answer", "options = default", "source"), ("---",) * 4]
+    for name, row in COMPOSITIONS.items():
+        options = ", ".join(
+            f"`{key}`" if one.default is None else f"`{key}` = {_shown(one.default)}"
+            for key, one in options_of(name).model_fields.items()
+        )
+        rows.append((f"`{name}`", row.summary, options, row.paper))
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+
+
+def _shown(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

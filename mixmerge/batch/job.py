@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import threading
 import time
 from array import array
@@ -16,7 +15,7 @@ import numpy as np
 
 from mixmerge.batch.costs import Report, report
 from mixmerge.batch.decided import Decided
-from mixmerge.batch.journal import Journal
+from mixmerge.batch.journal import FILE, Journal, fault_of
 from mixmerge.batch.lines import Line
 from mixmerge.batch.opening import open_engine, size_of, token_bytes
 from mixmerge.batch.placing import REMOTE, Placement, place
@@ -67,8 +66,11 @@ class Job:
         self.naive_loads = 0
         self.bad: dict[int, tuple[str, Fault]] = {}
         self._read()
-        work.mkdir(parents=True, exist_ok=True)
-        self.journal = Journal(work / "journal.jsonl", job=self._about())
+        try:
+            work.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise fault_of(work, error) from error
+        self.journal = Journal(work / FILE, job=self._about())
         self.decided = Decided(work / "decisions.jsonl", self._rows)
 
     @cached_property
@@ -340,8 +342,8 @@ class Job:
 
     def remove(self) -> None:
         """Take away the folder: the job is done and its answers are elsewhere."""
-        self.close()
-        shutil.rmtree(self.work, ignore_errors=True)
+        self.decided.close()
+        self.journal.remove()
 
     def close(self) -> None:
         self.decided.close()

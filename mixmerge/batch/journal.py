@@ -18,6 +18,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import threading
 import time
 import zlib
@@ -32,6 +33,7 @@ from numpy.typing import NDArray
 from mixmerge.errors import Fault, MixmergeError, OutputError
 
 Data = Mapping[str, Any]
+FILE = "journal.jsonl"  # in a job's folder
 SYNC_SECONDS = 1.0
 _HEAD, _MIDDLE, _TAIL = b'{"crc": "', b'", "data": ', b"}\n"
 _DATA_AT = len(_HEAD) + 8 + len(_MIDDLE)
@@ -95,7 +97,7 @@ class Journal:
         except OSError as error:
             raise fault_of(path, error) from error
         try:
-            self._claim()
+            _claim(self._file, path)
             self._keys, self._offsets = self._read()
             self._end = os.fstat(self._file).st_size
             if not self._end:
@@ -147,6 +149,11 @@ class Journal:
             self._append([event])
             self._take(dict(event))
 
+    def remove(self) -> None:
+        """Take away the folder it is in, while nobody else can open it; then close."""
+        _clear(self.path.parent)
+        self.close()
+
     def close(self) -> None:
         """Bring all to the disk; nothing if it is closed."""
         with self._lock:
@@ -166,14 +173,6 @@ class Journal:
         self.close()
 
     # --- the file
-
-    def _claim(self) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise OutputError(
-                Fault(str(self.path), "another process is at work on this job", run="Wait for it, or end it")
-            ) from error
 
     def _read(self) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
         """Keys, sorted, and places of the answers of batches that have ended; a torn end is cut off."""
@@ -261,6 +260,50 @@ class Journal:
     def _sync(self) -> None:
         os.fsync(self._file)
         self._synced = time.monotonic()
+
+
+def remove(folder: Path) -> None:
+    """Take away a job's folder, the journal last: as long as that is there, the job is known.
+
+    Raises:
+        OutputError: another process is at work on the job.
+    """
+    path = folder / FILE
+    try:
+        file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        shutil.rmtree(folder, ignore_errors=True)
+        return
+    except OSError as error:
+        raise fault_of(path, error) from error
+    try:
+        _claim(file, path)
+        _clear(folder)
+    finally:
+        os.close(file)
+
+
+def _clear(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        for other in folder.iterdir():
+            if other.name != FILE:
+                other.unlink()
+        (folder / FILE).unlink()
+        folder.rmdir()
+
+
+def _claim(file: int, path: Path) -> None:
+    """Lock the open file; it is ours until it is closed."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise OutputError(
+            Fault(str(path), "another process is at work on this job", run="Wait for it, or end it")
+        ) from error
+    if not os.fstat(file).st_nlink:
+        raise OutputError(
+            Fault(str(path), "another process has just ended this job", run="Look at its output")
+        )
 
 
 def fault_of(path: Path, error: OSError) -> MixmergeError:

@@ -16,6 +16,8 @@ from mixmerge.experts import Expert
 if TYPE_CHECKING:
     from mixmerge.batch.cluster import Cluster
 
+# Options of an expert that say how vLLM's process is run; the others are ``VllmOptions``.
+_VLLM_PROCESS = ("revision", "python", "start_timeout", "timeout", "grace")
 _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
@@ -30,7 +32,8 @@ def arguments_of(unit: Sequence[Expert], *, device: str) -> dict[str, Any]:
     adapters = {one.name: one.adapter for one in unit if one.adapter is not None}
     about: dict[str, Any] = {"model": first.model, **({"adapters": adapters} if adapters else {})}
     if first.engine == "vllm":
-        return {**about, "options": options}
+        process = {name: options.pop(name) for name in _VLLM_PROCESS if name in options}
+        return {**about, **process, "options": options}
     return {**about, "device": device, **options}
 
 

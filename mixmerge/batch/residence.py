@@ -5,13 +5,13 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from mixmerge.engines.base import Engine
 from mixmerge.errors import EngineDiedError, Fault, MixmergeError
 
-RETRIES = 2  # of a load whose engine died
+RETRIES = 2  # of a load whose process died
 Loaded = Callable[[str, float], None]  # (unit, seconds)
 
 
@@ -140,7 +140,7 @@ class Residence:
     def _load(self, unit: str, held: _Held) -> None:
         start = time.perf_counter()
         try:
-            _load(held.engine)
+            _load_engine(held.engine)
         except MixmergeError as error:
             held.error = error
         else:
@@ -149,10 +149,12 @@ class Residence:
             held.ready.set()
 
 
-def _load(engine: Engine) -> None:
-    """Load it; an engine whose process is killed meanwhile starts another one."""
+def _load_engine(engine: Engine) -> None:
+    """Load it; a process that died under it, which says nothing about the expert, is started again."""
     for _ in range(RETRIES):
-        with suppress(EngineDiedError):
+        try:
             engine.load()
             return
+        except EngineDiedError:
+            continue
     engine.load()

@@ -84,7 +84,11 @@ class StageRun:
             else:
                 jobs.append(lambda placement=placement: self._device(placement))  # type: ignore[misc]
         with ThreadPoolExecutor(max(1, len(jobs)), "device") as pool:
-            _all_done([pool.submit(job) for job in jobs], self.hooks.stop)
+            try:
+                _all_done([pool.submit(job) for job in jobs], self.hooks.stop)
+            except BaseException:  # Ctrl-C too: the pool waits for the batches at work, and for no more
+                self.hooks.stop.set()
+                raise
 
     def _device(self, placement: Placement) -> None:
         residence = self.residences[placement.device]

@@ -18,20 +18,23 @@ import mixmerge.cli.recipes as recipes_commands
 import mixmerge.cli.route as route_commands
 import mixmerge.cli.zoo as zoo_commands
 from mixmerge.cli.show import fail
-from mixmerge.errors import MixmergeError
+from mixmerge.errors import MixmergeError, StoppedError
 
 _OBJECTS = 100_000  # new objects before the collector looks
 
 
 class Commands(TyperGroup):
-    """Prints the user's faults, one line each, and exits with 2: no traceback for what is not our bug."""
+    """Prints the user's faults, one line each, and exits with 2: no traceback for what is not our bug.
+
+    A job whose time is up exits with 3, one that was interrupted with 130: the same command goes on with it.
+    """
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except MixmergeError as error:
             fail(error)
-            raise typer.Exit(2) from error
+            raise typer.Exit(3 if isinstance(error, StoppedError) else 2) from error
         except KeyboardInterrupt as error:
             raise typer.Exit(130) from error
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
+import hashlib
+import os
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -22,7 +23,14 @@ if TYPE_CHECKING:
     from mixmerge.mixture.batching import JobPlan
 
 MixturePath = Annotated[
-    Path, typer.Argument(metavar="MIXTURE", help="Its YAML, or a fitted folder.", show_default=False)
+    Path,
+    typer.Argument(metavar="MIXTURE", help="Its YAML, a fitted folder, or a hub id.", show_default=False),
+]
+TrustEndpoints = Annotated[
+    bool,
+    typer.Option(
+        "--trust-endpoints", help="A mixture of the hub may send prompts and keys to the servers it names."
+    ),
 ]
 Devices = Annotated[
     list[str] | None,
@@ -112,12 +120,14 @@ def batch(
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    trust_endpoints: TrustEndpoints = False,
 ) -> None:
     """Answer a file of requests: each expert is loaded once, and nothing is lost.
 
     Routes every request, groups them by what has to be loaded, generates,
-    composes, and writes one answer for each line. A run that was killed
-    goes on when the same command is given again.
+    composes, and writes one answer for each line. A run that was killed,
+    interrupted (exit code 130) or out of time (exit code 3) goes on when
+    the same command is given again.
     """
     from mixmerge.errors import Fault, MixmergeError
     from mixmerge.mixture import Mixture, batching
@@ -127,8 +137,11 @@ def batch(
     if ray is not None and device:
         raise MixmergeError(Fault("--device", "does not go with --ray: the cluster's slots are the devices"))
     conditions = conditions_of(device, memory, batch_tokens, deadline, apart=apart)
-    loaded = Mixture.load(mixture)
-    with _file(input, output) as path, _cluster(conditions, ray, ray_cpus, memory) as conditions:
+    loaded = Mixture.load(mixture, trust_endpoints=trust_endpoints)
+    with (
+        _file(input, None if plan else output) as path,
+        _cluster(conditions, ray, ray_cpus, memory) as conditions,
+    ):
         files = batching.Files(
             path,
             output or path.with_suffix(".answers"),
@@ -187,23 +200,46 @@ def _cluster(
 
 @contextmanager
 def _file(source: str, output: Path | None) -> Iterator[Path]:
-    """The input as a file: what comes on stdin is copied beside the output, so that the job can go on."""
+    """The input as a file: what comes on stdin is copied beside the output, by the hash of its content.
+
+    So the same requests are the same file to a job that goes on, and others are not written over it.
+    """
     if source != "-":
         yield Path(source)
         return
     if output is None:
         with tempfile.TemporaryDirectory() as folder:
-            yield _copied(Path(folder) / "requests")
+            yield _copied(Path(folder), "requests")[0]
         return
-    kept = output.absolute().parent / f".{output.name}.stdin"
-    yield _copied(kept)
-    kept.unlink(missing_ok=True)
+    kept, new = _copied(output.absolute().parent, f".{output.name}")
+    done = False
+    try:
+        yield kept
+        done = True
+    finally:
+        if done or new:
+            kept.unlink(missing_ok=True)
 
 
-def _copied(path: Path) -> Path:
-    with path.open("wb") as file:
-        shutil.copyfileobj(sys.stdin.buffer, file)
-    return path
+def _copied(folder: Path, name: str) -> tuple[Path, bool]:
+    """The copy, and whether it was not there before."""
+    from mixmerge.outcomes.whole import unwritable
+
+    partial, digest = folder / f"{name}.{os.getpid()}.stdin", hashlib.sha256()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            while block := sys.stdin.buffer.read(1 << 20):
+                digest.update(block)
+                file.write(block)
+        kept = folder / f"{name}.{digest.hexdigest()[:16]}.stdin"
+        if new := not kept.exists():
+            partial.replace(kept)
+        return kept, new
+    except OSError as error:
+        raise unwritable(partial, error) from error
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def show_plan(plan: JobPlan) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Annotated
 
@@ -41,7 +40,9 @@ def profile(
     deadline: Annotated[
         float | None, typer.Option(help="Seconds after which no batch is started.", show_default=False)
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the output, and start again.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
 ) -> None:
@@ -52,6 +53,7 @@ def profile(
     """
     import numpy as np
 
+    from mixmerge.batch.journal import remove
     from mixmerge.mixture import read
     from mixmerge.mixture.profiling import profile as run
     from mixmerge.mixture.profiling import same
@@ -59,6 +61,8 @@ def profile(
 
     check_free(output, overwrite=overwrite)
     work = output.absolute().parent / f".{output.name}.job"
+    if overwrite:
+        remove(work)
     with step_progress(quiet=quiet) as progress:
         made = run(
             read(mixture).require(),
@@ -73,7 +77,7 @@ def profile(
             progress=progress,
         )
     made.outcomes.write(output)
-    shutil.rmtree(work, ignore_errors=True)
+    remove(work)
     score = made.outcomes.score
     means = {name: float(np.nanmean(score[:, e])) for e, name in enumerate(made.outcomes.experts)}
     if json:

@@ -12,7 +12,9 @@ from mixmerge.cli.show import emit_json, table
 from mixmerge.errors import Fault, MixmergeError
 from mixmerge.registry import choices
 
-app = typer.Typer(help="List and copy the recipes that come with mixmerge.", no_args_is_help=True)
+app = typer.Typer(
+    help="List and copy the recipes and mixtures that come with mixmerge.", no_args_is_help=True
+)
 
 
 def _folder() -> Path:
@@ -20,19 +22,25 @@ def _folder() -> Path:
 
 
 def _says(path: Path) -> str:
-    """The first comment of a recipe."""
+    """Its first comment."""
     lines = path.read_text(encoding="utf-8").splitlines()
     return lines[0].lstrip("# ").strip() if lines and lines[0].startswith("#") else ""
 
 
+def _shipped() -> dict[str, Path]:
+    """Recipes by name, then mixtures."""
+    found = [*sorted(_folder().glob("*.yaml")), *sorted(_folder().glob("mixtures/*.yaml"))]
+    return {path.stem: path for path in found}
+
+
 @app.command("ls")
 def list_recipes(json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False) -> None:
-    """List the recipes that come with mixmerge."""
-    found = sorted(_folder().glob("*.yaml"))
+    """List the recipes of merges that come with mixmerge, then the mixtures."""
+    says = {name: _says(path) for name, path in _shipped().items()}
     if json:
-        emit_json({path.stem: _says(path) for path in found})
+        emit_json(says)
         return
-    table("recipes", ("name", "what it shows"), [(path.stem, _says(path)) for path in found])
+    table("recipes and mixtures", ("name", "what it shows"), list(says.items()))
 
 
 @app.command("cp")
@@ -41,8 +49,8 @@ def copy_recipe(
     target: Annotated[Path, typer.Argument(help="File or folder to copy to.")] = Path(),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
 ) -> None:
-    """Copy a recipe, to edit and run it."""
-    known = {path.stem: path for path in _folder().glob("*.yaml")}
+    """Copy a recipe or a mixture, to edit and run it."""
+    known = _shipped()
     source = known.get(name.removesuffix(".yaml"))
     if source is None:
         raise MixmergeError(Fault("recipes", f"none is called {name!r}", choices(name, list(known))))

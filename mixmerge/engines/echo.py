@@ -17,6 +17,7 @@ from mixmerge.engines.records import (
     Scoring,
     cut_at_stop,
 )
+from mixmerge.errors import Fault, MixmergeError
 
 _TOKENS = re.compile(r"\s*\S+|\s+")
 _HEARD, _NEW = math.log(0.5), math.log(0.01)  # of a word that the prompt has, and of any other
@@ -28,15 +29,23 @@ class EchoEngine(Engine):
     Args:
         name: what errors call it.
         reply: what to say to a request instead; a pure function, so that answers stay the same.
+        delay: seconds that a batch takes, 0 or more, to see what a slow expert does.
+
+    Raises:
+        MixmergeError: the delay is below 0.
     """
 
     capabilities: ClassVar[frozenset[Capability]] = frozenset(
         {"generate", "stream", "loglikelihood", "logprobs"}
     )
 
-    def __init__(self, name: str = "echo", *, reply: Callable[[Request], str] | None = None) -> None:
+    def __init__(
+        self, name: str = "echo", *, reply: Callable[[Request], str] | None = None, delay: float = 0.0
+    ) -> None:
         super().__init__(name)
-        self.reply = reply
+        if not 0 <= delay < math.inf:
+            raise MixmergeError(Fault(f"engine {name}: delay", f"is {delay}", "Seconds, 0 or more"))
+        self.reply, self.delay = reply, delay
         self._loaded = False
 
     @property
@@ -56,6 +65,8 @@ class EchoEngine(Engine):
         self._refuse(requests)
         self.load()
         start = time.perf_counter()
+        if self.delay and requests:
+            time.sleep(self.delay)
         return [self._answer(request, start) for request in requests]
 
     def stream(self, request: Request) -> Iterator[Chunk]:

@@ -199,13 +199,15 @@ class TransformersEngine(Engine):
 
     def _tokens(self, prompt: str | tuple[Message, ...]) -> list[int]:
         tokenizer = self._expert().tokenizer
+        # Not verbose: of prompts that are too long it would speak on stderr, and here each is a fault.
         if isinstance(prompt, str):
-            return list(tokenizer(prompt)["input_ids"])
+            return list(tokenizer(prompt, verbose=False)["input_ids"])
         if tokenizer.chat_template is None:
-            return list(tokenizer("\n\n".join(turn.content for turn in prompt))["input_ids"])
+            text = "\n\n".join(turn.content for turn in prompt)
+            return list(tokenizer(text, verbose=False)["input_ids"])
         turns = [{"role": turn.role, "content": turn.content} for turn in prompt]
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def _rows(self, requests: Sequence[Request]) -> list[Row]:
         context = self._expert().context

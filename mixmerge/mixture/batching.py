@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mixmerge.batch.costs import Report
 from mixmerge.batch.job import Job, Progress
+from mixmerge.batch.journal import FILE, remove
 from mixmerge.batch.lines import Input, Line
 from mixmerge.batch.placing import REMOTE, Placement, load_seconds
 from mixmerge.batch.records import Answer
@@ -35,7 +36,7 @@ class Files:
         field: of JSONL or CSV that holds the text, where it has another name than the usual ones.
         name: that ``body.model`` has where the mixture is meant.
         explain: write decisions and reasons too.
-        unordered: write answers as they come, not in the order of the input at the end.
+        unordered: write answers as they come, and error records last; not in the order of the input at the end.
         overwrite: replace an output that exists, and start again.
     """
 
@@ -52,6 +53,11 @@ class Files:
     def work(self) -> Path:
         """The folder a job goes on from; it is gone when the job is done."""
         return self.output.absolute().parent / f".{self.output.name}.job"
+
+    @property
+    def begun(self) -> bool:
+        """A run before has left a job to go on with."""
+        return (self.work / FILE).exists()
 
 
 @dataclass(frozen=True)
@@ -118,7 +124,9 @@ def plan(mixture: Mixture, files: Files, conditions: Conditions) -> JobPlan:
     setup, source = setup_of(mixture), _input(files, mixture)
     with (
         tempfile.TemporaryDirectory(prefix="mixmerge-") as folder,
-        Job(source, setup, files.work if files.work.exists() else Path(folder), conditions) as job,
+        Job(
+            source, setup, files.work if files.begun and not files.overwrite else Path(folder), conditions
+        ) as job,
     ):
         job.decide()
         stage = job.next_stage()
@@ -145,17 +153,21 @@ def run(
         StoppedError: the deadline is over; the same call goes on.
         MixmergeError: the output exists, the input has no request, the disk refuses, ...
     """
-    check_free(files.output, overwrite=files.overwrite or (files.unordered and files.work.exists()))
+    check_free(files.output, overwrite=files.overwrite or files.begun)
     setup, source = setup_of(mixture), _input(files, mixture)
     if files.overwrite:
-        _forget(files.work)
+        remove(files.work)
+    begun = files.begun
     with Job(source, setup, files.work, conditions, progress=progress) as job:
         form = Form(source, created=job.created, explain=files.explain)
-        failed = (
-            _unordered(job, source, form, files) if files.unordered else _ordered(job, source, form, files)
-        )
+        failed = None if files.unordered else _written(job, files)
+        if failed is None:
+            # looked at once more: another run may have written it since
+            check_free(files.output, overwrite=files.overwrite or (files.unordered and begun))
+            work = _unordered if files.unordered else _ordered
+            failed = work(job, source, form, files)
         report = job.report(failed=failed)
-    job.remove()
+        job.remove()
     return Batched(report, files.output)
 
 
@@ -178,28 +190,41 @@ def _ordered(job: Job, source: Input, form: Form, files: Files) -> int:
         for line, answer in zip(source.lines(), job.answers(), strict=True):
             failed += answer.fault is not None
             yield line, answer
+        # The file gets its name after this, and a kill may come between that and the end of the job.
+        job.journal.note({"written": failed, "naive_loads": job.naive_loads})
 
     write_ordered(files.output, pairs(), form=form, overwrite=files.overwrite)
     return failed
 
 
+def _written(job: Job, files: Files) -> int | None:
+    """How many requests failed, if a run before was killed after it wrote the output; None if it is not written."""
+    if not files.output.exists():
+        return None
+    for event in reversed(job.journal.events):
+        if "written" in event:
+            job.naive_loads = int(event["naive_loads"])
+            return int(event["written"])
+    return None
+
+
 def _unordered(job: Job, source: Input, form: Form, files: Files) -> int:
-    failed = 0
+    """What failed is written when all else is done: a run that is killed before tries it again when it goes on."""
+    failed: list[int] = []
     with ExitStack() as stack:
         out = stack.enter_context(
             Unordered(files.output, form, resume=not files.overwrite, overwrite=files.overwrite)
         )
 
         def settled(answer: Answer) -> None:
-            nonlocal failed
-            failed += answer.fault is not None
-            out.write(source.read([answer.row])[0], answer)
+            if answer.fault is not None:
+                failed.append(answer.row)
+            else:
+                out.write(source.read([answer.row])[0], answer)
 
         job.run(settled=settled)
-    return failed
-
-
-def _forget(work: Path) -> None:
-    import shutil
-
-    shutil.rmtree(work, ignore_errors=True)
+        for row in sorted(failed):
+            answer = job.answer(row, len(job.stages))
+            if answer is not None:
+                out.write(source.read([row])[0], answer)
+    return len(failed)

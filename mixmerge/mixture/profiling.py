@@ -108,8 +108,8 @@ def profile(
     experts = expert_set(spec)
     source = Input.open(tasks, format=format, field=field, experts=experts.names, mixture_name="mixmerge")
     composition = Everyone(experts.names, draws, temperature)
+    _refuse(source, reference)  # before there is a job that would have to be forgotten
     with Job(source, _setup(spec, experts, composition), work, conditions, progress=progress) as job:
-        _refuse(source, reference)
         job.run()
         return Profile(_table(job, source, experts, check, reference, draws), job.report())
 
@@ -131,7 +131,7 @@ def _setup(spec: MixtureSpec, experts: ExpertSet, composition: Everyone) -> Setu
 def _refuse(source: Source, reference: str) -> None:
     """All lines that cannot be profiled, at once."""
     faults = []
-    for line in source.lines():
+    for line in source.scan():
         fault = _wrong(line, reference)
         if fault is not None:
             faults.append(fault)

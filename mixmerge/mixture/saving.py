@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from mixmerge.mixture.wiring import Mixture
 
 FILE = "mixture.yaml"
-_HERE = "."  # as a router's folder: the one that the YAML lies in
+HERE = "."  # as a router's folder: the one that the YAML lies in
 _ALLOWED = f"A mixture YAML, or a folder with {FILE} and {CARD}"
 _FIT = "Make one: mixmerge route fit MIXTURE.yaml --out FOLDER"
 
@@ -43,11 +43,7 @@ def spec_of(source: str | Path | Mapping[str, Any]) -> MixtureSpec:
         raise MixmergeError(Fault(str(folder), what, _ALLOWED, _FIT))
     spec = read(source if folder is None else folder / FILE).require()
     beside = Path(source).parent if folder is None else folder
-    if (
-        spec.router.folder == _HERE
-        and (folder is not None or Path(source).name == FILE)
-        and is_fitted(beside)
-    ):
+    if spec.router.folder == HERE and (folder is not None or Path(source).name == FILE) and is_fitted(beside):
         return spec.model_copy(update={"router": spec.router.model_copy(update={"folder": str(beside)})})
     return spec
 
@@ -83,7 +79,7 @@ def _yaml(spec: MixtureSpec) -> str:
         rest["compose"] = {"kind": spec.compose.kind, **spec.compose.options}
     data = {
         "experts": {name: _anchored(expert) for name, expert in spec.experts.items()},
-        "router": {"folder": _HERE},
+        "router": {"folder": HERE},
         **{name: section for name, section in rest.items() if section},
     }
     text: str = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)

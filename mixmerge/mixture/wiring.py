@@ -16,7 +16,9 @@ from mixmerge.decision.records import Decision, Query, as_queries
 from mixmerge.mixture.asking import Asked, Piece, answers, as_finished, stream
 from mixmerge.mixture.batching import Batched, Files, run
 from mixmerge.mixture.fitting import outcomes_of, same_experts, unfitted
-from mixmerge.mixture.saving import spec_of
+from mixmerge.mixture.hub import confined, is_hub_id, snapshot
+from mixmerge.mixture.saving import FILE as MIXTURE
+from mixmerge.mixture.saving import is_fitted, spec_of
 from mixmerge.mixture.schema import ExpertSpec, MixtureSpec
 from mixmerge.routers.base import Router
 
@@ -36,18 +38,36 @@ class Mixture:
     policy: Policy
 
     @classmethod
-    def load(cls, source: str | Path | Mapping[str, Any] | MixtureSpec) -> Self:
+    def load(
+        cls,
+        source: str | Path | Mapping[str, Any] | MixtureSpec,
+        *,
+        revision: str | None = None,
+        trust_endpoints: bool = False,
+    ) -> Self:
         """Read a mixture, and fit its router on its outcomes or load it from its folder.
 
         Args:
             source: a YAML file; a folder that ``save`` or ``mixmerge route fit MIXTURE.yaml`` wrote; a mapping of
-                the YAML's shape; or what one says.
+                the YAML's shape; what one says; or the hub id (``org/name``) of a repository with such a folder,
+                whose relative paths are then those in the repository.
+            revision: branch, tag or commit of a hub id.
+            trust_endpoints: a mixture of the hub may send prompts, and keys of the environment, to the servers that
+                it names.
 
         Raises:
             MixmergeError: every fault of the YAML; or outcomes or a router that cannot be read, or that know
-                other experts than the mixture; or a folder that is no fitted mixture.
+                other experts than the mixture; or a folder that is no fitted mixture. Of a hub id: what
+                ``mixmerge.mixture.hub`` says, such as a path that leads out of the repository.
         """
-        spec = source if isinstance(source, MixtureSpec) else spec_of(source)
+        if isinstance(source, MixtureSpec):
+            spec = source
+        elif isinstance(source, str | Path) and is_hub_id(source):
+            folder = snapshot(str(source), revision)
+            found = spec_of(folder if is_fitted(folder) else folder / MIXTURE)
+            spec = confined(found, folder, name=str(source), trust_endpoints=trust_endpoints)
+        else:
+            spec = spec_of(source)
         return cls.of(spec, _loaded(spec) if spec.router.folder else unfitted(spec).fit(outcomes_of(spec)))
 
     @classmethod

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import yaml
 
 from mixmerge.batch.lines import Input
+from mixmerge.outcomes.table import OutcomeTable
 
 
 @pytest.fixture
@@ -21,5 +29,147 @@ def job(tmp_path: Path) -> Callable[..., Input]:
         path = tmp_path / name
         path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass"))
         return Input.open(path, experts=("math", "code"), mixture_name="mix", name=called or name, **options)
+
+    return make
+
+
+# Imports what a job needs once, then makes a process for each command: their start would be most of the time.
+STARTER = """
+import json, os, resource, sys, traceback
+from mixmerge import cli
+from mixmerge.mixture import Mixture, batching
+import mixmerge.aggregate.synthesis, mixmerge.routers.constants, mixmerge.engines.process, rich.table
+for line in sys.stdin:
+    asked = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        for stream, number, how in (
+            ("in", 0, os.O_RDONLY),
+            ("out", 1, os.O_WRONLY | os.O_CREAT | os.O_TRUNC),
+            ("err", 2, os.O_WRONLY | os.O_CREAT | os.O_TRUNC),
+        ):
+            os.dup2(os.open(asked[stream], how), number)
+        if asked["largest"]:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (asked["largest"], asked["largest"]))
+        code = 0
+        try:
+            sys.argv = ["mixmerge", *asked["arguments"]]
+            cli.main()
+        except SystemExit as done:
+            code = done.code or 0
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A command that has ended: its exit code, minus the number of the signal that ended it, and what it wrote."""
+
+    code: int
+    out: str
+    err: str
+
+
+class Commands:
+    """``mixmerge`` commands in processes of their own, one at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        here = Path(__file__)
+        path = os.pathsep.join(map(str, (here.parents[2], here.parent / "standins")))
+        self._starter = subprocess.Popen(
+            [sys.executable, "-P", "-c", STARTER],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": path},
+        )
+
+    def begin(self, *arguments: object, stdin: bytes = b"", largest: int = 0) -> int:
+        """Start a command; its process.
+
+        Args:
+            largest: bytes of a file that it can write; 0 for any.
+        """
+        (self._folder / "in").write_bytes(stdin)
+        asked = {name: str(self._folder / name) for name in ("in", "out", "err")}
+        asked |= {"arguments": [str(one) for one in arguments], "largest": largest}  # type: ignore[dict-item]
+        assert self._starter.stdin is not None
+        print(json.dumps(asked), file=self._starter.stdin, flush=True)
+        return int(self._said())
+
+    def end(self) -> Ended:
+        """What came of the command that was begun."""
+        code = int(self._said())
+        out, err = ((self._folder / name).read_text(errors="replace") for name in ("out", "err"))
+        return Ended(code, out, err)
+
+    def __call__(self, *arguments: object, code: int = 0, stdin: bytes = b"", largest: int = 0) -> Ended:
+        """A command from start to end; its exit code is checked."""
+        self.begin(*arguments, stdin=stdin, largest=largest)
+        ended = self.end()
+        assert ended.code == code, ended
+        return ended
+
+    def close(self) -> None:
+        self._starter.communicate()
+
+    def _said(self) -> str:
+        assert self._starter.stdout is not None
+        return self._starter.stdout.readline()
+
+
+@pytest.fixture(scope="module")
+def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
+    made = Commands(tmp_path_factory.mktemp("commands"))
+    yield made
+    made.close()
+
+
+@dataclass(frozen=True)
+class Case:
+    """A mixture and a file of requests for it."""
+
+    mixture: Path
+    requests: Path
+    folder: Path
+
+
+@pytest.fixture
+def case(tmp_path: Path) -> Callable[..., Case]:
+    """``case(experts, requests, **sections)``: files of a mixture, whose router prefers its experts in their order.
+
+    Args of the callable:
+        experts: name -> what the YAML says of it.
+        requests: lines of the input; texts, or JSON values.
+        sections: of the YAML: policy, compose, generate.
+    """
+
+    def make(
+        experts: Mapping[str, Any], requests: Sequence[Any], *, name: str = "case", **sections: Any
+    ) -> Case:
+        folder = tmp_path / name
+        folder.mkdir()
+        names = tuple(experts)
+        score = np.tile(np.linspace(0.9, 0.1, len(names)), (4, 1))
+        OutcomeTable(ids=tuple("abcd"), queries=tuple("abcd"), experts=names, score=np.round(score, 3)).write(
+            folder / "outcomes.jsonl"
+        )
+        router = {"kind": "best_single", "outcomes": str(folder / "outcomes.jsonl")}
+        mixture = folder / "mix.yaml"
+        mixture.write_text(
+            yaml.safe_dump({"experts": dict(experts), "router": router, **sections}, sort_keys=False)
+        )
+        lines = [one if isinstance(one, str) else json.dumps(one) for one in requests]
+        (folder / "requests.jsonl").write_text(
+            "".join(f"{line}\n" for line in lines), errors="surrogateescape"
+        )
+        return Case(mixture, folder / "requests.jsonl", folder)
 
     return make

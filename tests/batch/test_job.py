@@ -13,10 +13,9 @@ from mixmerge.aggregate import Ask, Composition, Question, Said, Settled
 from mixmerge.batch.job import Job
 from mixmerge.batch.placing import Device
 from mixmerge.batch.records import Answer, Item, Settings
-from mixmerge.batch.running import StoppedError
 from mixmerge.batch.setup import Conditions, Defaults, Listed, Setup
 from mixmerge.decision.records import Decision, Pick, Query
-from mixmerge.errors import MixmergeError
+from mixmerge.errors import MixmergeError, StoppedError
 from mixmerge.experts import Expert, ExpertSet
 from mixmerge.outcomes.table import Price
 
