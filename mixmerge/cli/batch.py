@@ -59,19 +59,6 @@ RayCpus = Annotated[
     int, typer.Option("--ray-cpus", min=1, help="CPUs of a slot, where the cluster has no GPUs.")
 ]
 
-Ray = Annotated[
-    str | None,
-    typer.Option(
-        "--ray",
-        metavar="[ADDRESS]",
-        help="Run on a Ray cluster: auto or host:port; with no address one is started here.",
-        show_default=False,
-    ),
-]
-RayCpus = Annotated[
-    int, typer.Option("--ray-cpus", min=1, help="CPUs of a slot, where the cluster has no GPUs.")
-]
-
 
 class WithRay(TyperCommand):
     """A command whose ``--ray`` may stand without an address, which Typer has no word for."""
