@@ -198,11 +198,11 @@ def test_options_are_numbers_and_types(put: Put, option: str) -> None:
 
 
 def test_features_of_a_fitted_router_name_no_path(put: Put) -> None:
-    card = b'{"format": "x", "features": {"kind": "sentence", "options": {"model": "/home/me/model"}}}'
+    card = b'{"format": "x", "features": {"kind": "sentence", "options": {"model": "/mine/model"}}}'
     given = {"experts": {"e": ECHO}, "router": {"folder": "router"}}
     put("org/mix", given, {"router/router.json": card})
     (fault,) = faults("org/mix")
-    assert "router.json: model: '/home/me/model' would be looked for on this machine" in fault
+    assert "router.json: model: '/mine/model' would be looked for on this machine" in fault
 
 
 def test_what_is_not_in_the_cache(put: Put) -> None:

@@ -43,6 +43,21 @@ Memory = Annotated[
 BatchTokens = Annotated[
     int, typer.Option("--batch-tokens", min=1, help="Of a batch: prompts and what may be generated.")
 ]
+Deadline = Annotated[
+    float | None, typer.Option(help="Seconds after which no batch is started.", show_default=False)
+]
+Ray = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        metavar="[ADDRESS]",
+        help="Run on a Ray cluster: auto or host:port; with no address one is started here.",
+        show_default=False,
+    ),
+]
+RayCpus = Annotated[
+    int, typer.Option("--ray-cpus", min=1, help="CPUs of a slot, where the cluster has no GPUs.")
+]
 
 
 class WithRay(TyperCommand):
@@ -93,25 +108,12 @@ def batch(
     device: Devices = None,
     memory: Memory = None,
     batch_tokens: BatchTokens = 8192,
-    deadline: Annotated[
-        float | None,
-        typer.Option(help="Seconds after which no batch is started.", show_default=False),
-    ] = None,
+    deadline: Deadline = None,
     apart: Annotated[
         bool, typer.Option("--apart", help="Experts run in processes of their own, on the CPU too.")
     ] = False,
-    ray: Annotated[
-        str | None,
-        typer.Option(
-            "--ray",
-            metavar="[ADDRESS]",
-            help="Run on a Ray cluster: auto or host:port; with no address one is started here.",
-            show_default=False,
-        ),
-    ] = None,
-    ray_cpus: Annotated[
-        int, typer.Option("--ray-cpus", min=1, help="CPUs of a slot, where the cluster has no GPUs.")
-    ] = 4,
+    ray: Ray = None,
+    ray_cpus: RayCpus = 4,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the output, and start again.")
     ] = False,

@@ -14,7 +14,7 @@ from mixmerge.batch.placing import REMOTE, Device, place, seconds
 from mixmerge.batch.plan import Batch, Group, Stage, groups
 from mixmerge.batch.residence import Residence
 from mixmerge.engines.echo import EchoEngine
-from mixmerge.errors import Fault, MixmergeError
+from mixmerge.errors import EngineDiedError, Fault, MixmergeError
 from mixmerge.experts import Expert, ExpertSet
 
 GB = 10**9
@@ -141,6 +141,9 @@ def residence(
     class Engine(EchoEngine):
         def load(self) -> None:
             time.sleep(slow)
+            if self.name.startswith("killed") and told.count("!") < int(self.name[6:]):
+                told.append("!")
+                raise EngineDiedError(Fault(self.name, "its process was killed"))
             if self.name == "broken":
                 raise MixmergeError(Fault("broken", "cannot be loaded"))
             super().load()
@@ -163,6 +166,17 @@ def use(held: Residence, *units: str) -> None:
     for unit in units:
         with held.use(unit) as engine:
             assert engine.loaded
+
+
+def test_a_load_whose_process_is_killed_is_tried_again() -> None:
+    held, told = residence(3, {"killed2": 1})
+    use(held, "killed2")
+    assert told == ["!", "!", "+killed2"]
+    held, told = residence(3, {"killed3": 1})
+    with pytest.raises(EngineDiedError):
+        use(held, "killed3")
+    use(held, "killed3")
+    assert told == ["!", "!", "!", "+killed3"]
 
 
 def test_the_longest_unused_leaves_first() -> None:
