@@ -1,4 +1,4 @@
-# make demo    train a tiny zoo, merge it, print one table of scores
+# make demo    train a tiny zoo, merge and route it, print one table of scores
 # make test    the whole suite
 # make lint    style and types
 # make bench   time and memory of a merge, beside a plain copy and mergekit
