@@ -4,7 +4,8 @@
     python examples/bench_route.py --rows 3000 --queries 20000 --experts 5   # does it run?
 
 Outcomes and queries are made here: points of unit length about a 20-dimensional subspace. They are not text: nearly all
-of their energy is in few dimensions, and how many lists a recall takes may differ from real embeddings. The texts that
+of their energy is in few dimensions, which kNN finds out and uses; how many lists a recall takes, and what is saved by
+few dimensions, may differ from real embeddings. The texts that
 are embedded beside them are passages of Python's own documentation. Queries are made block by block, so that memory
 says what the router needs. Every step is a process of its own. Other load on the machine spoils the seconds.
 """
@@ -164,9 +165,10 @@ def score(kind: str, sizes: Sizes, folder: Path) -> dict[str, float]:
 
 def recall(router: Any, state: Any, sizes: Sizes) -> dict[str, float]:
     """Share of the k nearest that kNN finds, of queries that it has not seen, against comparing with all."""
-    from mixmerge.routers.search import Index, on_grid
+    from mixmerge.routers.grid import on_grid
+    from mixmerge.routers.search import LAYOUT, Index
 
-    parts = {name: state.arrays[f"0.{name}"] for name in ("embedding", "centres", "sizes")}
+    parts = {name: state.arrays[f"0.{name}"] for name in LAYOUT}
     probes, k = state.values["stores"]["0"]["probes"], min(router.options.k, sizes.rows)
     queries = points(1_000, sizes.dimensions, seed=3)
     near, _ = Index(parts, probes).search(queries, k)

@@ -32,8 +32,6 @@ TILE = 1024
 
 # Similarities are multiples of 1 / NEAREST_ONE; beside one, NEAREST_LOW less the place of its row has 32 bits.
 NEAREST_ONE, NEAREST_LOW = 1 << 22, (1 << 32) - 1
-# So many are compared with the bound before it is asked whether any reaches it.
-NEAREST_BLOCK = 64
 
 
 def rank_words(row: int) -> int:

@@ -41,4 +41,8 @@ product = Loop("lowrank.product", "f4[:,:] f4[:,:] f4[:,:] f4[:,:]")
 row_norms = Loop("lowrank.row_norms", "f4[:,:] f8[:] f8[:]")
 
 keep_largest = Loop("nearest.keep_largest", "f4[:,:] i8 i8[:] i8[:,:] i8[:] i8[:] i8")
+screen_largest = Loop(
+    "nearest.screen_largest",
+    "f4[:,:] f4[:] i8 i8[:] f4[:] f4[:,:] f4[:,:] i8[:,:] i8[:] i8[:] i8",
+)
 weighted_sums = Loop("nearest.weighted_sums", "i8[:,:] f4[:,:] f4[:,:] f4[:,:]")

@@ -12,7 +12,7 @@ from pydantic import Field
 from mixmerge.errors import DependencyError, Fault, MixmergeError
 from mixmerge.routers.base import Embedding, Floats, Inputs, Options, Prediction, Router, State, Training
 from mixmerge.routers.features import unit
-from mixmerge.routers.search import on_grid
+from mixmerge.routers.grid import on_grid
 from mixmerge.routers.shrinkage import grouped, shrink
 
 RANK_OFFSET = 0.1  # an expert that r others beat in a cluster gets 1 / (r + RANK_OFFSET)

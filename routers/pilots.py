@@ -12,7 +12,7 @@ from mixmerge.errors import Fault, MixmergeError
 from mixmerge.routers.base import Embedding, Floats, Inputs, Options, Prediction, Router, State, Training
 from mixmerge.routers.constants import LABELS, labels_of
 from mixmerge.routers.features import unit
-from mixmerge.routers.search import on_grid
+from mixmerge.routers.grid import on_grid
 from mixmerge.routers.shrinkage import NOTHING, Line
 from mixmerge.routers.trained import text_hashes
 

@@ -10,7 +10,8 @@ from pydantic import Field
 
 from mixmerge.routers.base import Embedding, Floats, Inputs, Options, Prediction, Router, State, Training
 from mixmerge.routers.draws import some
-from mixmerge.routers.search import Rows, on_grid
+from mixmerge.routers.grid import on_grid
+from mixmerge.routers.search import Rows
 from mixmerge.routers.shrinkage import Line, moments
 from mixmerge.routers.trained import text_hashes
 

@@ -2,11 +2,6 @@
 
 Q queries, N stored rows, D dimensions, L lists, k neighbours.
 
-Embeddings are rounded to multiples of ``STEP``. The product of two entries is then a multiple of ``STEP ** 2``, and
-so is every partial sum; of vectors of unit length they stay below 2, so float32 holds each exactly. Similarities
-are therefore the same whatever the order of the sum and the size of the batch, and so are the neighbours. float16
-holds the entries exactly too, which halves what is stored.
-
 The inverted file is searched list by list for all queries of a batch, not query by query as faiss does: products of
 matrices are several times faster than the same products one by one.
 """
@@ -19,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import Any, Self
 
 import numpy as np
@@ -30,28 +25,23 @@ from mixmerge.kernels import loops
 from mixmerge.kernels.nearest import NONE, parts_of
 from mixmerge.machine import cores
 from mixmerge.routers.draws import Keys, some
+from mixmerge.routers.grid import on_grid
+from mixmerge.routers.screen import Screen, choose
 
 Embedding = NDArray[np.float32]
 Rows = NDArray[np.int64]
-STEP = 2.0**-11
+LAYOUT = ("embedding", "centres", "sizes", "basis", "heads", "tails", "slack")  # arrays of one
 FLAT_ROWS = 20_000  # comparing with all of that many rows is fast enough
 _LISTS = 2  # lists for each square root of the rows
 _TRAINED_ON = 128  # rows for each list that its centre is found from
 _ROUNDS = 10  # of k-means
 _HELD_OUT = 1_000  # rows the number of probed lists is chosen on
 _SPARE = 2  # candidates for each neighbour that are kept before the best are chosen
-_FIRST = 6  # lists that are searched before the others
+_FIRST = 4  # lists that are searched before the others
 _PART = (
     16_384  # most queries that are searched together: the more of them share a list, the faster the products
 )
 _ROWS = 4_096  # most of them in one product: what it takes stays bounded where all ask for the same list
-
-
-def on_grid(rows: NDArray[Any]) -> Embedding:
-    """Rows of at most unit length, rounded to multiples of ``STEP``."""
-    return np.asarray(
-        np.round(np.asarray(rows, np.float32) / np.float32(STEP)) * np.float32(STEP), np.float32
-    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +51,7 @@ class Layout:
     Args:
         order: ``(N,)``: which of the rows given is at each place; those of one list are side by side.
         arrays: ``embedding`` ``(N, D)`` and ``centres`` ``(L, D)`` float16, ``sizes`` ``(L,)`` of the lists; L is 0
-            if there are none.
+            if there are none. And those of a ``Screen``.
         probes: lists that are searched for a query.
         recall: share of the k nearest that they held, of rows that were kept out for this; 1 without lists.
     """
@@ -90,15 +80,17 @@ def lay_out(embedding: Embedding, keys: Keys, *, k: int, recall: float, flat_row
     if len(stored) <= flat_rows:
         none, empty = np.empty((0, dimensions), np.float16), np.empty(0, np.int64)
         arrays: dict[str, NDArray[Any]] = {"embedding": stored.astype(np.float16)}
-        arrays.update({"centres": none, "sizes": empty})
-        return Layout(np.arange(len(stored)), arrays)
+        order = np.arange(len(stored))
+        arrays.update({"centres": none, "sizes": empty, **Screen.none(stored).arrays(order)})
+        return Layout(order, arrays)
     held = some(keys, at_most=min(_HELD_OUT, len(keys) // 10), seed=seed)
     kept = np.setdiff1d(np.arange(len(stored)), held)
     centres = _centres(stored[kept], seed=seed)
     assigned = _nearest_list(centres, stored)
-    without = _Lists.of(stored[kept], assigned[kept], centres)
+    screen = choose(stored[kept], stored[held], k=k)
+    without = _Lists.of(stored[kept], assigned[kept], centres, screen)
     probes, reached = _probes(without, stored[held], k=k, recall=recall)
-    lists = _Lists.of(stored, assigned, centres)
+    lists = _Lists.of(stored, assigned, centres, screen.over(stored))
     return Layout(lists.order, lists.arrays, probes, reached)
 
 
@@ -119,6 +111,7 @@ class Index:
         self._stored = arrays["embedding"].astype(np.float32)
         self._centres = arrays["centres"].astype(np.float32)
         self._ends = np.cumsum(arrays["sizes"])
+        self._screen = Screen.read(arrays)
         self._longest = int(arrays["sizes"].max(initial=0))
         if not len(self._centres):
             self._flat = _faiss().IndexFlatIP(self.dimensions)
@@ -157,24 +150,44 @@ class Index:
         return similarity, rows
 
     def _search_lists(self, queries: Embedding, k: int, probes: int) -> tuple[Embedding, Rows]:
-        """The nearest lists first: then most of the rest are seen at once to be none of the k nearest."""
+        """The nearest lists first: then most rows of the others are seen at once to be none of the k nearest."""
         found, first = _Largest.none(len(queries), k), min(_FIRST, probes)
         lists = _Largest.none(len(queries), probes)
         lists.take_in(queries @ self._centres.T, 0, np.arange(len(queries)))  # (Q, L)
         chosen = parts_of(lists.sorted())[1]  # (Q, probes)
-        for some_lists in (chosen[:, :first], chosen[:, first:]):
-            if some_lists.size:
-                self._visit(queries, some_lists, found)
+        self._visit(queries, chosen[:, :first], queries, self._stored, found.take_in)
+        if first == probes:
+            return parts_of(found.sorted())
+        if self._screen.basis.size:
+            heads, tails = self._screen.of(queries)
+            look = partial(found.screen, self._screen.tails, tails, queries, self._stored)
+            self._visit(queries, chosen[:, first:], heads, self._screen.heads, look)
+        else:
+            self._visit(queries, chosen[:, first:], queries, self._stored, found.take_in)
         return parts_of(found.sorted())
 
-    def _visit(self, queries: Embedding, lists: Rows, found: _Largest) -> None:
-        """List by list, with all the queries that search it: so the products are those of matrices."""
+    def _visit(
+        self,
+        queries: Embedding,
+        lists: Rows,
+        asked: Embedding,
+        stored: Embedding,
+        take_in: Callable[[Embedding, int, Rows], None],
+    ) -> None:
+        """List by list, with all the queries that search it: so the products are those of matrices.
+
+        Args:
+            queries: ``(Q, D)``.
+            lists: ``(Q, n)`` that each searches.
+            asked, stored: ``(Q, H)`` and ``(N, H)`` that are multiplied.
+            take_in: what to do with the products, the place of their first row, and their queries.
+        """
         few = len(self._centres) < 1 << 16  # then numpy sorts by digits, which is fast
         flat = np.ascontiguousarray(lists, np.uint16 if few else np.uint32).ravel()
         asking = np.argsort(flat, kind="stable") // lists.shape[1]
         counts = np.bincount(flat, minlength=len(self._centres))
         most, start = min(int(counts.max()), _ROWS), 0
-        gathered = np.empty((most, queries.shape[1]), np.float32)
+        gathered = np.empty((most, asked.shape[1]), np.float32)
         products = np.empty(most * self._longest, np.float32)
         for which in np.flatnonzero(counts).tolist():
             first, end = int(self._ends[which - 1]) if which else 0, int(self._ends[which])
@@ -182,9 +195,9 @@ class Index:
             start += counts[which]
             for part in range(0, len(all_mine) if end > first else 0, _ROWS):
                 mine = all_mine[part : part + _ROWS]
-                rows = np.take(queries, mine, axis=0, out=gathered[: len(mine)], mode="clip")
+                rows = np.take(asked, mine, axis=0, out=gathered[: len(mine)], mode="clip")
                 near = products[: len(mine) * (end - first)].reshape(len(mine), end - first)
-                found.take_in(np.matmul(rows, self._stored[first:end].T, out=near), first, mine)
+                take_in(np.matmul(rows, stored[first:end].T, out=near), first, mine)
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,6 +223,21 @@ class _Largest:
     def take_in(self, similar: Embedding, first: int, queries: Rows) -> None:
         """Similarities ``(n, m)`` of these ``(n,)`` queries to the m rows from ``first`` on."""
         loops.keep_largest(similar, first, queries, self.keys, self.counts, self.least, self.k)
+
+    def screen(
+        self,
+        tails: Embedding,
+        tail: Embedding,
+        asked: Embedding,
+        stored: Embedding,
+        near: Embedding,
+        first: int,
+        queries: Rows,
+    ) -> None:
+        """Products ``(n, m)`` of heads of these ``(n,)`` queries and the m rows from ``first`` on; see ``Screen``."""
+        loops.screen_largest(
+            near, tails, first, queries, tail, asked, stored, self.keys, self.counts, self.least, self.k
+        )
 
     def sorted(self) -> Rows:
         """``(Q, k)`` keys, the largest first."""
@@ -271,7 +299,7 @@ class _Lists:
     arrays: Mapping[str, NDArray[Any]]
 
     @classmethod
-    def of(cls, stored: Embedding, assigned: Rows, centres: Embedding) -> Self:
+    def of(cls, stored: Embedding, assigned: Rows, centres: Embedding, screen: Screen) -> Self:
         order = np.argsort(assigned, kind="stable")
         return cls(
             order,
@@ -279,6 +307,7 @@ class _Lists:
                 "embedding": stored[order].astype(np.float16),
                 "centres": centres.astype(np.float16),
                 "sizes": np.bincount(assigned, minlength=len(centres)).astype(np.int64),
+                **screen.arrays(order),
             },
         )
 

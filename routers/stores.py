@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from mixmerge.kernels import loops
 from mixmerge.routers.base import Embedding, Floats
 from mixmerge.routers.draws import Keys
-from mixmerge.routers.search import Index, Rows
+from mixmerge.routers.search import LAYOUT, Index, Rows
 
 COVERAGE = 0.5  # of a store's queries, from which an added expert shares it
 
@@ -39,7 +39,7 @@ class Store:
     def open(cls, arrays: Mapping[str, NDArray[Any]], name: str, probes: int) -> Store:
         score = arrays[f"{name}.score"]
         missing = np.isnan(score)
-        parts = {what: arrays[f"{name}.{what}"] for what in ("embedding", "centres", "sizes")}
+        parts = {what: arrays[f"{name}.{what}"] for what in LAYOUT}
         if not missing.any():
             return cls(Index(parts, probes), score, None)
         return cls(

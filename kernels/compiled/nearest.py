@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from mixmerge.kernels.layout import NEAREST_BLOCK, NEAREST_LOW, NEAREST_ONE
+from mixmerge.kernels.layout import NEAREST_LOW, NEAREST_ONE
 
 I64 = np.int64
 
@@ -60,23 +60,66 @@ def keep_largest(similar, first, queries, keys, counts, least, k):  # (n, m), (n
         q, row = queries[i], similar[i]
         mine, count, bound = keys[q], counts[q], least[q]
         low = np.float32(bound >> 32) / np.float32(NEAREST_ONE)
-        for start in range(0, row.size, NEAREST_BLOCK):  # most blocks have none: that is seen 16 at a time
-            block = row[start : start + NEAREST_BLOCK]
-            if _count_from(block, low) == 0:
+        if _count_from(row, low) == 0:  # so it is in most lists, and is seen 16 rows at a time
+            continue
+        for j in range(row.size):
+            if row[j] < low:
                 continue
-            for j in range(block.size):
-                if block[j] < low:
-                    continue
-                key = (I64(block[j] * np.float32(NEAREST_ONE)) << 32) | (
-                    I64(NEAREST_LOW) - (first + start + j)
-                )
-                if key > bound:
-                    mine[count] = key
-                    count += 1
-                    if count == mine.size:
-                        bound = _largest(mine, k)
-                        count = k
-                        low = np.float32(bound >> 32) / np.float32(NEAREST_ONE)
+            key = (I64(row[j] * np.float32(NEAREST_ONE)) << 32) | (I64(NEAREST_LOW) - (first + j))
+            if key > bound:
+                mine[count] = key
+                count += 1
+                if count == mine.size:
+                    bound = _largest(mine, k)
+                    count = k
+                    low = np.float32(bound >> 32) / np.float32(NEAREST_ONE)
+        counts[q], least[q] = count, bound
+
+
+@njit(fastmath={"reassoc"})
+def _count_hopeful(heads, tails, tail, low):
+    count = np.float32(0)
+    for i in range(heads.size):
+        count += np.float32(1) if heads[i] + tail * tails[i] >= low else np.float32(0)
+    return count
+
+
+@njit(fastmath={"reassoc", "contract"})
+def _product(one, other):
+    # Multiples of the grid's step: every partial sum is exact, in any order.
+    total = np.float32(0)
+    for i in range(one.size):
+        total += one[i] * other[i]
+    return total
+
+
+@njit
+def screen_largest(
+    near, tails, first, queries, tail, asked, stored, keys, counts, least, k
+):  # (n, m), (N,), (n,), (Q,), (Q, D), (N, D), (Q, C), (Q,), (Q,)
+    """As ``keep_largest``, of rows whose heads alone are multiplied; hopeful ones are looked at in full.
+
+    ``near`` are products of heads; a row is hopeful if that and ``tail`` of the query times its own reach the bound.
+    """
+    behind = tails[first : first + near.shape[1]]
+    for i in range(queries.size):
+        q, row = queries[i], near[i]
+        mine, count, bound, rest = keys[q], counts[q], least[q], tail[q]
+        low = np.float32(bound >> 32) / np.float32(NEAREST_ONE)
+        if _count_hopeful(row, behind, rest, low) == 0:
+            continue
+        for j in range(row.size):
+            if row[j] + rest * behind[j] < low:
+                continue
+            similar = _product(asked[q], stored[first + j])
+            key = (I64(similar * np.float32(NEAREST_ONE)) << 32) | (I64(NEAREST_LOW) - (first + j))
+            if key > bound:
+                mine[count] = key
+                count += 1
+                if count == mine.size:
+                    bound = _largest(mine, k)
+                    count = k
+                    low = np.float32(bound >> 32) / np.float32(NEAREST_ONE)
         counts[q], least[q] = count, bound
 
 

@@ -25,8 +25,10 @@ from mixmerge.outcomes.table import OutcomeTable
 from mixmerge.routers.base import Inputs, Router, Training
 from mixmerge.routers.contract import check_router, sample
 from mixmerge.routers.embedders import GivenFeatures
+from mixmerge.routers.grid import STEP, on_grid
 from mixmerge.routers.nearest import NearestRouter
-from mixmerge.routers.search import STEP, Index, in_parts, lay_out, on_grid
+from mixmerge.routers.screen import Screen, choose, split
+from mixmerge.routers.search import Index, in_parts, lay_out
 from mixmerge.routers.shrinkage import STRONGEST
 from mixmerge.routers.stores import best_worth, matched, weights
 
@@ -310,6 +312,60 @@ def test_an_inverted_file_is_saved_and_loaded(tmp_path: Path) -> None:
 def test_wrong_options(options: dict[str, float], word: str) -> None:
     with pytest.raises(MixmergeError, match=f"router knn: {word}"):
         NearestRouter(options)
+
+
+# --- a first look by few dimensions
+
+
+def in_few(rows: int, dimensions: int, *, kept: int, seed: int) -> NDArray[np.float32]:
+    """Points of unit length, nearly all of them in the first ``kept`` dimensions."""
+    made = np.random.default_rng(seed).standard_normal((rows, dimensions))
+    made[:, kept:] *= 0.03
+    return on_grid(made / np.linalg.norm(made, axis=1, keepdims=True))
+
+
+def test_a_screen_is_used_where_it_saves_work() -> None:
+    flat = choose(in_few(2_000, 64, kept=64, seed=0), in_few(50, 64, kept=64, seed=1), k=5)
+    assert flat.basis.shape == (64, 0)
+    steep = choose(in_few(2_000, 64, kept=6, seed=0), in_few(50, 64, kept=6, seed=1), k=5)
+    assert 0 < steep.basis.shape[1] <= 16
+    assert 0 <= steep.slack <= 1
+
+
+def test_heads_and_tails_by_hand() -> None:
+    rows = on_grid(np.array([[0.6, 0.8, 0.0], [0.0, 0.0, 1.0]]))
+    heads, tails = split(rows, on_grid(np.eye(3)[:, :1]))
+    assert heads[:, 0] == pytest.approx([0.6, 0.0], abs=STEP)
+    assert tails == pytest.approx([0.8, 1.0], abs=2 * STEP)
+
+
+@given(st.integers(0, 1_000), st.integers(1, 12))
+@settings(max_examples=20, deadline=None)
+def test_with_the_whole_slack_no_neighbour_is_lost(seed: int, k: int) -> None:
+    stored, asked = in_few(400, 16, kept=4, seed=seed), in_few(20, 16, kept=4, seed=seed + 1)
+    layout = lay_out(stored, keys(400), k=k, recall=0.9, flat_rows=100, seed=0)
+    basis = on_grid(np.eye(16)[:, :3])
+    heads, tails = split(stored, basis)
+    screen = Screen(basis, heads, tails, 1.0)
+    with_it = Index({**layout.arrays, **screen.arrays(layout.order)}, layout.probes)
+    without = Index({**layout.arrays, **Screen.none(stored).arrays(layout.order)}, layout.probes)
+    for probes in (layout.probes, len(layout.arrays["sizes"])):
+        found, wanted = (index.search(asked, k, probes=probes) for index in (with_it, without))
+        assert np.array_equal(found[0], wanted[0])
+        assert np.array_equal(found[1], wanted[1])
+
+
+def test_a_screened_search_depends_on_no_batch_mate() -> None:
+    stored, asked = in_few(3_000, 64, kept=6, seed=3), in_few(40, 64, kept=6, seed=4)
+    layout = lay_out(stored, keys(3_000), k=5, recall=0.9, flat_rows=100, seed=0)
+    assert layout.arrays["basis"].size
+    index = Index(layout.arrays, layout.probes)
+    together = index.search(asked, 5)
+    alone = [index.search(one[None], 5) for one in asked]
+    assert np.array_equal(together[1], np.concatenate([rows for _, rows in alone]))
+    exact = np.argsort(-(asked @ stored.T), axis=1, kind="stable")[:, :5]
+    found = layout.order[together[1]]
+    assert np.mean([len(set(a) & set(b)) / 5 for a, b in zip(found, exact, strict=True)]) > 0.85
 
 
 def test_more_queries_of_one_list_than_a_product_takes() -> None:
