@@ -34,7 +34,7 @@ MANY = """## Nine experts: LLMRouter's data
 
 {train} training queries and {test} test queries, of which {leaked} are in the training file word for word; the others
 are the clean rows, as they are counted elsewhere, {near} of which are near copies of training queries. The router is
-chosen by grouped five-fold cross-validation inside the training file ({repeats} partitions); the gain is over the
+chosen by grouped five-fold cross-validation inside the training file ({partitions}); the gain is over the
 expert that is best on each training part, paired by query, with its 95 % bootstrap interval.
 """
 
@@ -70,7 +70,7 @@ def page(
             test=len(found.test),
             leaked=len(found.leaks.exact),
             near=len(found.leaks.near),
-            repeats=repeats,
+            partitions="one partition" if repeats == 1 else f"{repeats} partitions",
         )
     )
     parts += [_folds(found), TESTED, *(_tested(name, found) for name in found.reports)]
