@@ -5,8 +5,9 @@ from __future__ import annotations
 import threading
 import time
 from array import array
-from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property, partial
+from itertools import islice, tee
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -25,10 +26,12 @@ from mixmerge.batch.replay import Replay, key
 from mixmerge.batch.residence import Residence
 from mixmerge.batch.running import Hooks, StageRun
 from mixmerge.batch.setup import Conditions, Setup, Source
+from mixmerge.engines.records import Request
 from mixmerge.errors import Fault, MixmergeError
 
 Progress = Callable[[str, int, int], None]  # (what, done, in all)
 MOST_STAGES = 64
+_READ = 1_024  # requests that are read at a time
 MOST_TOKENS = 1 << 40
 _CACHE_SHARE = 0.5  # of the memory beside the weights, for keys and values; activations take the rest
 
@@ -107,11 +110,14 @@ class Job:
             "batch_tokens": self.conditions.batch_tokens,
         }
 
-    def item(self, row: int) -> Item:
-        (line,) = self.source.read([row])
-        if line.item is None:
-            raise MixmergeError(line.fault or Fault(f"line {line.number}", "is no request"))
-        return line.item
+    def items(self, rows: Iterable[int]) -> Iterator[tuple[int, Item]]:
+        """Requests by row; the input is opened once for many."""
+        left = iter(rows)
+        while chunk := list(islice(left, _READ)):
+            for row, line in zip(chunk, self.source.read(chunk), strict=True):
+                if line.item is None:
+                    raise MixmergeError(line.fault or Fault(f"line {line.number}", "is no request"))
+                yield row, line.item
 
     def __len__(self) -> int:
         return self._rows
@@ -128,14 +134,12 @@ class Job:
             done += count
             self._tell("deciding", done, len(good))
 
-        items = ((row, self.item(row)) for row in good)
-        self.decided.make(items, self.setup.route, whole=self.setup.whole, progress=more)
+        self.decided.make(self.items(good), self.setup.route, whole=self.setup.whole, progress=more)
 
-    def replay(self, row: int) -> Replay:
-        """A request as far as it has come."""
-        return Replay(
-            row, self.item(row), lambda: self.decided.of(row), self.setup, self.stages, self.journal
-        )
+    def replays(self, rows: Iterable[int]) -> Iterator[Replay]:
+        """Requests as far as they have come."""
+        for row, item in self.items(rows):
+            yield Replay(row, item, partial(self.decided.of, row), self.setup, self.stages, self.journal)
 
     def next_stage(self) -> Stage | None:
         """The next stage, with the answers that are in the journal; None if every request has settled."""
@@ -145,12 +149,11 @@ class Job:
         names = {name: at for at, name in enumerate(self.setup.experts.names)}
         columns: list[array[int]] = [array("q") for _ in range(5)]
         keys = array("Q")
-        for row in self._unsettled():
-            view = self.replay(row)
+        for view in self.replays(self._unsettled()):
             asks = view.outcome(number)
             for at, ask in enumerate(asks if isinstance(asks, tuple) else ()):
                 request = view.request(ask)
-                numbers = (row, at, names[ask.expert], estimated(request.prompt), request.max_new_tokens)
+                numbers = (view.row, at, names[ask.expert], estimated(request.prompt), request.max_new_tokens)
                 for column, value in zip(columns, numbers, strict=True):
                     column.append(value)
                 keys.append(key(request, number, ask))
@@ -255,13 +258,18 @@ class Job:
         loaded = frozenset().union(*(one.units for one in residences.values()))
         run = StageRun(
             stage,
-            lambda call: self.replay(int(stage.rows[call])).asked(stage, call),
+            partial(self._requests, stage),
             self.journal,
             residences,
             self.setup.experts.names,
             Hooks(finished, self.stop, deadline),
         )
         run.run(self.placements(stage, loaded=loaded))
+
+    def _requests(self, stage: Stage, calls: Sequence[int]) -> list[Request]:
+        """What engines are asked in some calls of a stage, in their order."""
+        views = self.replays([int(stage.rows[call]) for call in calls])
+        return [view.asked(stage, call) for call, view in zip(calls, views, strict=True)]
 
     def _residences(self) -> dict[str, Residence]:
         units = self.setup.experts.units()
@@ -291,21 +299,26 @@ class Job:
 
     def answers(self) -> Iterator[Answer]:
         """The answer of every line of the input, in its order; after ``run``."""
-        for row in range(len(self)):
-            answer = self.answer(row, len(self.stages))
+        for answer in self.answers_of(range(len(self)), len(self.stages)):
             if answer is None:
                 raise AssertionError("a request that was never settled")
             yield answer
 
-    def answer(self, row: int, stage: int) -> Answer | None:
-        """The answer of a request, if it has settled before that stage."""
-        if row in self.bad:
-            name, fault = self.bad[row]
-            return Answer(name, fault=fault, row=row)
-        if row in self.decided.faults:
-            item = self.item(row)
-            return Answer(item.id, fault=Fault(f"request {item.id}", self.decided.faults[row]), row=row)
-        return self.replay(row).answer(stage)
+    def answers_of(self, rows: Iterable[int], stage: int) -> Iterator[Answer | None]:
+        """Answers of requests; None of those that have not settled before that stage."""
+        first, second = tee(rows)
+        views = self.replays(row for row in second if row not in self.bad)
+        for row in first:
+            if row in self.bad:
+                name, fault = self.bad[row]
+                yield Answer(name, fault=fault, row=row)
+                continue
+            view = next(views)
+            if row in self.decided.faults:
+                fault = Fault(f"request {view.item.id}", self.decided.faults[row])
+                yield Answer(view.item.id, fault=fault, row=row)
+            else:
+                yield view.answer(stage)
 
     def _emit_unasked(self, settled: Callable[[Answer], None] | None) -> None:
         if settled is not None:
@@ -321,8 +334,7 @@ class Job:
     def _emit(self, settled: Callable[[Answer], None] | None, rows: Sequence[int], stage: int) -> None:
         if settled is None:
             return
-        for row in rows:
-            answer = self.answer(row, stage)
+        for answer in self.answers_of(rows, stage):
             if answer is not None:
                 settled(answer)
 

@@ -56,7 +56,7 @@ class StageRun:
 
     Args:
         stage: what is asked; its offsets and faults are filled in.
-        request: the request of a call, with the adapter it needs.
+        requests: those of some calls, with the adapters they need.
         journal: takes every answer.
         residences: device -> what is loaded there; with ``REMOTE``.
         experts: names, by a stage's numbers.
@@ -64,7 +64,7 @@ class StageRun:
     """
 
     stage: Stage
-    request: Callable[[int], Request]
+    requests: Callable[[Sequence[int]], list[Request]]
     journal: Journal
     residences: Mapping[str, Residence]
     experts: Sequence[str]
@@ -150,7 +150,7 @@ class StageRun:
     def _generate(self, batch: Batch, engine: Engine) -> None:
         """Ask, and write what comes."""
         calls = [int(call) for call in batch.calls]
-        requests = [self.request(call) for call in calls]
+        requests = self.requests(calls)
         start = time.perf_counter()
         found = engine.generate_each(requests)
         seconds = time.perf_counter() - start

@@ -128,7 +128,7 @@ def stream(mixture: Mixture, asked: Asked, *, conditions: Conditions | None = No
 
 def _words(job: Job, stage: Stage) -> Iterator[str]:
     """What the first expert says, as it says it; it is written to the journal, where the job finds it."""
-    request = job.replay(0).asked(stage, 0)
+    request = next(job.replays([0])).asked(stage, 0)
     name = job.setup.experts.names[int(stage.experts[0])]
     unit = job.setup.experts[name].unit
     engine = open_engine(job.setup.experts.units()[unit], device=job.conditions.devices[0].name)

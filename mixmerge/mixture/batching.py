@@ -223,8 +223,7 @@ def _unordered(job: Job, source: Input, form: Form, files: Files) -> int:
                 out.write(source.read([answer.row])[0], answer)
 
         job.run(settled=settled)
-        for row in sorted(failed):
-            answer = job.answer(row, len(job.stages))
+        for answer in job.answers_of(sorted(failed), len(job.stages)):
             if answer is not None:
-                out.write(source.read([row])[0], answer)
+                out.write(source.read([answer.row])[0], answer)
     return len(failed)

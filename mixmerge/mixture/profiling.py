@@ -111,7 +111,7 @@ def profile(
     _refuse(source, reference)  # before there is a job that would have to be forgotten
     with Job(source, _setup(spec, experts, composition), work, conditions, progress=progress) as job:
         job.run()
-        return Profile(_table(job, source, experts, check, reference, draws), job.report())
+        return Profile(_table(job, experts, check, reference, draws), job.report())
 
 
 def _setup(spec: MixtureSpec, experts: ExpertSet, composition: Everyone) -> Setup:
@@ -151,18 +151,14 @@ def _wrong(line: Line, reference: str) -> Fault | None:
     return None
 
 
-def _table(
-    job: Job, source: Source, experts: ExpertSet, check: Check, reference: str, draws: int
-) -> OutcomeTable:
+def _table(job: Job, experts: ExpertSet, check: Check, reference: str, draws: int) -> OutcomeTable:
     shape = (len(job), len(experts))
     score, tokens_in, tokens_out = (np.full(shape, np.nan) for _ in range(3))
     items: list[Item] = []
-    for row, line in enumerate(source.lines()):
-        if line.item is None:
-            raise MixmergeError(line.fault or Fault(f"line {line.number}", "is no query"))
-        items.append(line.item)
-        wanted = line.item.metadata[reference]
-        heard = [one for one in job.replay(row).heard() if one is not None]
+    for row, view in enumerate(job.replays(range(len(job)))):
+        items.append(view.item)
+        wanted = view.item.metadata[reference]
+        heard = [one for one in view.heard() if one is not None]
         for e, name in enumerate(experts.names):
             mine = [one for one in heard if one["expert"] == name]
             if len(mine) < draws:
