@@ -35,7 +35,7 @@ def job(tmp_path: Path) -> Callable[..., Input]:
 
 # Imports what a job needs once, then makes a process for each command: their start would be most of the time.
 STARTER = """
-import json, os, resource, sys, traceback
+import json, os, resource, signal, sys, traceback
 from mixmerge import cli
 from mixmerge.mixture import Mixture, batching
 import mixmerge.aggregate.synthesis, mixmerge.routers.constants, mixmerge.engines.process, rich.table
@@ -43,6 +43,7 @@ for line in sys.stdin:
     asked = json.loads(line)
     child = os.fork()
     if child == 0:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
         for stream, number, how in (
             ("in", 0, os.O_RDONLY),
             ("out", 1, os.O_WRONLY | os.O_CREAT | os.O_TRUNC),

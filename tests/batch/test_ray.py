@@ -93,6 +93,9 @@ def test_an_address_may_be_left_out(given: str, made: str) -> None:
 # --- with one
 
 
+TOKEN = secrets.token_hex(16)  # one for a process: Ray keeps the first it is told
+
+
 @pytest.fixture(scope="module")
 def session() -> Iterator[Path]:
     """A cluster of this machine with two CPUs, and the folder where it logs. Its processes see the stand-ins."""
@@ -101,7 +104,7 @@ def session() -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(STANDINS))
         patch.setenv("PYTHONPATH", os.pathsep.join([str(STANDINS), str(ROOT)]))
-        patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(16))  # or Ray would write one into the user's home
+        patch.setenv("RAY_AUTH_TOKEN", TOKEN)  # or Ray would write one into the user's home
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         ray.init(
             address="local",

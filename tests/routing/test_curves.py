@@ -81,7 +81,7 @@ def test_points_are_those_of_the_definition(case: tuple[np.ndarray, np.ndarray, 
     wanted = {}
     for i, threshold in enumerate(thresholds):
         last = i == len(thresholds) - 1
-        chosen = preference > threshold if last else preference >= threshold - 1e-9
+        chosen = preference > threshold + 1e-9 if last else preference >= threshold - 1e-9
         wanted[round(float(chosen.mean()), 9)] = float(np.where(chosen, strong, weak).mean())
     wanted[1.0] = float(strong.mean())
     assert dict(zip(curve.share.round(9).tolist(), curve.score, strict=True)) == pytest.approx(wanted)

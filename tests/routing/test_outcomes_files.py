@@ -400,6 +400,6 @@ def test_where_nothing_can_be_written(tmp_path: Path, ending: str) -> None:
     with pytest.raises(OutputError, match="cannot be written"):
         SMALL.write(tmp_path / "file" / f"t{ending}")
     (tmp_path / f"folder{ending}").mkdir()
-    with pytest.raises(OutputError, match="cannot be written"):
+    with pytest.raises(OutputError, match="is a folder"):
         SMALL.write(tmp_path / f"folder{ending}")
     assert sorted(one.name for one in tmp_path.iterdir()) == ["file", f"folder{ending}"]
