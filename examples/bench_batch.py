@@ -87,6 +87,12 @@ class TimedEngine(TransformersEngine):
             super().load()
             CLOCK.add("load", start)
 
+    def unload(self) -> None:
+        if self.loaded:
+            start = time.perf_counter()
+            super().unload()
+            CLOCK.add("unload", start)
+
     def generate_each(self, requests: Sequence[Request]) -> list[Generation | Fault]:
         start = time.perf_counter()
         found = super().generate_each(requests)
@@ -277,7 +283,7 @@ HEADINGS = ("what", "measured", "bar", "", "how")
 ABOUT = """The experts are copies of SmolLM2-135M-Instruct in bfloat16, each read from files of its own that the system
 has cached; queries are short, at most 8 tokens are generated, and each goes to another expert than the one before. The
 per-query order answers them one by one, with one expert in memory. Scheduling and journal: the part of the wall clock
-in which no engine loads or generates."""
+in which no engine loads, generates or unloads."""
 
 
 def markdown(lines: Sequence[Figure], said: str) -> str:
