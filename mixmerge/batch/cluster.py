@@ -252,4 +252,4 @@ def _measured(ray: Any, slots: Sequence[Slot], memory: int | None) -> tuple[Slot
 
 def look(gpu: bool) -> tuple[str, int]:
     """The name of this machine, and bytes that experts may take of its memory, or of its first visible GPU's."""
-    return socket.gethostname(), memory_of("cuda:0", ["cuda:0"]) if gpu else free_memory()
+    return socket.gethostname(), memory_of("cuda:0") if gpu else free_memory()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,6 +21,7 @@ from mixmerge.experts import ExpertSet
 if TYPE_CHECKING:
     from mixmerge.batch.cluster import Cluster
 
+_DEVICE = re.compile(r"cpu|cuda(:[0-9]+)?")
 _MEMORY_SHARE = 0.8  # of what is free, that experts may take
 
 
@@ -131,14 +133,49 @@ class Conditions:
             raise MixmergeError(faults)
 
 
-def memory_of(device: str, devices: Sequence[str]) -> int:
-    """Bytes that experts may take on a device, when a job starts; devices of one kind share this machine's."""
-    if device.startswith("cuda"):
+def devices_of(names: Sequence[str], *, memory: int | None = None) -> tuple[Device, ...]:
+    """Devices by their names.
+
+    Args:
+        names: ``cpu``, ``cuda`` or ``cuda:N``, each once.
+        memory: bytes that experts may take on each; by default a share of what is free there.
+
+    Raises:
+        MixmergeError: a name that is none of these or there twice, a GPU that torch does not see; all at once.
+    """
+    faults = [
+        Fault(f"device {name}", "is no device that is known", "cpu, cuda, or cuda:N")
+        for name in names
+        if not _DEVICE.fullmatch(name)
+    ]
+    faults += [
+        Fault(f"device {name}", "is named twice", "Each once")
+        for name in sorted(set(names))
+        if names.count(name) > 1
+    ]
+    gpus = [name for name in names if name.startswith("cuda")]
+    if gpus and not faults:
         import torch
 
-        free, _ = torch.cuda.mem_get_info(torch.device(device))
-        return int(free * _MEMORY_SHARE)
-    return free_memory() // sum(not name.startswith("cuda") for name in devices)
+        seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        faults += [
+            Fault(f"device {name}", f"is not there: torch sees {seen} GPUs", "cpu, or a GPU that it sees")
+            for name in gpus
+            if int(name.partition(":")[2] or 0) >= seen
+        ]
+    if faults:
+        raise MixmergeError(faults)
+    return tuple(Device(name, memory_of(name) if memory is None else memory) for name in names)
+
+
+def memory_of(device: str) -> int:
+    """Bytes that experts may take on a device: a share of what is free there."""
+    if not device.startswith("cuda"):
+        return free_memory()
+    import torch
+
+    free, _ = torch.cuda.mem_get_info(torch.device(device))
+    return int(free * _MEMORY_SHARE)
 
 
 def free_memory() -> int:

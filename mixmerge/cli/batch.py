@@ -173,13 +173,10 @@ def conditions_of(
     apart: bool = False,
 ) -> Conditions:
     """Where a job runs, as options say it."""
-    from mixmerge.batch.placing import Device
-    from mixmerge.batch.setup import Conditions, memory_of
+    from mixmerge.batch.setup import Conditions, devices_of
 
-    names = devices or ["cpu"]
     given = None if memory is None else int(memory * 1e9)
-    found = tuple(Device(name, given if given is not None else memory_of(name, names)) for name in names)
-    return Conditions(found, batch_tokens, deadline, apart)
+    return Conditions(devices_of(devices or ["cpu"], memory=given), batch_tokens, deadline, apart)
 
 
 @contextmanager

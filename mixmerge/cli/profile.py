@@ -58,7 +58,9 @@ def profile(
     from mixmerge.mixture.profiling import profile as run
     from mixmerge.mixture.profiling import same
     from mixmerge.outcomes.whole import check_free
+    from mixmerge.outcomes.writing import check_ending
 
+    check_ending(output)
     check_free(output, overwrite=overwrite)
     work = output.absolute().parent / f".{output.name}.job"
     if overwrite:

@@ -23,12 +23,20 @@ def write(table: OutcomeTable, path: Path) -> None:
             that could not be read again.
         OutputError: the file cannot be written.
     """
-    writers = {".parquet": _parquet, ".jsonl": _jsonl}
-    if path.suffix not in writers:
-        raise MixmergeError(Fault(str(path), f"has the ending {path.suffix!r}", ".parquet or .jsonl"))
+    check_ending(path)
     _check(table)
     with whole_file(path) as file:
-        writers[path.suffix](table, file)
+        (_parquet if path.suffix == ".parquet" else _jsonl)(table, file)
+
+
+def check_ending(path: Path) -> None:
+    """Refuse a name that no table is written to, before there is one.
+
+    Raises:
+        MixmergeError: it ends in neither ``.parquet`` nor ``.jsonl``.
+    """
+    if path.suffix not in (".parquet", ".jsonl"):
+        raise MixmergeError(Fault(str(path), f"has the ending {path.suffix!r}", ".parquet or .jsonl"))
 
 
 def _check(table: OutcomeTable) -> None:

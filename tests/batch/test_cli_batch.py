@@ -242,6 +242,9 @@ def test_profile_refuses_before_there_is_a_job(made: Any, experts: Any) -> None:
     assert "line 5" in wrong
     assert not (made.folder / ".p.jsonl.job").exists()
     tasks.write_text(right)
+    ending = run(*arguments[:-1], made.folder / "p.xls", code=2).stderr
+    assert "has the ending '.xls'" in ending
+    assert not (made.folder / ".p.xls.job").exists()
     run(*arguments)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -158,13 +157,10 @@ def test_a_deadline_ends_it(tmp_path: Path) -> None:
 
 
 def test_several_devices_share_the_work(tmp_path: Path) -> None:
-    names: set[str] = set()
-    make: Callable[[str], Device] = lambda name: Device(name, 1 << 30)  # noqa: E731
-    with Job(
-        Listed(tuple(items(80))), setup(), tmp_path, replace(CPU, devices=(make("cpu"), make("cpu:1")))
-    ) as job:
-        job.run(settled=lambda one: names.add(threading.current_thread().name))
-        report = job.report()
+    two = replace(CPU, devices=(Device("cpu", 1 << 30), Device("cpu:1", 1 << 30)))
+    with Job(Listed(tuple(items(80))), setup(), tmp_path / "two", two) as job:
+        report = job.run()
+        assert list(job.answers()) == run(items(80), setup(), tmp_path / "one")
     assert {one.device for one in report.loads} == {"cpu", "cpu:1"}
     assert sum(one.times for one in report.loads) == 2
 

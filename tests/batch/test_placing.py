@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from mixmerge.batch.placing import REMOTE, Device, place, seconds
 from mixmerge.batch.plan import Batch, Group, Stage, groups
 from mixmerge.batch.residence import Residence
+from mixmerge.batch.setup import devices_of
 from mixmerge.engines.echo import EchoEngine
 from mixmerge.errors import EngineDiedError, Fault, MixmergeError
 from mixmerge.experts import Expert, ExpertSet
@@ -128,6 +129,25 @@ def test_a_split_batch_comes_back_as_its_halves() -> None:
     )
     halves = whole.batches[0].halves(stage.keys)
     assert [one.id for one in split.batches] == [one.id for one in halves]
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (["gpu9"], "device gpu9: is no device that is known. cpu, cuda, or cuda:N"),
+        (["cpu:1"], "device cpu:1: is no device"),
+        (["cpu", "cpu"], "device cpu: is named twice"),
+        (["cpu", "cuda:4000"], "device cuda:4000: is not there: torch sees"),
+    ],
+)
+def test_devices_that_are_not_there(names: list[str], words: str) -> None:
+    with pytest.raises(MixmergeError, match=words):
+        devices_of(names)
+
+
+def test_a_device_has_the_memory_that_is_said_or_free() -> None:
+    assert devices_of(["cpu"], memory=5) == (Device("cpu", 5),)
+    assert devices_of(["cpu"])[0].memory > 1_000_000
 
 
 # --- memory
