@@ -50,6 +50,25 @@ def _count_from(values, low):
 
 
 @njit
+def _key(similar, place):
+    return (I64(similar * np.float32(NEAREST_ONE)) << 32) | (I64(NEAREST_LOW) - place)
+
+
+@njit
+def _similarity(key):
+    return np.float32(key >> 32) / np.float32(NEAREST_ONE)
+
+
+@njit
+def _kept(mine, count, bound, key, k):
+    """Put a key at the end of the ``count`` there are; of a full row the k best stay. How many there are, the bound."""
+    mine[count] = key
+    if count + 1 < mine.size:
+        return count + 1, bound
+    return k, _largest(mine, k)
+
+
+@njit
 def keep_largest(similar, first, queries, keys, counts, least, k):  # (n, m), (n,), (Q, C), (Q,), (Q,)
     """Take in the similarities of queries to the m rows from ``first`` on.
 
@@ -59,20 +78,16 @@ def keep_largest(similar, first, queries, keys, counts, least, k):  # (n, m), (n
     for i in range(queries.size):
         q, row = queries[i], similar[i]
         mine, count, bound = keys[q], counts[q], least[q]
-        low = np.float32(bound >> 32) / np.float32(NEAREST_ONE)
+        low = _similarity(bound)
         if _count_from(row, low) == 0:  # so it is in most lists, and is seen 16 rows at a time
             continue
         for j in range(row.size):
             if row[j] < low:
                 continue
-            key = (I64(row[j] * np.float32(NEAREST_ONE)) << 32) | (I64(NEAREST_LOW) - (first + j))
+            key = _key(row[j], first + j)
             if key > bound:
-                mine[count] = key
-                count += 1
-                if count == mine.size:
-                    bound = _largest(mine, k)
-                    count = k
-                    low = np.float32(bound >> 32) / np.float32(NEAREST_ONE)
+                count, bound = _kept(mine, count, bound, key, k)
+                low = _similarity(bound)
         counts[q], least[q] = count, bound
 
 
@@ -105,21 +120,16 @@ def screen_largest(
     for i in range(queries.size):
         q, row = queries[i], near[i]
         mine, count, bound, rest = keys[q], counts[q], least[q], tail[q]
-        low = np.float32(bound >> 32) / np.float32(NEAREST_ONE)
+        low = _similarity(bound)
         if _count_hopeful(row, behind, rest, low) == 0:
             continue
         for j in range(row.size):
             if row[j] + rest * behind[j] < low:
                 continue
-            similar = _product(asked[q], stored[first + j])
-            key = (I64(similar * np.float32(NEAREST_ONE)) << 32) | (I64(NEAREST_LOW) - (first + j))
+            key = _key(_product(asked[q], stored[first + j]), first + j)
             if key > bound:
-                mine[count] = key
-                count += 1
-                if count == mine.size:
-                    bound = _largest(mine, k)
-                    count = k
-                    low = np.float32(bound >> 32) / np.float32(NEAREST_ONE)
+                count, bound = _kept(mine, count, bound, key, k)
+                low = _similarity(bound)
         counts[q], least[q] = count, bound
 
 
