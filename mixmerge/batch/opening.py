@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mixmerge.checkpoint.header import DTYPE_BYTES, read_header
 from mixmerge.checkpoint.reader import read_json
 from mixmerge.engines.base import Engine
-from mixmerge.engines.process_wire import make_engine
+from mixmerge.engines.process_wire import arguments_taken, make_engine
 from mixmerge.experts import Expert
 
 if TYPE_CHECKING:
@@ -25,16 +25,17 @@ def arguments_of(unit: Sequence[Expert], *, device: str) -> dict[str, Any]:
     """What the engine of these experts is made with, as JSON values."""
     first = unit[0]
     options = dict(first.options)
-    if first.engine == "echo":
-        return {"name": first.model, **options}
     if first.remote:
         return {"endpoint": first.endpoint, "model": first.model, "api_key_env": first.api_key_env, **options}
+    taken = arguments_taken(first.engine)
     adapters = {one.name: one.adapter for one in unit if one.adapter is not None}
-    about: dict[str, Any] = {"model": first.model, **({"adapters": adapters} if adapters else {})}
+    about = {"model": first.model, "device": device, **({"adapters": adapters} if adapters else {})}
+    # What an engine does not take is nothing to it, but for adapters: those it would leave out.
+    known = {name: value for name, value in about.items() if name in taken or name == "adapters"}
     if first.engine == "vllm":
         process = {name: options.pop(name) for name in _VLLM_PROCESS if name in options}
-        return {**about, **process, "options": options}
-    return {**about, "device": device, **options}
+        return {**known, **process, "options": options}
+    return {**known, **options}
 
 
 def open_engine(
@@ -60,7 +61,8 @@ def open_engine(
     visible = device.partition(":")[2] or None if gpu else None
     if first.engine == "vllm":
         return make_engine("vllm", {**arguments, "visible_devices": visible}, name)
-    if first.remote or first.engine == "echo" or not (gpu or apart):
+    loads = "model" in arguments or "adapters" in arguments
+    if first.remote or not loads or not (gpu or apart):
         return make_engine(first.engine, arguments, name)
     from mixmerge.engines.process import ProcessEngine
 
@@ -96,7 +98,7 @@ def _absolute(place: str) -> str:
 def size_of(unit: Sequence[Expert]) -> int:
     """Bytes of the weights that are loaded for these experts; 0 if that cannot be told from files here."""
     first = unit[0]
-    if first.remote or first.engine == "echo":
+    if first.remote:
         return 0
     places = [first.model, *(one.adapter for one in unit if one.adapter is not None)]
     wanted = _DTYPES.get(str(first.options.get("dtype", "auto")))
@@ -107,7 +109,7 @@ def token_bytes(unit: Sequence[Expert]) -> int:
     """Bytes that keys and values of one token take, by the model's config; 0 if that cannot be told from files here."""
     first = unit[0]
     path = Path(first.model).expanduser() / "config.json"
-    if first.remote or first.engine == "echo" or not path.is_file():
+    if first.remote or not path.is_file():
         return 0
     config = read_json(path)
     config = config.get("text_config") or config

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mixmerge.cli.batch import BatchTokens, Devices, Memory, MixturePath, TrustEndpoints, conditions_of
+from mixmerge.cli.route.options import Meta
 from mixmerge.cli.show import emit_json
 
 if TYPE_CHECKING:
@@ -21,12 +22,7 @@ def ask(
         str | None,
         typer.Option("--expert", help="Who answers; by default the router decides.", show_default=False),
     ] = None,
-    meta: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--meta", metavar="NAME=VALUE", help="Label of the prompt, such as task=sums.", show_default=False
-        ),
-    ] = None,
+    meta: Meta = None,
     explain: Annotated[bool, typer.Option("--explain", help="Say on stderr who answers, and why.")] = False,
     max_new_tokens: Annotated[
         int | None, typer.Option("--max-new-tokens", min=1, help="Of the answer.", show_default=False)

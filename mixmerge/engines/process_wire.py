@@ -44,13 +44,26 @@ def message_of(line: bytes) -> dict[str, Any] | None:
     return message if whole else None
 
 
+def arguments_taken(kind: str) -> frozenset[str]:
+    """What an engine of the table, or of ``module:Class``, can be made with.
+
+    Raises:
+        MixmergeError: there is no such engine.
+    """
+    return frozenset(inspect.signature(_class_of(kind)).parameters)
+
+
+def _class_of(kind: str) -> Any:
+    return load(kind) if ":" in kind else find("engine", kind)
+
+
 def make_engine(kind: str, arguments: Mapping[str, Any], name: str) -> Engine:
     """An engine of the table, or of ``module:Class``, not loaded.
 
     Raises:
         MixmergeError: there is none, or it does not take the arguments.
     """
-    made = load(kind) if ":" in kind else find("engine", kind)
+    made = _class_of(kind)
     known = {one.name: one for one in inspect.signature(made).parameters.values()}
     given = {"name": name, **arguments} if "name" in known else dict(arguments)
     where = f"engine {name}"

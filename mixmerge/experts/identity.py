@@ -19,7 +19,7 @@ def identity(expert: Expert) -> str:
         CheckpointError: a folder that the expert names by a path is not there, or cannot be read.
     """
     whole = [expert.engine, expert.endpoint, dict(expert.options)]
-    if expert.remote or expert.engine == "echo":
+    if expert.remote:
         return canonical_hash([*whole, expert.model])
     return canonical_hash([*whole, _of(expert.model, expert), _of(expert.adapter, expert)])
 

@@ -16,6 +16,7 @@ from mixmerge.cli.route.options import (
     Budget,
     Fallback,
     Json,
+    Meta,
     Overwrite,
     Pay,
     PolicyText,
@@ -61,12 +62,7 @@ def ask(
         str | None,
         typer.Option(help="JSON field of the text; text, query, prompt or question.", show_default=False),
     ] = None,
-    meta: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--meta", metavar="NAME=VALUE", help="Label of the prompt, such as task=sums.", show_default=False
-        ),
-    ] = None,
+    meta: Meta = None,
     explain: Annotated[bool, typer.Option("--explain", help="Say what the scores rest on.")] = False,
     top: Annotated[int, typer.Option(min=1, help="Neighbours, skills, ... that --explain names.")] = 5,
     policy: PolicyText = None,

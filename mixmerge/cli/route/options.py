@@ -58,5 +58,11 @@ AbstainBelow = Annotated[
     float | None,
     typer.Option("--abstain-below", help="Expected score below which nobody is picked.", show_default=False),
 ]
+Meta = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--meta", metavar="NAME=VALUE", help="Label of the prompt, such as task=sums.", show_default=False
+    ),
+]
 Unseen = Annotated[bool, typer.Option("--unseen", help="Leave out queries that were fitted on.")]
 AllowTrained = Annotated[bool, typer.Option("--allow-trained", help="Use them too; the result says so.")]
