@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,11 +32,15 @@ class Context:
         plan: the plan.
         write: writes the first bytes of a worker's ``out`` at an element of a task's target.
         cuts: per task, for methods whose thresholds are of the whole model.
+        sketch: what the method's sketch found in the whole model.
+        statistics: of a task, the statistics of calibration data: by their names, one tensor for each expert.
     """
 
     plan: Plan
     write: Callable[[Task, int, memoryview], None]
     cuts: dict[str, list[Cut]] | None = None
+    sketch: Any = None
+    statistics: Callable[[Task], Mapping[str, Sequence[Any]]] | None = None
 
 
 def _numbers(task: Task, name: str) -> list[float]:

@@ -23,7 +23,7 @@ from mixmerge.machine import cores
 from mixmerge.plan import Plan, Task, fetch, make_plan
 from mixmerge.plan.report import CHUNK
 from mixmerge.recipe import Recipe
-from mixmerge.registry import find
+from mixmerge.registry import find, load
 
 # Beyond this many threads the memory bus, not the cores, is what a merge waits for.
 _MOST_THREADS = 16
@@ -201,7 +201,8 @@ def _tensors(
     threads: int,
     progress: Progress | None,
 ) -> None:
-    from mixmerge.engine.plain import plain, wide
+    from mixmerge.engine.group import wide
+    from mixmerge.engine.plain import plain
 
     adapters = Adapters()
     ranked = plan.method.parameter("epsilon") is not None
@@ -219,7 +220,13 @@ def _tensors(
         from mixmerge.engine.model_scope import model_cuts
 
         cuts = model_cuts(tasks, workers)
-    context = Context(plan, write, cuts)
+    sketch = None
+    if plan.method.sketch and tasks:
+        from mixmerge.engine.sketching import sketched
+
+        passes = load(plan.method.sketch)()
+        sketch = sketched(passes, plan, tasks, workers, files=files, adapters=adapters, device=device)
+    context = Context(plan, write, cuts, sketch)
     written = sum(task.target.nbytes for task in plan.tasks if task.target.name in output.finished)
     total = sum(task.target.nbytes for task in plan.tasks)
 

@@ -6,13 +6,16 @@ import keyword
 import math
 from collections.abc import Mapping, Sequence
 from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mixmerge.errors import Fault, MethodError
 from mixmerge.kernels.philox import Draw
-from mixmerge.methods import REQUIRED, Method, Parameter
+from mixmerge.methods import REQUIRED, Method, Parameter, Role
+from mixmerge.methods.roles import role_of
+from mixmerge.methods.sketch import Group, Sketch, Totals, add
 from mixmerge.methods.sparsify import Cut, model_cuts
 from mixmerge.registry import choices, find, load
 
@@ -29,6 +32,9 @@ def apply(
     parameters: Mapping[str, object],
     draw: Draw | None = None,
     cuts: Sequence[tuple[float, int]] | None = None,
+    role: Role = "other",
+    sketch: Any = None,
+    statistics: Mapping[str, Sequence[Any]] | None = None,
 ) -> Tensor:
     """Call a method's definition on one tensor group.
 
@@ -41,6 +47,9 @@ def apply(
             signature (weight, t, and the density, gamma and epsilon of all but ``ties``, have none).
         draw: seed and tensor name, passed on to stochastic rows only.
         cuts: thresholds per delta for ``scope: model``.
+        role: what the tensor is for; passed on to rows with ``roles``.
+        sketch: what the row's sketch found in the whole model; passed on to rows that have one.
+        statistics: of calibration data, by name, one tensor for each of ``tensors``; passed on to rows with some.
 
     Shapes:
         tensors and base ``S`` each, result ``S``.
@@ -53,7 +62,10 @@ def apply(
         name + "_" if keyword.iskeyword(name) else name: value for name, value in parameters.items()
     }
     faults = [*_count_faults(method, len(tensors), base is not None)]
-    group = [*tensors, base] if method.base == "required" and base is not None else list(tensors)
+    # What is read when it is asked for was held against the base's shape by the plan.
+    group = list(tensors) if isinstance(tensors, list) else []
+    if method.base == "required" and base is not None:
+        group.append(base)
     if len({tensor.shape for tensor in group}) > 1:
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in group)
         faults.append(Fault(method.name, f"shapes differ: {shapes}"))
@@ -72,6 +84,12 @@ def apply(
             faults.append(Fault(method.name, "draws at random and was given no draw"))
     if cuts is not None:
         options["cuts"] = cuts
+    if method.roles:
+        options["role"] = role
+    if method.sketch:
+        options["sketch"] = sketch
+    if method.statistics:
+        options["statistics"] = statistics
     if faults:
         raise MethodError(faults)
     merged: Tensor = load(method.function)(tensors, **options)
@@ -119,6 +137,8 @@ def merge_state_dicts(
     present = {label: state for label, state in labelled.items() if state is not None}
     settled, faults = settle(row, len(inputs), parameters or {}, expert_parameters)
     faults = [*_count_faults(row, len(inputs), base is not None), *faults, *_tensor_faults(present)]
+    if row.needs_data:
+        faults.append(Fault(row.name, "needs calibration data", run="Use mixmerge.merge, with a recipe"))
     if not 0 <= seed < 2**64:
         faults.append(Fault("seed", f"is {seed}", "0 to 2**64 - 1"))
     if dtype is not None and not dtype.is_floating_point:
@@ -259,6 +279,7 @@ def _merge(
     reference = inputs[0] if base is None else base
     owners = _owners(reference, [*inputs, reference])
     cuts = _cuts(row, inputs, base, settled, sorted(set(owners.values())))
+    sketch = _sketched(row, inputs, base, settled, [name for name in owners if owners[name] == name])
     merged: dict[str, Tensor] = {}
     for name, owner in owners.items():
         if owner != name:
@@ -274,6 +295,8 @@ def _merge(
                 parameters=settled,
                 draw=Draw(seed, name),
                 cuts=[each[name] for each in cuts] if cuts else None,
+                role=role_of(name, reference[name].shape),
+                sketch=sketch,
             ).to(dtype or reference[name].dtype)
             if not torch.isfinite(result.detach()).all():
                 what = f"the merged values do not fit {result.dtype}"
@@ -306,6 +329,29 @@ def _group(
     if row.takes == "deltas" and origin is not None:
         group = [tensor - origin for tensor in group]
     return group, origin
+
+
+def _sketched(
+    row: Method,
+    inputs: Sequence[StateDict],
+    base: StateDict | None,
+    settled: Mapping[str, Any],
+    names: Sequence[str],
+) -> Any:
+    """What the method must know of the whole model first, if anything."""
+    if not row.sketch:
+        return None
+    sketch: Sketch = load(row.sketch)()
+    state = None
+    for number in range(sketch.passes()):
+        totals: Totals = {}
+        for name in names:
+            if inputs[0][name].is_floating_point():
+                tensors, origin = _group(row, inputs, base, name)
+                role = role_of(name, tensors[0].shape)
+                totals = add(totals, sketch.observe(number, Group(tensors, origin, role, settled), state))
+        state = sketch.settle(number, totals, state)
+    return state
 
 
 def _cuts(

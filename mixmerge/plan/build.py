@@ -14,6 +14,7 @@ from mixmerge.checkpoint.locate import Place, look_up, open_model
 from mixmerge.checkpoint.reader import Checkpoint
 from mixmerge.errors import Fault, MixmergeError, RecipeError
 from mixmerge.methods import Method, Value
+from mixmerge.methods.roles import role_of
 from mixmerge.plan.agree import Agreement, agree, compare_configs, compare_tokenizers, some
 from mixmerge.plan.layers import depths, layer_of
 from mixmerge.plan.layout import Wanted, lay_out
@@ -73,7 +74,8 @@ def make_plan(
     groups = _gather(models, entries, needs_base, agreement, deltas=method.takes == "deltas")
     wanted = [Wanted(name, *_output_form(group, recipe)) for name, group in groups.items()]
     targets, shards = lay_out(wanted, recipe.output.shard_size)
-    tasks = _tasks(recipe, method, groups, targets, faults)
+    kind = str(models[donor].config.get("model_type", ""))
+    tasks = _tasks(recipe, method, groups, targets, kind, faults)
     _check_scope(tasks, faults)
     if faults:
         raise RecipeError(faults)
@@ -178,6 +180,7 @@ def _tasks(
     method: Method,
     groups: dict[str, tuple[tuple[Source, ...], Source | None]],
     targets: list[Target],
+    model_type: str,
     faults: list[Fault],
 ) -> list[Task]:
     stacks = depths(groups)
@@ -200,7 +203,8 @@ def _tasks(
                 if parameter.per != "merge":
                     parameters[parameter.name] = tuple(entry[parameter.name] for entry in resolved.entries)
         inputs_ = sources if not copied or base is None else (*sources, base)
-        tasks.append(Task(target, inputs_, None if copied else base, copied, parameters))
+        role = role_of(target.name, target.shape, model_type)
+        tasks.append(Task(target, inputs_, None if copied else base, copied, parameters, role))
     return tasks
 
 

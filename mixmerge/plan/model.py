@@ -9,7 +9,7 @@ from typing import Any
 from mixmerge.checkpoint.adapter import AdapterDelta
 from mixmerge.checkpoint.header import TensorHeader
 from mixmerge.checkpoint.hub import Snapshot
-from mixmerge.methods import Method, Value
+from mixmerge.methods import Method, Role, Value
 from mixmerge.recipe import ModelRef, Recipe
 
 
@@ -96,6 +96,7 @@ class Task:
         copied: not merged: an integer or boolean tensor, which must be the same in every input.
         parameters: the method's values for this tensor: one for parameters ``per`` merge, else a tuple with
             one for each source.
+        role: what the tensor is for.
     """
 
     target: Target
@@ -103,6 +104,7 @@ class Task:
     base: Source | None
     copied: bool
     parameters: dict[str, Value | tuple[Value, ...]]
+    role: Role = "other"
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,77 @@
+"""The inputs of one task as torch tensors: all of them at once, or each when it is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, overload
+
+from mixmerge.checkpoint.files import Files
+from mixmerge.engine.reading import read_tensor
+from mixmerge.engine.worker import Adapters
+from mixmerge.errors import CheckpointError, Fault
+from mixmerge.plan import Plan, Source, Task
+
+if TYPE_CHECKING:
+    import torch
+
+
+def wide(task: Task) -> bool:
+    """Whether float64 takes part, which the kernels do not do."""
+    inputs = (*task.sources, *((task.base,) if task.base else ()))
+    return "F64" in {task.target.dtype, *(source.tensor.dtype for source in inputs)}
+
+
+class Inputs(Sequence["torch.Tensor"]):
+    """The experts or deltas of one task, in recipe order, in the dtype they are merged in.
+
+    Every index reads the tensor anew; a method that needs one at a time never holds two.
+
+    Raises:
+        CheckpointError: an input holds NaN or Inf.
+    """
+
+    def __init__(self, plan: Plan, task: Task, files: Files, adapters: Adapters, device: str) -> None:
+        import torch
+
+        self._plan, self._task, self._files = plan, task, files
+        self._adapters, self._device = adapters, device
+        self._work = torch.float64 if wide(task) else torch.float32
+        self.base: torch.Tensor | None = self._read(task.base) if task.base else None
+
+    def __len__(self) -> int:
+        return len(self._task.sources)
+
+    @overload
+    def __getitem__(self, index: int) -> torch.Tensor: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[torch.Tensor]: ...
+    def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        source, takes = self._task.sources[index], self._plan.method.takes
+        value = self._read(source)
+        if takes == "deltas" and self.base is not None and not source.delta_only:
+            value = value - self.base
+        elif takes == "experts" and source.delta_only and self.base is not None:
+            value = value + self.base
+        return value
+
+    def _read(self, source: Source) -> torch.Tensor:
+        value = read_tensor(source, self._files, self._adapters, self._work, self._device)
+        return _finite(value, source, self._plan)
+
+
+def _finite(value: torch.Tensor, source: Source, plan: Plan) -> torch.Tensor:
+    """The value, unless it has NaN or Inf: a mask might drop them, and the model would still be broken."""
+    import torch
+
+    if torch.isfinite(value).all():
+        return value
+    at = int(torch.flatten(~torch.isfinite(value)).nonzero()[0])
+    raise CheckpointError(
+        Fault(
+            str(plan.models[source.model].ref),
+            f"tensor {source.tensor.name!r} has {float(value.reshape(-1)[at])} at element {at:,} of its data",
+            run=f"The model is broken; its file is {source.tensor.file}",
+        )
+    )

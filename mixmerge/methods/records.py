@@ -1,0 +1,90 @@
+"""What a row of the table of merge methods is. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Value = float | bool | str | None
+# What a tensor is for: the matrix of a linear map (outputs x inputs), the same stored as inputs x outputs (Conv1D),
+# a table whose rows belong to tokens or positions (embeddings, heads over a vocabulary), or anything else.
+Role = Literal["linear", "transposed", "table", "other"]
+REQUIRED = "required"
+ANY = 1_000_000
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter of a method.
+
+    Args:
+        name: as written in a recipe.
+        kind: ``number``, ``bool`` or ``choice``.
+        per: ``input`` (every input, an added base included), ``expert`` (every input but the base) or
+            ``merge`` (one value for all inputs of a tensor; under a model it has no meaning).
+        default: the value when nobody gives one; ``REQUIRED`` if somebody must.
+        low, high: closed range of a number.
+        choices: allowed words of a choice.
+        constant: the value may not change from tensor to tensor (it steers a whole-model statistic).
+        doc: one line for tables and errors.
+    """
+
+    name: str
+    kind: Literal["number", "bool", "choice"]
+    per: Literal["input", "expert", "merge"]
+    default: Value
+    doc: str
+    low: float = float("-inf")
+    high: float = float("inf")
+    choices: tuple[str, ...] = ()
+    constant: bool = False
+
+
+@dataclass(frozen=True)
+class Method:
+    """One published method.
+
+    Args:
+        name: as written in ``merge_method``.
+        function: ``module:attr`` of the plain torch definition.
+        takes: what the function's first argument holds: the ``experts`` themselves or their ``deltas``.
+        parameters: in the order a person would want to read them.
+        base: ``required``; or ``input``: a ``base_model`` is one more input, as in mergekit.
+        inputs: least and most experts (the base not counted where it is required).
+        kernel: name of the fused CPU kernel in the engine; empty for none.
+        stochastic: draws random masks, so it takes a ``draw``.
+        differentiable: gradients flow to experts, base and numeric parameters.
+        roles: it takes ``role``, and treats the matrices of linear maps in another way than the rest.
+        streams: it asks for one input at a time, by index, and keeps none: the engine reads them as they are asked.
+        sketch: ``module:attr`` of what it must know of the whole model first (``mixmerge.methods.sketch``).
+        statistics: name of the statistics of calibration data it takes, one of each expert; empty for none.
+        learner: name of what learns its coefficients from calibration data; empty for none.
+        no_effect: parameters mergekit accepts here that change nothing: warned about, then dropped.
+        summary: one line.
+        paper: title and where to find it.
+    """
+
+    name: str
+    function: str
+    takes: Literal["experts", "deltas"]
+    parameters: tuple[Parameter, ...]
+    base: Literal["required", "input"]
+    inputs: tuple[int, int]
+    summary: str
+    paper: str
+    kernel: str = ""
+    stochastic: bool = False
+    differentiable: bool = True
+    roles: bool = False
+    streams: bool = False
+    sketch: str = ""
+    statistics: str = ""
+    learner: str = ""
+    no_effect: tuple[str, ...] = ()
+
+    @property
+    def needs_data(self) -> bool:
+        return bool(self.statistics or self.learner)
+
+    def parameter(self, name: str) -> Parameter | None:
+        return next((parameter for parameter in self.parameters if parameter.name == name), None)
