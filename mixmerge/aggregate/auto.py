@@ -24,10 +24,13 @@ class AutoOptions(Voting):
         extract: what answers are compared by, as of every vote.
         samples: of self-consistency, 2 to 1000.
         temperature: of those, above 0.
+        aggregator: who makes one answer of several if it comes to that, as ``mixmerge profile --aggregators``
+            measures; None: the best expert.
     """
 
     samples: int = Field(default=10, ge=2, le=1000)
     temperature: float = Field(default=SAMPLING, gt=0)
+    aggregator: str | None = Field(default=None, min_length=1)
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ def auto(table: OutcomeTable, options: AutoOptions) -> tuple[Composition, Chosen
     Self-consistency samples the primary of each query; a vote or an aggregator hears the experts that complement each
     other.
     """
-    chosen = choose_composition(table)
+    chosen = choose_composition(table, aggregator=options.aggregator)
     if chosen.kind == "self_consistency":
         about = {"extract": options.extract, "samples": options.samples, "temperature": options.temperature}
         return composition(chosen.kind, about), chosen

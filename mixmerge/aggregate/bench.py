@@ -129,22 +129,48 @@ def best_aggregator(
     if not experts:
         raise MixmergeError(Fault("experts", "are none", "One or more"))
     made = trials(answered, check, wrong=wrong, missing=missing, seed=seed)
+    check_enough(made, len(answered), wrong)
+    told = prompts(made)
+    said = {
+        name: generate(told, max_new_tokens=max_new_tokens, temperature=temperature, seeds=[seed] * len(told))
+        for name, generate in experts.items()
+    }
+    return judged(made, said, check, left_out=len(answered) - len(made))
+
+
+def check_enough(made: Sequence[Trial], questions: int, wrong: int) -> None:
+    """Refuse a bench without a trial."""
     if not made:
         raise MixmergeError(
             Fault(
                 "answers",
-                f"of {len(answered)} questions none has 1 right answer and {wrong} wrong ones",
+                f"of {questions} questions none has 1 right answer and {wrong} wrong ones",
                 run="Bring answers of more experts or questions, or pass missing='empty'",
             )
         )
-    prompts = [aggregation_prompt(one.question, one.answers) for one in made]
+
+
+def prompts(made: Sequence[Trial]) -> list[str]:
+    """What every expert is asked, one prompt for each trial."""
+    return [aggregation_prompt(one.question, one.answers) for one in made]
+
+
+def judged(
+    made: Sequence[Trial], said: Mapping[str, Sequence[str]], check: Check, *, left_out: int = 0
+) -> AggregatorBench:
+    """Who told right from wrong how often.
+
+    Args:
+        made: the trials, at least one.
+        said: expert -> its answer to each.
+        check: whether an answer is right.
+        left_out: questions of which no trial could be made.
+    """
     accuracy, error = {}, {}
-    for name in sorted(experts):
-        texts = experts[name](
-            prompts, max_new_tokens=max_new_tokens, temperature=temperature, seeds=[seed] * len(prompts)
-        )
+    for name in sorted(said):
+        texts = said[name]
         right = [check(final_text(text), one.reference) > 0.5 for text, one in zip(texts, made, strict=True)]
         share = sum(right) / len(right)
         accuracy[name], error[name] = share, math.sqrt(share * (1 - share) / len(right))
     best = max(sorted(accuracy), key=lambda name: accuracy[name])
-    return AggregatorBench(best, accuracy, error, len(made), len(answered) - len(made))
+    return AggregatorBench(best, accuracy, error, len(made), left_out)

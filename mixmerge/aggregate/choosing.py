@@ -14,7 +14,6 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from mixmerge.aggregate.bench import AggregatorBench
 from mixmerge.errors import Fault, MixmergeError
 from mixmerge.outcomes.table import OutcomeTable
 
@@ -76,7 +75,7 @@ def choose_composition(
     near: float = 0.05,
     overlap: float = 0.5,
     z: float = 1.645,
-    bench: AggregatorBench | None = None,
+    aggregator: str | None = None,
 ) -> Chosen:
     """Self-consistency of the best expert, unless others are as good and err elsewhere.
 
@@ -86,7 +85,7 @@ def choose_composition(
        most ``overlap``. Without such a pair: ``self_consistency``.
     3. The pair of the lowest bound, and by accuracy every near expert that is complementary to all so far, are asked.
     4. Three or more of which a majority is right more often than the best of them alone: ``vote``. Otherwise
-       ``aggregate``, by the best aggregator of the ``bench``; without a bench by the best of the experts.
+       ``aggregate``, by the ``aggregator``; where none is told by the best of the experts.
 
     Source: that quality matters more than diversity, and mixing pays only among experts that are near-equal and
     complementary, is the finding of Self-MoA (arXiv 2502.00674); the rule and its parameters are ours.
@@ -97,7 +96,7 @@ def choose_composition(
         near: of accuracy, 0 to 1.
         overlap: highest bound of complementary experts, 0 to 1.
         z: standard deviations of the bound, 0 or more; 1.645 is exceeded by chance one time in twenty.
-        bench: who aggregates how well.
+        aggregator: who is best at it by ``mixmerge.aggregate.bench``, if that was measured.
 
     Raises:
         MixmergeError: a parameter out of range, or no known score.
@@ -138,8 +137,8 @@ def choose_composition(
     )
     if len(asked) > 2 and majority > single:
         return Chosen("vote", asked, {}, why, accuracy, told, majority, single)
-    who = asked[0] if bench is None else bench.best
-    why += f"; {who} aggregates" + (", which was not measured" if bench is None else " best")
+    who = aggregator or asked[0]
+    why += f"; {who} aggregates" + (", which was not measured" if aggregator is None else "")
     return Chosen("aggregate", asked, {"aggregator": who}, why, accuracy, told, majority, single)
 
 

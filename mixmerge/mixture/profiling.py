@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from mixmerge.aggregate import Ask, Composition, Question, Said, Settled
+from mixmerge.aggregate.bench import Answered
 from mixmerge.aggregate.extraction import extractor
 from mixmerge.batch.costs import Report
 from mixmerge.batch.job import Job, Progress
@@ -55,10 +56,11 @@ class Everyone(Composition):
 
 @dataclass(frozen=True)
 class Profile:
-    """What every expert made of the queries, and what that took."""
+    """What every expert made of the queries, and what that took; ``answered`` where the texts were asked for."""
 
     outcomes: OutcomeTable
     report: Report
+    answered: tuple[Answered, ...] = ()
 
 
 def same(extract: str) -> Check:
@@ -85,6 +87,7 @@ def profile(
     temperature: float | None = None,
     format: str | None = None,
     field: str | None = None,
+    texts: bool = False,
     progress: Progress | None = None,
 ) -> Profile:
     """Ask all experts of a mixture all queries of a file, grouped; a call that was killed goes on.
@@ -100,6 +103,7 @@ def profile(
         temperature: of the answers; None: the mixture's.
         format: of the file, ``jsonl`` or ``csv``; None to tell.
         field: that holds the text, where it has another name than the usual ones.
+        texts: keep what was said, for ``mixture.aggregators.bench``.
         progress: told how far it is.
 
     Raises:
@@ -107,14 +111,32 @@ def profile(
     """
     experts = expert_set(spec)
     source = Input.open(tasks, format=format, field=field, experts=experts.names, mixture_name="mixmerge")
-    composition = Everyone(experts.names, draws, temperature)
     _refuse(source, reference)  # before there is a job that would have to be forgotten
-    with Job(source, _setup(spec, experts, composition), work, conditions, progress=progress) as job:
+    setup = everyone(spec, experts, draws=draws, temperature=temperature)
+    with Job(source, setup, work, conditions, progress=progress) as job:
         job.run()
-        return Profile(_table(job, experts, check, reference, draws), job.report())
+        said = _said(job, reference) if texts else ()
+        return Profile(_table(job, experts, check, reference, draws), job.report(), said)
 
 
-def _setup(spec: MixtureSpec, experts: ExpertSet, composition: Everyone) -> Setup:
+def _said(job: Job, reference: str) -> tuple[Answered, ...]:
+    """The first answer of every expert to every query."""
+    found = []
+    for view in job.replays(range(len(job))):
+        first: dict[str, str] = {}
+        for one in view.heard():
+            if one is not None:
+                first.setdefault(one["expert"], one["text"])
+        found.append(Answered(view.item.id, view.item.text, view.item.metadata[reference], first))
+    return tuple(found)
+
+
+def everyone(
+    spec: MixtureSpec, experts: ExpertSet, *, draws: int = 1, temperature: float | None = None
+) -> Setup:
+    """What answers a job in which all experts are asked everything."""
+    composition = Everyone(experts.names, draws, temperature)
+
     def route(queries: Sequence[Query]) -> Sequence[Decision]:
         picks = tuple(Pick(name) for name in experts.names)
         return [Decision(one.id, picks, picks[0].expert, {}, "everyone", {}, "") for one in queries]

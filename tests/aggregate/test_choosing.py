@@ -11,7 +11,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mixmerge.aggregate.bench import AggregatorBench
 from mixmerge.aggregate.choosing import choose_composition, wilson_upper
 from mixmerge.errors import MixmergeError
 from mixmerge.outcomes.table import OutcomeTable
@@ -51,8 +50,8 @@ def test_two_that_err_apart_are_aggregated() -> None:
     chosen = choose_composition(table)
     assert (chosen.kind, chosen.experts, chosen.options) == ("aggregate", ("a", "b"), {"aggregator": "a"})
     assert "a aggregates, which was not measured" in chosen.reason
-    bench = AggregatorBench("c", {"c": 0.9}, {"c": 0.1}, 30, 0)
-    assert choose_composition(table, bench=bench).options == {"aggregator": "c"}
+
+    assert choose_composition(table, aggregator="c").options == {"aggregator": "c"}
     assert chosen.pairs[0].upper == pytest.approx(wilson_upper(4, 20, z=1.645))
 
 
