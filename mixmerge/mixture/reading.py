@@ -23,6 +23,7 @@ from mixmerge.document import (
     show,
     unknown_keys,
 )
+from mixmerge.document.sections import M, Strict, arguments_of, plain, read_section
 from mixmerge.errors import MixmergeError
 from mixmerge.mixture.schema import (
     LATER,
@@ -33,9 +34,7 @@ from mixmerge.mixture.schema import (
     Parsed,
     PriceSpec,
     RouterSpec,
-    Strict,
 )
-from mixmerge.mixture.sections import M, arguments_of, plain, read_section
 
 MIXTURE = Kind("mixture", needs="It needs experts and router")
 _KEYS = ["experts", "router", "policy", "compose", "generate"]

@@ -5,19 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from mixmerge.decision.policies import Policy
+from mixmerge.document.sections import Strict
 from mixmerge.errors import Fault, MixmergeError
 
 # Compositions that a mixture may name before they can be used; the others are in ``mixmerge.aggregate``.
 LATER = ("latent", "logits", "twin", "adapters")
-
-
-class Strict(BaseModel):
-    """A section of the YAML: one key for each field, of exactly its type."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class PriceSpec(Strict):

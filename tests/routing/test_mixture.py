@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from mixmerge.decision import Policy, calibrate_budget, write_policy
 from mixmerge.decision.files import read_calibration
 from mixmerge.decision.records import queries_of
+from mixmerge.document.sections import arguments_of
 from mixmerge.errors import MixmergeError
 from mixmerge.mixture import ExpertSpec, Mixture, PriceSpec, parse, read
-from mixmerge.mixture.sections import arguments_of
 from mixmerge.registry import find, table
 from mixmerge.routers.base import Router
 from mixmerge.routers.contract import sample

@@ -1,4 +1,4 @@
-"""A section of a mixture's YAML as a strict model, what is wrong said with path and line."""
+"""A section of a YAML document as a strict model, what is wrong said with path and line."""
 
 from __future__ import annotations
 
@@ -7,14 +7,20 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar, get_args
 
-from pydantic import BaseModel, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
-from mixmerge.document import Node, Report, read_mapping, show, to_data, unknown_keys
-from mixmerge.mixture.schema import Strict
+from mixmerge.document.report import Node, Report, read_mapping, show, unknown_keys
+from mixmerge.document.tree import to_data
 
 M = TypeVar("M", bound=BaseModel)
 # YAML 1.1 reads 1e-5 as text: it wants a dot and a sign.
 _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
+
+
+class Strict(BaseModel):
+    """A section of the YAML: one key for each field, of exactly its type."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 def read_section(
