@@ -56,6 +56,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "mixture": SHARED | _COMPOSITION | {"routers", "batch"},
     # both sides; the ban on cli and zoo still holds
     "evaluate": ANY,
+    "searching": ANY,
     "zoo": ANY,
     "cli": ANY,
     "": ANY,

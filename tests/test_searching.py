@@ -1,0 +1,208 @@
+"""The black-box search of a recipe: real merges of tiny models, scored by how near they come to a known mixture."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from numpy.typing import NDArray
+from safetensors.torch import load_file
+
+from mixmerge.errors import MixmergeError, OutputError
+from mixmerge.methods import METHODS
+from mixmerge.recipe import read
+from mixmerge.searching.search import BEST, TRIALS, Found, Part, search
+from mixmerge.searching.space import Dimension, Settings, Space, read_space, slots, with_values
+
+TENSOR = "model.layers.{}.self_attn.q_proj.weight"
+
+
+@dataclass
+class Nearness:
+    """A row for each layer: how near the candidate's delta is to base + sum of ``wanted`` shares of the deltas.
+
+    Args:
+        wanted: for each layer, one share for each expert.
+    """
+
+    base: Path
+    experts: tuple[Path, ...]
+    wanted: tuple[tuple[float, ...], ...]
+    calls: int = 0
+    stop_after: int | None = None
+    identity: str = "nearness"
+
+    def rows(self, folder: Path, part: Part) -> Mapping[str, NDArray[np.float64]]:
+        self.calls += 1
+        if self.stop_after is not None and self.calls > self.stop_after:
+            raise KeyboardInterrupt
+        base, merged = (load_file(path / "model.safetensors") for path in (self.base, folder))
+        experts = [load_file(path / "model.safetensors") for path in self.experts]
+        found = []
+        for layer, shares in enumerate(self.wanted):
+            name = TENSOR.format(layer)
+            target = base[name].float()
+            for share, expert in zip(shares, experts, strict=True):
+                target = target + share * (expert[name].float() - base[name].float())
+            size = (target - base[name].float()).norm()
+            found.append(float(torch.exp(-(((merged[name].float() - target).norm() / size) ** 2))))
+        return {"near": np.array(found), "again": np.array(found)}
+
+
+@pytest.fixture
+def make(family: Any) -> Callable[..., tuple[Any, Nearness]]:
+    def made(*wanted: tuple[float, ...], **parameters: Any) -> tuple[Any, Nearness]:
+        tiny = family("llama")
+        recipe = {
+            "merge_method": "task_arithmetic",
+            "base_model": str(tiny.base),
+            "models": [{"model": str(path)} for path in tiny.experts[:2]],
+            "parameters": {"weight": 0.5, **parameters},
+            "dtype": "float32",
+        }
+        return read(recipe).require(), Nearness(tiny.base, tuple(tiny.experts[:2]), wanted)
+
+    return made
+
+
+def space_of(budget: int, optimizer: Any = "cma", **dimensions: Dimension) -> Space:
+    return Space(dimensions, Settings(optimizer=optimizer, budget=budget, seed=3))
+
+
+def told(found: Found, name: str) -> float:
+    return float(found.best.values[name])
+
+
+def test_a_weight_for_each_expert_is_found(make: Any, tmp_path: Path) -> None:
+    recipe, scorer = make((0.9, 0.2), (0.9, 0.2))
+    space = space_of(40, weight=Dimension(low=0.0, high=1.5, per="expert"))
+    found = search(recipe, space, scorer, tmp_path / "out")
+    assert told(found, "weight[0]") == pytest.approx(0.9, abs=0.15)
+    assert told(found, "weight[1]") == pytest.approx(0.2, abs=0.15)
+    assert found.trials[0].values == {"weight[0]": 0.5, "weight[1]": 0.5}, "the recipe as it was comes first"
+    assert found.best.worth > found.trials[0].worth
+    assert found.gain.difference.value > 0
+    written = read(tmp_path / "out" / BEST).require()
+    assert written == read(dict(found.recipe)).require(), "what is written is what was found"
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [BEST, TRIALS]
+
+
+def test_a_weight_for_each_layer_and_expert(make: Any, tmp_path: Path) -> None:
+    recipe, scorer = make((1.0, 0.0), (0.0, 1.0))
+    space = space_of(60, weight=Dimension(low=-0.5, high=1.5, per="expert", anchors="layers"))
+    found = search(recipe, space, scorer, tmp_path)
+    assert set(found.best.values) == {"weight[0]@0", "weight[0]@1", "weight[1]@0", "weight[1]@1"}
+    assert found.best.worth > found.trials[0].worth + 0.1
+    models = yaml.safe_load((tmp_path / BEST).read_text())["models"]
+    assert len(models[0]["parameters"]["weight"]) == 2, "the layers' values are a gradient of the recipe"
+
+
+def test_choices_are_tried(make: Any, tmp_path: Path) -> None:
+    recipe, scorer = make((0.9, 0.9), (0.9, 0.9))
+    space = space_of(12, "random", weight=Dimension(choices=(0.1, 0.5, 0.9)))
+    found = search(recipe, space, scorer, tmp_path)
+    assert found.best.values == {"weight": 0.9}
+    assert {trial.values["weight"] for trial in found.trials} == {0.1, 0.5, 0.9}
+
+
+def test_a_search_that_was_stopped_goes_on(make: Any, tmp_path: Path) -> None:
+    space = space_of(12, weight=Dimension(low=0.0, high=1.5, per="expert"))
+    recipe, scorer = make((0.9, 0.2))
+    whole = search(recipe, space, scorer, tmp_path / "whole")
+    recipe, stopped = make((0.9, 0.2))
+    stopped.stop_after = 5
+    with pytest.raises(KeyboardInterrupt):
+        search(recipe, space, stopped, tmp_path / "part")
+    lines = (tmp_path / "part" / TRIALS).read_bytes()
+    (tmp_path / "part" / TRIALS).write_bytes(lines + b'{"number": 5, "val')  # torn by the kill
+    recipe, again = make((0.9, 0.2))
+    found = search(recipe, space, again, tmp_path / "part")
+    assert again.calls == 12 - 5 + 2, "what was tried is not tried again; two calls are of the test rows"
+    assert [trial.values for trial in found.trials] == [trial.values for trial in whole.trials]
+    assert (tmp_path / "part" / BEST).read_text() == (tmp_path / "whole" / BEST).read_text()
+
+
+def test_trials_of_another_search_are_refused(make: Any, tmp_path: Path) -> None:
+    recipe, scorer = make((0.9, 0.2))
+    search(recipe, space_of(2, weight=Dimension(low=0.0, high=1.0)), scorer, tmp_path)
+    with pytest.raises(OutputError, match="another recipe, space or set of tasks"):
+        search(recipe, space_of(3, weight=Dimension(low=0.0, high=1.0)), scorer, tmp_path)
+
+
+def test_the_recipe_as_it_was_wins_a_tie(make: Any, tmp_path: Path) -> None:
+    recipe, scorer = make((0.5, 0.5))
+    found = search(recipe, space_of(6, weight=Dimension(low=0.0, high=1.0)), scorer, tmp_path)
+    assert found.best.number == 0
+    assert (
+        (found.gain.value, found.gain.low, found.gain.high) == (0, 0, 0)
+        if hasattr(found.gain, "low")
+        else True
+    )
+    assert all(one == other for one, other in found.test.values())
+
+
+def test_candidates_that_cannot_be_merged_are_noted(make: Any, tmp_path: Path) -> None:
+    recipe, scorer = make((0.5, 0.5), normalize=True)
+    space = space_of(4, "random", weight=Dimension(choices=(0.0, 0.5)))
+    found = search(recipe, space, scorer, tmp_path)
+    failed = [trial for trial in found.trials if trial.fault]
+    assert failed
+    assert all(trial.scores == {} and trial.values == {"weight": 0.0} for trial in failed)
+    assert found.best.values == {"weight": 0.5}
+
+
+def test_layers_by_hand(make: Any) -> None:
+    recipe, _ = make((1.0, 1.0))
+    space = space_of(
+        2,
+        weight=Dimension(low=0, high=1, per="expert", anchors=2),
+        normalize=Dimension(choices=(True, False)),
+    )
+    found = slots(space, recipe, layers=5)
+    names = ["weight[0]@0", "weight[0]@1", "weight[1]@0", "weight[1]@1", "normalize"]
+    assert [slot.name for slot in found] == names
+    plain = with_values(recipe, found, dict(zip(names, [0.1, 0.2, 0.3, 0.4, True], strict=True)))
+    assert [model["parameters"]["weight"] for model in plain["models"]] == [[0.1, 0.2], [0.3, 0.4]]
+    assert plain["parameters"]["normalize"] is True
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "is empty"),
+        ("parameters: {}", "nothing is searched"),
+        ("parameters: {wieght: {low: 0, high: 1}}", "Did you mean 'weight'"),
+        ("parameters: {weight: {low: 1, high: 0}}", "low below its high"),
+        ("parameters: {weight: {choices: [1]}}", "two different choices"),
+        ("parameters: {weight: {low: 0, high: 1, log: true}}", "low above 0"),
+        ("parameters: {density: {low: 0, high: 2}}", "0 to 1"),
+        ("parameters: {lambda: {low: 0, high: 2, per: expert}}", "one value for the whole merge"),
+        ("parameters: {normalize: {low: 0, high: 1}}", "it is no number"),
+        ("parameters: {normalize: {choices: [1, 2]}}", "true and false"),
+        ("parameters: {weight: {low: 0, high: 1}}\nbudget: 1", "greater than or equal to 2"),
+        ("parameters: {weight: {low: 0, high: 1}}\nbudgte: 10", "Did you mean 'budget'"),
+        ("parameters: {weight: {low: 0, high: 1}}\noptimizer: adam", "cma"),
+    ],
+)
+def test_spaces_that_are_wrong(text: str, words: str, tmp_path: Path) -> None:
+    path = tmp_path / "space.yaml"
+    path.write_text(text)
+    with pytest.raises(MixmergeError) as caught:
+        read_space(path, METHODS["ties"])
+    assert words in str(caught.value)
+
+
+def test_the_journal_is_plain_json(make: Any, tmp_path: Path) -> None:
+    recipe, scorer = make((0.9, 0.2))
+    search(recipe, space_of(2, weight=Dimension(low=0.0, high=1.0)), scorer, tmp_path)
+    head, first, _ = map(json.loads, (tmp_path / TRIALS).read_text().splitlines())
+    assert set(head) == {"search"}
+    assert (first["number"], first["values"]) == (0, {"weight": 0.5})
+    assert set(first["scores"]) == {"near", "again"}
