@@ -93,33 +93,6 @@ def test_an_address_may_be_left_out(given: str, made: str) -> None:
 # --- with one
 
 
-TOKEN = secrets.token_hex(16)  # one for a process: Ray keeps the first it is told
-
-
-@pytest.fixture(scope="module")
-def session() -> Iterator[Path]:
-    """A cluster of this machine with two CPUs, and the folder where it logs. Its processes see the stand-ins."""
-    ray = pytest.importorskip("ray")
-    folder = tempfile.mkdtemp(prefix="r")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(STANDINS))
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(STANDINS), str(ROOT)]))
-        patch.setenv("RAY_AUTH_TOKEN", TOKEN)  # or Ray would write one into the user's home
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        ray.init(
-            address="local",
-            num_cpus=2,
-            include_dashboard=False,
-            object_store_memory=200_000_000,
-            log_to_driver=False,
-            logging_level="ERROR",
-            _temp_dir=folder,
-        )
-        yield Path(folder)
-        ray.shutdown()
-    shutil.rmtree(folder, ignore_errors=True)
-
-
 @pytest.fixture
 def cluster(session: Path) -> Iterator[Cluster]:
     with Cluster.open(cpus=CPUS) as made:
