@@ -246,9 +246,10 @@ def files(tmp_path: Path, family: Callable[..., Any]) -> tuple[Path, Path]:
     return mixture, asked
 
 
-def invoke(*arguments: object) -> None:
+def invoke(*arguments: object) -> str:
     done = CliRunner().invoke(app, [str(one) for one in arguments])
     assert done.exit_code == 0, done.output
+    return done.stdout
 
 
 @pytest.mark.slow
@@ -295,6 +296,26 @@ def test_a_job_gives_the_same_bytes_there_though_workers_are_killed(
     said = [path for path in session.rglob("*") if path.is_file()]
     assert any(path.name.startswith("worker") for path in said)
     assert not [path for path in said if MARK.encode() in path.read_bytes()]
+
+
+def test_profiles_are_the_same_there(session: Path, tmp_path: Path) -> None:
+    tasks, mixture = tmp_path / "tasks.jsonl", tmp_path / "mixture.json"
+    lines = [{"text": f"say {at}", "answer": f"say {at - at % 2}"} for at in range(12)]
+    tasks.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    experts = {name: {"model": name, "engine": "echo"} for name in "ab"}
+    router = {"kind": "knn", "outcomes": "later.jsonl"}
+    mixture.write_text(json.dumps({"experts": experts, "router": router}))
+    arguments = ("profile", mixture, "--tasks", tasks, "--json", "-q")
+    here, there = tmp_path / "here.jsonl", tmp_path / "there.jsonl"
+    invoke(*arguments, "-o", here)
+    said = invoke(*arguments, "-o", there, "--ray", "--ray-cpus", CPUS)
+    assert there.read_bytes() == here.read_bytes()
+    report = json.loads(said)
+    assert report["score"] == {"a": 0.5, "b": 0.5}
+    assert {one["device"] for one in report["loads"]} == {"ray:0", "ray:1"}
+    mixed = [str(one) for one in (*arguments, "-o", tmp_path / "not.jsonl", "--ray", "--device", "cpu")]
+    refused = CliRunner().invoke(app, mixed)
+    assert (refused.exit_code, "--device: does not go with --ray" in refused.stderr) == (2, True)
 
 
 LOST = """
