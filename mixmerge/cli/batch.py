@@ -26,6 +26,10 @@ MixturePath = Annotated[
     Path,
     typer.Argument(metavar="MIXTURE", help="Its YAML, a fitted folder, or a hub id.", show_default=False),
 ]
+Revision = Annotated[
+    str | None,
+    typer.Option("--revision", help="Branch, tag or commit of a hub id.", show_default=False),
+]
 TrustEndpoints = Annotated[
     bool,
     typer.Option(
@@ -119,6 +123,7 @@ def batch(
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    revision: Revision = None,
     trust_endpoints: TrustEndpoints = False,
 ) -> None:
     """Answer a file of requests: each expert is loaded once, and nothing is lost.
@@ -134,7 +139,7 @@ def batch(
     if output is None and not plan:
         raise MixmergeError(Fault("--output", "is missing", "A file, or --plan"))
     conditions = conditions_of(device, memory, batch_tokens, deadline, apart=apart, ray=ray)
-    loaded = Mixture.load(mixture, trust_endpoints=trust_endpoints)
+    loaded = Mixture.load(mixture, revision=revision, trust_endpoints=trust_endpoints)
     with (
         _file(input, None if plan else output) as path,
         on_cluster(conditions, ray, ray_cpus, memory) as conditions,

@@ -15,6 +15,8 @@ from mixmerge.cli.batch import (
     MixturePath,
     Ray,
     RayCpus,
+    Revision,
+    TrustEndpoints,
     conditions_of,
     on_cluster,
     show_report,
@@ -59,6 +61,8 @@ def profile(
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    revision: Revision = None,
+    trust_endpoints: TrustEndpoints = False,
 ) -> None:
     """Run every expert over labelled queries, and write who was right: what routers are fitted on.
 
@@ -66,7 +70,7 @@ def profile(
     goes on when the same command is given again.
     """
     from mixmerge.batch.journal import remove
-    from mixmerge.mixture import read
+    from mixmerge.mixture.hub import spec_from
     from mixmerge.mixture.profiling import profile as run
     from mixmerge.mixture.profiling import same
     from mixmerge.outcomes.whole import check_free
@@ -76,7 +80,7 @@ def profile(
     compared = same(check)
     check_ending(output)
     check_free(output, overwrite=overwrite)
-    spec = read(mixture).require()
+    spec = spec_from(mixture, revision=revision, trust_endpoints=trust_endpoints)
     work = output.absolute().parent / f".{output.name}.job"
     if overwrite:
         remove(work)
