@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -24,25 +26,35 @@ Put = Callable[..., Path]
 
 @pytest.fixture
 def put(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Put:
-    """``put(name, mixture, files)``: a repository in the hub client's cache, as it lays it out: links to blobs."""
+    """``put(name, mixture, files)``: a repository in the hub client's cache, as it lays it out: links to blobs.
+
+    Of another ``revision`` than ``main`` as well, if it is put again.
+    """
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
 
-    def make(name: str, mixture: Mapping[str, Any] | None, files: Mapping[str, bytes] | None = None) -> Path:
+    def make(
+        name: str,
+        mixture: Mapping[str, Any] | None,
+        files: Mapping[str, bytes] | None = None,
+        *,
+        revision: str = "main",
+    ) -> Path:
         repository = tmp_path / "hub" / f"models--{name.replace('/', '--')}"
-        folder = repository / "snapshots" / COMMIT
+        commit = COMMIT if revision == "main" else hashlib.sha1(revision.encode()).hexdigest()
+        folder = repository / "snapshots" / commit
         given = dict(files or {})
         if mixture is not None:
             given["mixture.yaml"] = yaml.safe_dump(dict(mixture), sort_keys=False).encode()
             given.setdefault("outcomes.jsonl", outcomes(tuple(mixture["experts"]), tmp_path))
-        (repository / "refs").mkdir(parents=True)
-        (repository / "blobs").mkdir()
-        (repository / "refs" / "main").write_text(COMMIT)
-        for number, (path, content) in enumerate(given.items()):
-            blob = repository / "blobs" / f"{number:040x}"
+        (repository / "refs").mkdir(parents=True, exist_ok=True)
+        (repository / "blobs").mkdir(exist_ok=True)
+        (repository / "refs" / revision).write_text(commit)
+        for path, content in given.items():
+            blob = repository / "blobs" / hashlib.sha1(content).hexdigest()
             blob.write_bytes(content)
             link = folder / path
             link.parent.mkdir(parents=True, exist_ok=True)
@@ -220,3 +232,94 @@ def test_what_is_here_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         *(False, True, True, False, False)
     ]
     assert not any(map(is_hub_id, ("./mix", "../mix", "/mix", "org/mix.yaml", {}, "org/a mix", "")))
+
+
+# --- commands
+
+
+@pytest.fixture
+def work(put: Put) -> Path:
+    """A folder with queries, tasks and a mixture of its own, where ``org/mix`` of the hub has two revisions."""
+    put("org/mix", mixture({"old": ECHO}))
+    put("org/mix", mixture({"new": ECHO}), revision="v2")
+    here = Path.cwd()
+    (here / "queries.txt").write_text("hello\n")
+    (here / "tasks.jsonl").write_text('{"text": "hello", "answer": "hello"}\n')
+    (here / "outcomes.jsonl").write_bytes(outcomes(("e",), here))
+    (here / "own.yaml").write_text(yaml.safe_dump(mixture({"e": ECHO})))
+    return here
+
+
+COMMANDS = {
+    "ask": "ask MIXTURE hello --json",
+    "batch": "batch MIXTURE -i queries.txt -o out.jsonl -q",
+    "profile": "profile MIXTURE --tasks tasks.jsonl -o out.jsonl -q",
+    "route ask": "route ask MIXTURE hello --json",
+    "route fit": "route fit MIXTURE --out fitted -q",
+}
+
+
+def command(name: str, mixture: str, *more: str) -> Any:
+    return CliRunner().invoke(app, [*COMMANDS[name].replace("MIXTURE", mixture).split(), *more])
+
+
+def expert(name: str, said: str) -> str:
+    """Of a mixture of one expert: that which a command has used."""
+    if name == "profile":
+        return OutcomeTable.read("out.jsonl").experts[0]
+    if name == "route fit":
+        return next(iter(Mixture.load("fitted").experts))
+    found = json.loads(Path("out.jsonl").read_text() if name == "batch" else said)
+    return str(found["primary" if name == "route ask" else "expert"])
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize(
+    ("more", "used"), [([], "old"), (["--revision", "main"], "old"), (["--revision", "v2"], "new")]
+)
+def test_commands_take_hub_ids_and_revisions(work: Path, name: str, more: list[str], used: str) -> None:
+    done = command(name, "org/mix", *more)
+    assert done.exit_code == 0, done.stderr
+    assert expert(name, done.stdout) == used
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_what_is_here_has_no_revisions(work: Path, name: str) -> None:
+    before = sorted(path.name for path in work.iterdir())
+    for given in ("own.yaml", *(["outcomes.jsonl"] if name == "route fit" else [])):
+        refused = command(name, given, "--revision", "v2")
+        assert (refused.exit_code, refused.stderr.count("\n")) == (2, 1)
+        assert f"--revision: {given} is no hub id" in refused.stderr
+    assert sorted(path.name for path in work.iterdir()) == before
+    assert command(name, "own.yaml").exit_code == 0
+    if name == "route ask":
+        Mixture.load("own.yaml").router.save("router")
+        assert "--revision: router is no hub id" in command(name, "router", "--revision", "v2").stderr
+    with pytest.raises(MixmergeError, match="--revision: the mixture is no hub id"):
+        Mixture.load(mixture({"e": ECHO}), revision="v2")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_endpoints_of_the_hub_are_trusted_by_word(put: Put, work: Path, name: str) -> None:
+    """But for a decision, which is all that ``route ask`` makes: nothing is sent for it."""
+    far = {"endpoint": "http://127.0.0.1:9/v1", "model": "m"}
+    put("org/far", mixture({"e": ECHO, "far": far}))
+    first = command(name, "org/far")
+    if name == "route ask":
+        assert (first.exit_code, expert(name, first.stdout)) == (0, "e")
+        return
+    assert (first.exit_code, "--trust-endpoints" in first.stderr) == (2, True)
+    if name != "profile":  # which would ask all
+        assert command(name, "org/far", "--trust-endpoints").exit_code == 0
+
+
+def test_a_fitted_folder_is_profiled(work: Path) -> None:
+    assert command("route fit", "own.yaml").exit_code == 0
+    assert command("profile", "fitted").exit_code == 0
+    assert expert("profile", "") == "e"
+
+
+def test_a_table_that_is_missing_is_asked_of_nobody(work: Path) -> None:
+    missing = command("route fit", "data/missing.csv")
+    assert (missing.exit_code, "Hugging Face" in missing.stderr) == (2, False)
+    assert "data/missing.csv" in missing.stderr

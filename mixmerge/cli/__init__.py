@@ -50,7 +50,7 @@ app = typer.Typer(
 app.command("merge")(merge_command.merge)
 app.command("plan")(plan_command.plan)
 app.command("inspect")(inspect_command.inspect)
-app.command("profile")(profile_command.profile)
+app.command("profile", cls=batch_command.WithRay)(profile_command.profile)
 app.command("batch", cls=batch_command.WithRay)(batch_command.batch)
 app.command("ask")(ask_command.ask)
 app.add_typer(recipes_commands.app, name="recipes")

@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mixmerge.cli.batch import BatchTokens, Devices, Memory, MixturePath, TrustEndpoints, conditions_of
+from mixmerge.cli.batch import (
+    BatchTokens,
+    Devices,
+    Memory,
+    MixturePath,
+    Revision,
+    TrustEndpoints,
+    conditions_of,
+)
 from mixmerge.cli.route.options import Meta
 from mixmerge.cli.show import emit_json
 
@@ -38,6 +46,7 @@ def ask(
     memory: Memory = None,
     batch_tokens: BatchTokens = 8192,
     json: Annotated[bool, typer.Option("--json", help="Print the whole record as JSON.")] = False,
+    revision: Revision = None,
     trust_endpoints: TrustEndpoints = False,
 ) -> None:
     """One answer of a mixture, printed as it comes."""
@@ -47,7 +56,7 @@ def ask(
     from mixmerge.errors import Fault, MixmergeError
     from mixmerge.mixture import Mixture
 
-    loaded = Mixture.load(mixture, trust_endpoints=trust_endpoints)
+    loaded = Mixture.load(mixture, revision=revision, trust_endpoints=trust_endpoints)
     text = sys.stdin.read() if prompt == "-" else prompt
     settings = Settings(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     labels = {label: str(value) for label, value in parse_options(meta or (), where="--meta").items()}

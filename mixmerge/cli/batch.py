@@ -26,6 +26,10 @@ MixturePath = Annotated[
     Path,
     typer.Argument(metavar="MIXTURE", help="Its YAML, a fitted folder, or a hub id.", show_default=False),
 ]
+Revision = Annotated[
+    str | None,
+    typer.Option("--revision", help="Branch, tag or commit of a hub id.", show_default=False),
+]
 TrustEndpoints = Annotated[
     bool,
     typer.Option(
@@ -119,6 +123,7 @@ def batch(
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    revision: Revision = None,
     trust_endpoints: TrustEndpoints = False,
 ) -> None:
     """Answer a file of requests: each expert is loaded once, and nothing is lost.
@@ -133,13 +138,11 @@ def batch(
 
     if output is None and not plan:
         raise MixmergeError(Fault("--output", "is missing", "A file, or --plan"))
-    if ray is not None and device:
-        raise MixmergeError(Fault("--device", "does not go with --ray: the cluster's slots are the devices"))
-    conditions = conditions_of(device, memory, batch_tokens, deadline, apart=apart)
-    loaded = Mixture.load(mixture, trust_endpoints=trust_endpoints)
+    conditions = conditions_of(device, memory, batch_tokens, deadline, apart=apart, ray=ray)
+    loaded = Mixture.load(mixture, revision=revision, trust_endpoints=trust_endpoints)
     with (
         _file(input, None if plan else output) as path,
-        _cluster(conditions, ray, ray_cpus, memory) as conditions,
+        on_cluster(conditions, ray, ray_cpus, memory) as conditions,
     ):
         files = batching.Files(
             path,
@@ -171,16 +174,24 @@ def conditions_of(
     deadline: float | None,
     *,
     apart: bool = False,
+    ray: str | None = None,
 ) -> Conditions:
-    """Where a job runs, as options say it."""
-    from mixmerge.batch.setup import Conditions, devices_of
+    """Where a job runs, as options say it; with ``ray``, ``on_cluster`` has yet to put its slots in.
 
+    Raises:
+        MixmergeError: devices that are not there, or that go with no cluster.
+    """
+    from mixmerge.batch.setup import Conditions, devices_of
+    from mixmerge.errors import Fault, MixmergeError
+
+    if ray is not None and devices:
+        raise MixmergeError(Fault("--device", "does not go with --ray: the cluster's slots are the devices"))
     given = None if memory is None else int(memory * 1e9)
     return Conditions(devices_of(devices or ["cpu"], memory=given), batch_tokens, deadline, apart)
 
 
 @contextmanager
-def _cluster(
+def on_cluster(
     conditions: Conditions, address: str | None, cpus: int, memory: float | None
 ) -> Iterator[Conditions]:
     """The conditions, on a cluster if there is to be one."""

@@ -3,12 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mixmerge.cli.batch import BatchTokens, Devices, Memory, MixturePath, conditions_of, show_report
+from mixmerge.cli.batch import (
+    BatchTokens,
+    Deadline,
+    Devices,
+    Memory,
+    MixturePath,
+    Ray,
+    RayCpus,
+    Revision,
+    TrustEndpoints,
+    conditions_of,
+    on_cluster,
+    show_report,
+)
 from mixmerge.cli.show import emit_json, step_progress, table
+
+if TYPE_CHECKING:
+    from mixmerge.mixture.profiling import Profile
 
 
 def profile(
@@ -37,41 +53,47 @@ def profile(
     device: Devices = None,
     memory: Memory = None,
     batch_tokens: BatchTokens = 8192,
-    deadline: Annotated[
-        float | None, typer.Option(help="Seconds after which no batch is started.", show_default=False)
-    ] = None,
+    deadline: Deadline = None,
+    ray: Ray = None,
+    ray_cpus: RayCpus = 4,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the output, and start again.")
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    revision: Revision = None,
+    trust_endpoints: TrustEndpoints = False,
 ) -> None:
     """Run every expert over labelled queries, and write who was right: what routers are fitted on.
 
     The router of the mixture need not be there yet. A run that was killed
     goes on when the same command is given again.
     """
-    import numpy as np
-
     from mixmerge.batch.journal import remove
-    from mixmerge.mixture import read
+    from mixmerge.mixture.hub import spec_from
     from mixmerge.mixture.profiling import profile as run
     from mixmerge.mixture.profiling import same
     from mixmerge.outcomes.whole import check_free
     from mixmerge.outcomes.writing import check_ending
 
+    conditions = conditions_of(device, memory, batch_tokens, deadline, ray=ray)
+    compared = same(check)
     check_ending(output)
     check_free(output, overwrite=overwrite)
+    spec = spec_from(mixture, revision=revision, trust_endpoints=trust_endpoints)
     work = output.absolute().parent / f".{output.name}.job"
     if overwrite:
         remove(work)
-    with step_progress(quiet=quiet) as progress:
+    with (
+        on_cluster(conditions, ray, ray_cpus, memory) as conditions,
+        step_progress(quiet=quiet) as progress,
+    ):
         made = run(
-            read(mixture).require(),
+            spec,
             tasks,
             work,
-            check=same(check),
-            conditions=conditions_of(device, memory, batch_tokens, deadline),
+            check=compared,
+            conditions=conditions,
             reference=reference,
             draws=draws,
             temperature=temperature,
@@ -80,6 +102,13 @@ def profile(
         )
     made.outcomes.write(output)
     remove(work)
+    _show(made, output, json=json)
+
+
+def _show(made: Profile, output: Path, *, json: bool) -> None:
+    """What every expert scored, and what it took."""
+    import numpy as np
+
     score = made.outcomes.score
     means = {name: float(np.nanmean(score[:, e])) for e, name in enumerate(made.outcomes.experts)}
     if json:

@@ -15,7 +15,7 @@ from typing import Any
 
 from mixmerge.checkpoint.transfer import asking, bars, fetch
 from mixmerge.errors import CheckpointError, Fault, MixmergeError
-from mixmerge.mixture.saving import FILE, HERE
+from mixmerge.mixture.saving import FILE, HERE, is_fitted, spec_of
 from mixmerge.mixture.schema import ExpertSpec, MixtureSpec, RouterSpec
 from mixmerge.routers.storage import CARD
 
@@ -51,7 +51,38 @@ def is_hub_id(source: object) -> bool:
     text = str(source)
     if not isinstance(source, str | Path) or not _HUB_ID.fullmatch(text) or text.startswith("."):
         return False
-    return not (text.lower().endswith((".yaml", ".yml")) or Path(text).exists())
+    return not (text.lower().endswith((".yaml", ".yml")) or os.path.lexists(text))
+
+
+def spec_from(
+    source: str | Path | Mapping[str, Any], *, revision: str | None = None, trust_endpoints: bool = False
+) -> MixtureSpec:
+    """What a mixture says, here or on the hub.
+
+    Args:
+        source: a YAML file, a fitted mixture's folder, a mapping of the YAML's shape, or a hub id.
+        revision: branch, tag or commit of a hub id.
+        trust_endpoints: of a hub id, as ``confined`` says.
+
+    Raises:
+        MixmergeError: as ``spec_of``, and of a hub id as ``snapshot`` and ``confined``; a revision of what is no
+            hub id.
+    """
+    if not isinstance(source, str | Path) or not is_hub_id(source):
+        refuse_revision(source, revision)
+        return spec_of(source)
+    folder = snapshot(str(source), revision)
+    found = spec_of(folder if is_fitted(folder) else folder / FILE)
+    return confined(found, folder, name=str(source), trust_endpoints=trust_endpoints)
+
+
+def refuse_revision(source: object, revision: str | None) -> None:
+    """Of what is here, there are no revisions."""
+    if revision is not None:
+        named = source if isinstance(source, str | Path) else "the mixture"
+        raise MixmergeError(
+            Fault("--revision", f"{named} is no hub id", "A hub id: org/name", "Leave it out")
+        )
 
 
 def snapshot(name: str, revision: str | None = None) -> Path:

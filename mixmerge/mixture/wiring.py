@@ -16,9 +16,7 @@ from mixmerge.decision.records import Decision, Query, as_queries
 from mixmerge.mixture.asking import Asked, Piece, answers, as_finished, stream
 from mixmerge.mixture.batching import Batched, Files, run
 from mixmerge.mixture.fitting import outcomes_of, same_experts, unfitted
-from mixmerge.mixture.hub import confined, is_hub_id, snapshot
-from mixmerge.mixture.saving import FILE as MIXTURE
-from mixmerge.mixture.saving import is_fitted, spec_of
+from mixmerge.mixture.hub import refuse_revision, spec_from
 from mixmerge.mixture.schema import ExpertSpec, MixtureSpec
 from mixmerge.routers.base import Router
 
@@ -51,7 +49,7 @@ class Mixture:
             source: a YAML file; a folder that ``save`` or ``mixmerge route fit MIXTURE.yaml`` wrote; a mapping of
                 the YAML's shape; what one says; or the hub id (``org/name``) of a repository with such a folder,
                 whose relative paths are then those in the repository.
-            revision: branch, tag or commit of a hub id.
+            revision: branch, tag or commit of a hub id; refused of anything else.
             trust_endpoints: a mixture of the hub may send prompts, and keys of the environment, to the servers that
                 it names.
 
@@ -61,13 +59,10 @@ class Mixture:
                 ``mixmerge.mixture.hub`` says, such as a path that leads out of the repository.
         """
         if isinstance(source, MixtureSpec):
+            refuse_revision(source, revision)
             spec = source
-        elif isinstance(source, str | Path) and is_hub_id(source):
-            folder = snapshot(str(source), revision)
-            found = spec_of(folder if is_fitted(folder) else folder / MIXTURE)
-            spec = confined(found, folder, name=str(source), trust_endpoints=trust_endpoints)
         else:
-            spec = spec_of(source)
+            spec = spec_from(source, revision=revision, trust_endpoints=trust_endpoints)
         return cls.of(spec, _loaded(spec) if spec.router.folder else unfitted(spec).fit(outcomes_of(spec)))
 
     @classmethod

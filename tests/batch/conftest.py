@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +20,9 @@ import yaml
 
 from mixmerge.batch.lines import Input
 from mixmerge.outcomes.table import OutcomeTable
+
+ROOT = Path(__file__).parents[2]
+STANDINS = (Path(__file__).parent / "standins", ROOT / "tests" / "engines" / "standins")
 
 
 @pytest.fixture
@@ -82,8 +88,7 @@ class Commands:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        here = Path(__file__)
-        path = os.pathsep.join(map(str, (here.parents[2], here.parent / "standins")))
+        path = os.pathsep.join(map(str, (ROOT, STANDINS[0])))
         self._starter = subprocess.Popen(
             [sys.executable, "-P", "-c", STARTER],
             stdin=subprocess.PIPE,
@@ -174,3 +179,39 @@ def case(tmp_path: Path) -> Callable[..., Case]:
         return Case(mixture, folder / "requests.jsonl", folder)
 
     return make
+
+
+TOKEN = secrets.token_hex(16)  # one for a process: Ray keeps the first it is told
+
+
+@pytest.fixture(scope="module")
+def session() -> Iterator[Path]:
+    """A Ray cluster of this machine with two CPUs, and the folder where it logs. Its processes see the stand-ins."""
+    ray = pytest.importorskip("ray")
+    folder = tempfile.mkdtemp(prefix="r")
+    with pytest.MonkeyPatch.context() as patch:
+        for one in STANDINS:
+            patch.syspath_prepend(str(one))
+        patch.setenv("PYTHONPATH", os.pathsep.join(map(str, [*STANDINS, ROOT])))
+        patch.setenv("RAY_AUTH_TOKEN", TOKEN)  # or Ray would write one into the user's home
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        ray.init(
+            address="local",
+            num_cpus=2,
+            include_dashboard=False,
+            object_store_memory=200_000_000,
+            log_to_driver=False,
+            logging_level="ERROR",
+            _temp_dir=folder,
+        )
+        yield Path(folder)
+        ray.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def ray_commands(session: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
+    """Commands that know the token of the cluster."""
+    made = Commands(tmp_path_factory.mktemp("commands"))
+    yield made
+    made.close()

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import random
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from mixmerge.batch.journal import data_of
 
 Make = Callable[..., Any]
 
@@ -225,3 +230,125 @@ def test_engines_of_models_killed_twenty_times(commands: Any, case: Make, family
     expert = {"model": str(family("llama", dtype="float32").experts[0])}
     job = case({"a": expert}, asked, generate={"max_new_tokens": 40})
     hunted(commands, job, kills=20, each=2, seed=4)
+
+
+# --- workers of a Ray cluster
+
+
+def ended(journal: Path) -> Counter[str]:
+    """Batches that have ended, of each expert."""
+    told = [data_of(line) for line in journal.read_bytes().splitlines(True)] if journal.exists() else []
+    return Counter(str(one["unit"]) for one in told if one is not None and "end" in one)
+
+
+@dataclass
+class WorkerHunter:
+    """Kills Ray workers that hold an expert, or are about to, at points of a job.
+
+    Args:
+        raylet: the process whose children they are.
+        journal: of the job.
+        batches: that each expert has in all.
+        points: (batches that have ended, seconds after that) of each kill.
+    """
+
+    raylet: int
+    journal: Path
+    batches: Counter[str]
+    points: list[tuple[int, float]]
+    rng: random.Random
+    seen: set[int] = field(default_factory=set)
+    killed: list[Counter[str]] = field(default_factory=list)  # batches that had ended at each kill
+
+    def run(self, over: threading.Event) -> None:
+        points = iter(self.points)
+        point = next(points, None)
+        while not over.wait(0.03):
+            there, done = self._look()
+            if point is None or not there or done.total() < point[0] or not self._harmless(done):
+                continue
+            if over.wait(point[1]):
+                break
+            there, done = self._look()
+            if there:
+                os.kill(self.rng.choice(there), signal.SIGKILL)
+                self.killed.append(done)
+                point = next(points, None)
+
+    def _look(self) -> tuple[list[int], Counter[str]]:
+        there = [one for one in workers(self.raylet) if hosts_expert(one)]
+        self.seen.update(there)
+        return there, ended(self.journal)
+
+    def _harmless(self, done: Counter[str]) -> bool:
+        """Whether no load or batch would lose its worker a third time, which would divide it.
+
+        After two kills each expert must have ended two more batches, of which one may have been on its way.
+        """
+        if len(self.killed) < 2:
+            return True
+        then = self.killed[-2]
+        return all(done[unit] >= min(then[unit] + 2, count) for unit, count in self.batches.items())
+
+
+def hosts_expert(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::Hosted")
+    return False
+
+
+def raylet_of(pid: int) -> int:
+    """The process that starts the workers of a cluster on this machine, which that process has started."""
+    (found,) = [one for one in workers(pid) if b"/raylet\0" in Path(f"/proc/{one}/cmdline").read_bytes()]
+    return found
+
+
+@pytest.mark.slow
+def test_ray_workers_killed_twenty_times(session: Path, ray_commands: Any, case: Make) -> None:
+    """Up to five kills in a job. One counts if another worker had to be started for it, as for none that is late."""
+    import ray
+
+    expert = {"model": "m", "engine": "bound", "options": {"delay": 0.1}}
+    job = case(
+        {"a": expert, "b": expert},
+        [{"id": f"r{i}", "text": f"say {'on ' * (i % 9)}{i}"} for i in range(160)],
+        policy={"kind": "sample", "draws": 1, "temperature": 10.0},
+        generate={"max_new_tokens": 64},
+    )
+    arguments: list[object] = ["batch", job.mixture, "-i", job.requests, "--batch-tokens", 200]
+    groups = json.loads(ray_commands(*arguments, "--plan", "--json").out)["groups"]
+    batches = Counter({one["unit"]: one["batches"] for one in groups})
+    assert min(batches.values()) > 10
+    arguments += ["--ray", ray.get_runtime_context().gcs_address, "--ray-cpus", 1]
+    kills, rng, raylet = 20, random.Random(6), raylet_of(os.getpid())
+
+    def run(name: str, points: list[tuple[int, float]]) -> WorkerHunter:
+        journal = job.folder / f".{name}.job" / "journal.jsonl"
+        hunter, over = WorkerHunter(raylet, journal, batches, points, rng), threading.Event()
+        hunting = threading.Thread(target=hunter.run, args=(over,))
+        ray_commands.begin(*arguments, "-o", job.folder / name)
+        hunting.start()
+        ended = ray_commands.end()
+        over.set()
+        hunting.join()
+        assert ended.code == 0, ended
+        return hunter
+
+    assert len(run("whole.jsonl", []).seen) == 2  # each expert is loaded once
+    wanted = (job.folder / "whole.jsonl").read_bytes()
+    assert wanted.count(b'"error": null') == len(wanted.splitlines()) == 160
+    landed, late, hit, jobs = 0, 0, list[int](), 0
+    while landed < kills:
+        jobs += 1
+        more = min(5, kills - landed) - 1
+        points = [
+            (after, rng.uniform(0, 0.2)) for after in sorted(rng.sample(range(1, batches.total()), more))
+        ]
+        hunter = run(f"out{jobs}.jsonl", [(0, rng.uniform(0, 1.5)), *points])
+        assert (job.folder / f"out{jobs}.jsonl").read_bytes() == wanted
+        started = len(hunter.seen) - 2
+        landed, late = landed + started, late + len(hunter.killed) - started
+        hit += [done.total() for done in hunter.killed]
+    assert len(set(hit)) > kills // 3, f"the kills hit the same places: {hit}"
+    shown = f"{landed} kills of Ray workers in {jobs} jobs of {batches.total()} batches, after {hit}"
+    print(f"{shown}: each output as undisturbed; {late} more kills were late")

@@ -93,33 +93,6 @@ def test_an_address_may_be_left_out(given: str, made: str) -> None:
 # --- with one
 
 
-TOKEN = secrets.token_hex(16)  # one for a process: Ray keeps the first it is told
-
-
-@pytest.fixture(scope="module")
-def session() -> Iterator[Path]:
-    """A cluster of this machine with two CPUs, and the folder where it logs. Its processes see the stand-ins."""
-    ray = pytest.importorskip("ray")
-    folder = tempfile.mkdtemp(prefix="r")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(STANDINS))
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(STANDINS), str(ROOT)]))
-        patch.setenv("RAY_AUTH_TOKEN", TOKEN)  # or Ray would write one into the user's home
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        ray.init(
-            address="local",
-            num_cpus=2,
-            include_dashboard=False,
-            object_store_memory=200_000_000,
-            log_to_driver=False,
-            logging_level="ERROR",
-            _temp_dir=folder,
-        )
-        yield Path(folder)
-        ray.shutdown()
-    shutil.rmtree(folder, ignore_errors=True)
-
-
 @pytest.fixture
 def cluster(session: Path) -> Iterator[Cluster]:
     with Cluster.open(cpus=CPUS) as made:
@@ -273,9 +246,10 @@ def files(tmp_path: Path, family: Callable[..., Any]) -> tuple[Path, Path]:
     return mixture, asked
 
 
-def invoke(*arguments: object) -> None:
+def invoke(*arguments: object) -> str:
     done = CliRunner().invoke(app, [str(one) for one in arguments])
     assert done.exit_code == 0, done.output
+    return done.stdout
 
 
 @pytest.mark.slow
@@ -322,6 +296,26 @@ def test_a_job_gives_the_same_bytes_there_though_workers_are_killed(
     said = [path for path in session.rglob("*") if path.is_file()]
     assert any(path.name.startswith("worker") for path in said)
     assert not [path for path in said if MARK.encode() in path.read_bytes()]
+
+
+def test_profiles_are_the_same_there(session: Path, tmp_path: Path) -> None:
+    tasks, mixture = tmp_path / "tasks.jsonl", tmp_path / "mixture.json"
+    lines = [{"text": f"say {at}", "answer": f"say {at - at % 2}"} for at in range(12)]
+    tasks.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    experts = {name: {"model": name, "engine": "echo"} for name in "ab"}
+    router = {"kind": "knn", "outcomes": "later.jsonl"}
+    mixture.write_text(json.dumps({"experts": experts, "router": router}))
+    arguments = ("profile", mixture, "--tasks", tasks, "--json", "-q")
+    here, there = tmp_path / "here.jsonl", tmp_path / "there.jsonl"
+    invoke(*arguments, "-o", here)
+    said = invoke(*arguments, "-o", there, "--ray", "--ray-cpus", CPUS)
+    assert there.read_bytes() == here.read_bytes()
+    report = json.loads(said)
+    assert report["score"] == {"a": 0.5, "b": 0.5}
+    assert {one["device"] for one in report["loads"]} == {"ray:0", "ray:1"}
+    mixed = [str(one) for one in (*arguments, "-o", tmp_path / "not.jsonl", "--ray", "--device", "cpu")]
+    refused = CliRunner().invoke(app, mixed)
+    assert (refused.exit_code, "--device: does not go with --ray" in refused.stderr) == (2, True)
 
 
 LOST = """

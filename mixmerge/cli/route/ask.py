@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mixmerge.cli.batch import Revision
 from mixmerge.cli.route.options import (
     AbstainBelow,
     Budget,
@@ -41,7 +42,7 @@ def ask(
         Path,
         typer.Argument(
             metavar="ROUTER",
-            help="A fitted router's or mixture's folder, or a mixture YAML.",
+            help="A fitted router's or mixture's folder, a mixture's YAML or hub id.",
             show_default=False,
         ),
     ],
@@ -74,6 +75,7 @@ def ask(
     overwrite: Overwrite = False,
     json: Json = False,
     quiet: Quiet = False,
+    revision: Revision = None,
 ) -> None:
     """Decide which expert answers a prompt, or each query of a file.
 
@@ -85,7 +87,7 @@ def ask(
         check_free(output, overwrite=overwrite)
     asked = queries_from(prompt, queries, field=field, metadata=meta or ())
 
-    loaded, own = _router_of(router)
+    loaded, own = _router_of(router, revision)
     chosen = policy_from(
         policy,
         top_k=top_k,
@@ -110,17 +112,20 @@ def ask(
                 print(jsonlib.dumps(decision.as_dict(), ensure_ascii=False))
 
 
-def _router_of(path: Path) -> tuple[Router, Policy | None]:
+def _router_of(path: Path, revision: str | None) -> tuple[Router, Policy | None]:
     """The router, and the policy it is used with if nothing else is said."""
     from mixmerge.mixture.saving import is_fitted
 
     if is_mixture(path) or is_fitted(path):
         from mixmerge.mixture import Mixture
 
-        mixture = Mixture.load(path)
+        # Nothing is sent to an endpoint here, whoever has chosen it.
+        mixture = Mixture.load(path, revision=revision, trust_endpoints=True)
         return mixture.router, mixture.policy
+    from mixmerge.mixture.hub import refuse_revision
     from mixmerge.routers.base import Router
 
+    refuse_revision(path, revision)
     router = Router.load(path)
     return router, saved_policy(path, router)
 

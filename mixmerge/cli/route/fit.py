@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mixmerge.cli.batch import Revision, TrustEndpoints
 from mixmerge.cli.route.options import Json, Kind, Overwrite, Prices, Quiet
 from mixmerge.cli.route.parsing import check_free, features_from, is_mixture, parse_options
 from mixmerge.cli.show import emit_json, step_progress, warn
@@ -25,7 +26,7 @@ def fit(
     outcomes: Annotated[
         Path,
         typer.Argument(
-            metavar="OUTCOMES", help="A table of outcomes, or a mixture YAML.", show_default=False
+            metavar="OUTCOMES", help="A table of outcomes, or a mixture's YAML or hub id.", show_default=False
         ),
     ],
     out: Annotated[Path, typer.Option(help="The folder to make.", show_default=False)],
@@ -57,21 +58,29 @@ def fit(
     overwrite: Overwrite = False,
     json: Json = False,
     quiet: Quiet = False,
+    revision: Revision = None,
+    trust_endpoints: TrustEndpoints = False,
 ) -> None:
     """Fit a router on outcomes and save it as a folder.
 
     With --holdout, a router is first fitted on the rest and asked the
     queries held out; the one that is saved is fitted on all.
 
-    Of a mixture YAML, fits the router it declares and saves the mixture:
-    a folder that ask takes like any router's.
+    Of a mixture, fits the router it declares and saves the mixture: a
+    folder that ask takes like any router's.
     """
     _check(out, holdout, overwrite=overwrite)
     if is_mixture(outcomes):
         given: dict[str, object] = {"--router": router, "--option": option, "--features": features}
         given |= {"--prices": prices, "--seed": seed, "--kind": kind}
-        task = _of_mixture(outcomes, given, holdout=holdout)
+        task = _of_mixture(
+            outcomes, given, holdout=holdout, revision=revision, trust_endpoints=trust_endpoints
+        )
     else:
+        if revision is not None:
+            from mixmerge.mixture.hub import refuse_revision
+
+            refuse_revision(outcomes, revision)
         task = _of_outcomes(
             outcomes, router or "knn", option or [], features, prices=prices, seed=seed or 0, kind=kind
         )
@@ -153,11 +162,18 @@ def _of_outcomes(
     )
 
 
-def _of_mixture(path: Path, given: dict[str, object], *, holdout: float | None) -> _Task:
-    """What the YAML declares; ``given`` are the options that it stands in place of."""
+def _of_mixture(
+    path: Path,
+    given: dict[str, object],
+    *,
+    holdout: float | None,
+    revision: str | None,
+    trust_endpoints: bool,
+) -> _Task:
+    """What the mixture declares; ``given`` are the options that it stands in place of."""
     from mixmerge.errors import Fault, MixmergeError
     from mixmerge.mixture.fitting import outcomes_of, unfitted
-    from mixmerge.mixture.saving import spec_of
+    from mixmerge.mixture.hub import spec_from
     from mixmerge.mixture.wiring import Mixture
 
     faults = [
@@ -167,7 +183,7 @@ def _of_mixture(path: Path, given: dict[str, object], *, holdout: float | None) 
     ]
     if faults:
         raise MixmergeError(faults)
-    spec = spec_of(path)
+    spec = spec_from(path, revision=revision, trust_endpoints=trust_endpoints)
 
     def save(fitted: Router, out: Path, overwrite: bool) -> None:
         Mixture.of(spec, fitted).save(out, overwrite=overwrite)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -196,8 +197,17 @@ def unseen_rows(
 
 
 def is_mixture(path: Path) -> bool:
-    """Whether a mixture is meant, and no table of outcomes or router, by the end of the name."""
-    return path.suffix.lower() in (".yaml", ".yml")
+    """Whether a mixture's YAML or hub id is meant, and no table of outcomes or router, by the name."""
+    from mixmerge.outcomes.glance import SUFFIXES
+
+    end = path.suffix.lower()
+    if end in (".yaml", ".yml"):
+        return True
+    if os.path.lexists(path) or end in SUFFIXES:
+        return False
+    from mixmerge.mixture.hub import is_hub_id  # slow to import: only for what is not here
+
+    return is_hub_id(path)
 
 
 def check_free(path: Path, *, overwrite: bool) -> None:
