@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -24,6 +25,7 @@ from mixmerge.cli.batch import (
 from mixmerge.cli.show import emit_json, step_progress, table
 
 if TYPE_CHECKING:
+    from mixmerge.aggregate.bench import AggregatorBench
     from mixmerge.mixture.profiling import Profile
 
 
@@ -50,6 +52,12 @@ def profile(
     temperature: Annotated[
         float | None, typer.Option("--temperature", min=0.0, help="Of the answers.", show_default=False)
     ] = None,
+    aggregators: Annotated[
+        bool,
+        typer.Option(
+            "--aggregators", help="Measure too who makes the best one answer of a right and two wrong ones."
+        ),
+    ] = False,
     device: Devices = None,
     memory: Memory = None,
     batch_tokens: BatchTokens = 8192,
@@ -70,6 +78,7 @@ def profile(
     goes on when the same command is given again.
     """
     from mixmerge.batch.journal import remove
+    from mixmerge.mixture.aggregators import bench
     from mixmerge.mixture.hub import spec_from
     from mixmerge.mixture.profiling import profile as run
     from mixmerge.mixture.profiling import same
@@ -98,23 +107,37 @@ def profile(
             draws=draws,
             temperature=temperature,
             field=field,
+            texts=aggregators,
             progress=progress,
         )
+        told = None
+        if aggregators:
+            again = work.with_name(f".{output.name}.aggregators.job")
+            if overwrite:
+                remove(again)
+            told = bench(spec, made.answered, again, check=compared, conditions=conditions, progress=progress)
     made.outcomes.write(output)
     remove(work)
-    _show(made, output, json=json)
+    if told is not None:
+        remove(again)
+    _show(made, output, told, json=json)
 
 
-def _show(made: Profile, output: Path, *, json: bool) -> None:
-    """What every expert scored, and what it took."""
+def _show(made: Profile, output: Path, told: AggregatorBench | None, *, json: bool) -> None:
+    """What every expert scored, what it took, and who aggregates best, if that was asked."""
     import numpy as np
 
     score = made.outcomes.score
     means = {name: float(np.nanmean(score[:, e])) for e, name in enumerate(made.outcomes.experts)}
     if json:
-        emit_json({"output": str(output), "score": means, **made.report.as_dict()})
+        more = {} if told is None else {"aggregators": dataclasses.asdict(told)}
+        emit_json({"output": str(output), "score": means, **more, **made.report.as_dict()})
         return
     print(output)
     rows = [(name, f"{value:.3f}") for name, value in means.items()]
     table(f"{len(made.outcomes):,} queries", ("expert", "mean score"), rows)
+    if told is not None:
+        found = [(name, f"{share:.3f}", f"{told.error[name]:.3f}") for name, share in told.accuracy.items()]
+        table(f"{told.trials} trials of aggregating", ("expert", "right", "standard error"), found)
+        print(f"best aggregator: {told.best}; compose: {{kind: aggregate, aggregator: {told.best}}}")
     show_report(made.report)

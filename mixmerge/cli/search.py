@@ -22,12 +22,8 @@ def search(
         Path,
         typer.Option("--eval", metavar="TASKS.yaml", help="Tasks, as of mixmerge eval.", show_default=False),
     ],
-    objective: Annotated[
-        str, typer.Option(help="average or worst: of the tasks' mean scores.")
-    ] = "average",
-    held_out: Annotated[
-        float, typer.Option(help="Share of the rows that no candidate is chosen by.")
-    ] = 0.5,
+    objective: Annotated[str, typer.Option(help="average or worst: of the tasks' mean scores.")] = "average",
+    held_out: Annotated[float, typer.Option(help="Share of the rows that no candidate is chosen by.")] = 0.5,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Rows of each task, the first ones.", show_default=False)
     ] = None,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +14,8 @@ from mixmerge.aggregate.extraction import final_text
 from mixmerge.engines.callables import generator
 from mixmerge.engines.local import TransformersEngine
 from mixmerge.errors import MixmergeError
+from mixmerge.mixture import read
+from mixmerge.mixture.aggregators import bench
 
 
 def _check(answer: str, reference: str) -> float:
@@ -78,3 +82,35 @@ def test_a_real_model_aggregates(family: Callable[..., Any]) -> None:
 
     bench = best_aggregator({"tiny": generate}, ANSWERED[:3], _check, max_new_tokens=4)
     assert 0 <= bench.accuracy["tiny"] <= 1
+
+
+def test_experts_of_a_mixture_are_benched_as_one_job(
+    family: Callable[..., Any], clone: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    """Grouped, on disk and resumable, and what the functions give."""
+    folders = {}
+    for name, source in zip("ab", family("llama", dtype="float32").experts, strict=False):
+        folders[name] = clone(source)
+        config = json.loads((folders[name] / "config.json").read_text())
+        (folders[name] / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 2048}))
+    spec = read(
+        {
+            "experts": {name: {"model": str(folder)} for name, folder in folders.items()},
+            "router": {"kind": "best_single", "outcomes": "none.jsonl"},
+            "generate": {"max_new_tokens": 6, "seed": 3},
+        }
+    ).require()
+
+    def check(answer: str, reference: str) -> float:  # untrained models are right where this happens to hold
+        return float(answer == reference or (len(answer) > 2 and ord(answer[0]) % 2 == 0))
+
+    told = bench(spec, ANSWERED, tmp_path / "job", check=check)
+    functions = {}
+    for name, folder in folders.items():
+        functions[name] = generator(TransformersEngine(str(folder)))
+    expected = best_aggregator(functions, ANSWERED, check, max_new_tokens=6, seed=3)
+    assert told == expected
+    assert len(set(told.accuracy.values())) == 2, "the check tells them apart"
+    assert bench(spec, ANSWERED, tmp_path / "job", check=check) == told, "what is there is not asked again"
+    with pytest.raises(MixmergeError, match="of 1 questions none"):
+        bench(spec, ANSWERED[:1], tmp_path / "other", check=lambda answer, reference: 1.0)

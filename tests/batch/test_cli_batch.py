@@ -232,6 +232,19 @@ def test_profile(made: Any, experts: Any) -> None:
     assert OutcomeTable.read(out).score.tolist() == table.score.tolist()
 
 
+def test_profile_without_a_trial_for_aggregators(made: Any, experts: Any) -> None:
+    """Two experts cannot be wrong twice beside one that is right; the answers are kept for another call."""
+    tasks, out = tasks_of(experts, made.folder, 4), made.folder / "profiled.jsonl"
+    arguments = ["profile", made.mixture, "--tasks", tasks, "-o", out]
+    assert (
+        "of 4 questions none has 1 right answer and 2 wrong ones"
+        in run(*arguments, "--aggregators", code=2).stderr
+    )
+    assert not out.exists()
+    report = json.loads(run(*arguments, "--json").stdout)
+    assert [one["times"] for one in report["loads"]] == [1, 1], "those of the first call"
+
+
 def test_profile_refuses_before_there_is_a_job(made: Any, experts: Any) -> None:
     tasks = tasks_of(experts, made.folder, 3)
     right = tasks.read_text()

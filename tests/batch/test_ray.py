@@ -338,7 +338,7 @@ machines = Machines(initialize_head=True, head_node_args=head)
 second = machines.add_node(**ours)
 with Cluster.open(machines.address, cpus=1) as cluster:
     assert cluster.own
-    engines = [RayEngine("echo", name=one.name, slot=one, start_timeout=3.0) for one in cluster.slots]
+    engines = [RayEngine("echo", name=one.name, slot=one, start_timeout=20.0) for one in cluster.slots]
     print(*map(says, engines))
     machines.remove_node(second)
     for _ in range(2):
