@@ -11,9 +11,12 @@ import fcntl
 import json
 import math
 import os
+import runpy
 import shutil
+import subprocess
+import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +35,15 @@ if TYPE_CHECKING:
     from mixmerge.zoo import Spec, Zoo
 
 
+def _kept() -> str:
+    """The user's own cache, empty if there is none: a whole zoo takes minutes, and equal keys are equal bytes."""
+    try:
+        (cache_root() / "zoo").mkdir(parents=True, exist_ok=True)
+        return str(cache_root().resolve()) if os.access(cache_root() / "zoo", os.W_OK) else ""
+    except (OSError, RuntimeError):
+        return ""
+
+
 def _new_cache() -> Path:
     """A folder for all that this run makes once. It goes when the run ends."""
     cache = Path(tempfile.mkdtemp(prefix="mixmerge-tests-"))
@@ -47,9 +59,11 @@ def _new_cache() -> Path:
 
 
 # The workers of pytest-xdist are children of the process that set the variable, and share its folder.
-_SHARED = "MIXMERGE_TESTS_CACHE"
-_CACHE = Path(os.environ[_SHARED]) if "PYTEST_XDIST_WORKER" in os.environ else _new_cache()
-os.environ[_SHARED] = str(_CACHE)
+_SHARED, _OF_USER = "MIXMERGE_TESTS_CACHE", "MIXMERGE_TESTS_KEPT"
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ[_OF_USER] = _kept()
+    os.environ[_SHARED] = str(_new_cache())
+_CACHE = Path(os.environ[_SHARED])
 os.environ.update(
     GOMP_SPINCOUNT="0",  # two OpenMP threads that spin on shared cores are 5 to 10 times slower
     OMP_NUM_THREADS="1",
@@ -140,6 +154,81 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A test that takes ``family_name`` runs once for each architecture."""
     if "family_name" in metafunc.fixturenames:
         metafunc.parametrize("family_name", list(FAMILIES))
+
+
+# What of an environment such libraries read as they are loaded: a program that wants another value loads them itself.
+_READ_BY_LIBRARIES = (
+    *("HF_ENDPOINT", "HF_HOME", "HF_HUB_OFFLINE", "OMP_NUM_THREADS", "PYTHONHASHSEED"),
+    *("TRANSFORMERS_VERBOSITY",),
+)
+_LIBRARIES = (
+    "numpy",
+    "pyarrow.parquet",
+    "sklearn.linear_model",
+    "sklearn.neighbors",
+    "torch",
+    "transformers.generation.utils",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.auto.tokenization_auto",
+    "transformers.models.gpt_neox.modeling_gpt_neox",
+    "transformers.models.llama.modeling_llama",
+    "peft",
+)
+
+
+@dataclass(frozen=True)
+class Programs:
+    """Python programs that start at once: see ``programs.py``.
+
+    Args:
+        folder: with a ``python`` and a ``mixmerge``, for a PATH.
+    """
+
+    folder: Path
+
+    @property
+    def python(self) -> str:
+        return str(self.folder / "python")
+
+    def __call__(
+        self, *arguments: str | Path, folder: Path, environment: Mapping[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        """``python ARGUMENTS`` there, to its end; its input is empty, its output is caught.
+
+        Args:
+            environment: what differs from this process's.
+        """
+        return subprocess.run(
+            [self.python, *map(str, arguments)],
+            cwd=folder,
+            env={**os.environ, **(environment or {})},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+
+@pytest.fixture(scope="session")
+def programs() -> Iterator[Programs]:
+    """Starts Python programs without the seconds in which they load torch and transformers."""
+    here = Path(__file__).with_name("programs.py")
+    asker = runpy.run_path(str(here))["ASKER"]
+    folder = Path(tempfile.mkdtemp(prefix="p", dir=_CACHE))  # short: a socket's path may have 100 letters
+    server = folder / "s"
+    inherited = {name: os.environ.get(name) for name in _READ_BY_LIBRARIES}
+    for name, before in (("python", []), ("mixmerge", ["-P", "-m", "mixmerge"])):
+        text = asker.format(
+            python=sys.executable, before=before, inherited=json.dumps(inherited), socket=str(server)
+        )
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    command = [sys.executable, "-P", str(here), str(server), ",".join(_LIBRARIES)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        yield Programs(folder)
+        process.communicate()
 
 
 @pytest.fixture(scope="session")
@@ -287,13 +376,30 @@ def family(tokenizer: PreTrainedTokenizerBase) -> Iterator[Callable[..., Family]
 
 
 @pytest.fixture(scope="session")
-def built() -> Callable[[Spec], Zoo]:
-    """``built(spec)``: the zoo of a specification, trained once a run, whichever worker needs it first."""
-    from mixmerge.zoo import build
+def built(programs: Programs) -> Callable[[Spec], Zoo]:
+    """``built(spec)``: the zoo of a specification, trained once a run, whichever worker needs it first.
+
+    One of the whole effort is a copy of the user's, who keeps it: the next run need not train it.
+    """
+    from mixmerge.zoo import Zoo, build, copy_to
+    from mixmerge.zoo.outcomes import FILE
     from mixmerge.zoo.spec import cache_folder
 
     def make(spec: Spec) -> Zoo:
-        with _alone(cache_folder(spec).name):
+        target = cache_folder(spec)
+        with _alone(target.name), pytest.MonkeyPatch.context() as patch:
+            if spec.effort < 1:
+                patch.setattr(
+                    sys, "executable", programs.python
+                )  # two steps are trained sooner than torch is loaded
+            elif os.environ[_OF_USER]:
+                if not target.exists():
+                    patch.setenv("MIXMERGE_CACHE", os.environ[_OF_USER])
+                    copied = copy_to(build(spec), target)
+                    (copied.folder / FILE).unlink(
+                        missing_ok=True
+                    )  # what its experts answered is for tests to ask
+                return Zoo.open(target)
             return build(spec)
 
     return make

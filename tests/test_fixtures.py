@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -69,3 +72,36 @@ def test_tokenizer_survives_any_text(family: Any) -> None:
     loaded = AutoTokenizer.from_pretrained(family("t5").base)
     text = "naïve 模型\tdef f(x):\n    return x"
     assert loaded.decode(loaded(text).input_ids) == text
+
+
+def test_programs_are_processes_of_their_own(programs: Any, tmp_path: Path) -> None:
+    """As ``python`` runs them: arguments, folder, environment, streams, exit codes, signals; nothing of ours."""
+    code = (
+        "import os, sys; print(sys.argv, os.getcwd(), os.environ['SAID'], 'torch' in sys.modules);"
+        "print([name for name in globals() if name[0] != '_'],"
+        " [name for name in sys.modules if name.split('.')[0] == 'mixmerge'], file=sys.stderr);"
+        "sys.exit(int(sys.argv[1]))"
+    )
+    done = programs("-P", "-c", code, "3", folder=tmp_path, environment={"SAID": "so"})
+    assert (done.returncode, done.stdout) == (3, f"['-c', '3'] {tmp_path.resolve()} so True\n")
+    assert done.stderr == "['os', 'sys'] []\n"
+    assert programs("-c", "import os; os.abort()", folder=tmp_path).returncode == -signal.SIGABRT
+    fault = programs("-c", "json", folder=tmp_path)
+    assert (fault.returncode, fault.stderr.splitlines()[-1][:9]) == (1, "NameError")
+    (tmp_path / "beside.py").write_text("X = 7")
+    (tmp_path / "script.py").write_text("import beside, sys; print(__name__, beside.X, sys.argv[1:])")
+    assert programs("script.py", "a", folder=tmp_path).stdout == "__main__ 7 ['a']\n"
+    assert programs("-m", "script", folder=tmp_path).stdout == "__main__ 7 []\n"
+    own = programs(
+        "-c", "import sys; print('torch' in sys.modules)", folder=tmp_path, environment={"HF_HOME": "x"}
+    )
+    assert own.stdout == "False\n", "what libraries read when they are loaded is another: they are not loaded"
+
+
+def test_a_program_ends_with_who_asked_for_it(programs: Any, tmp_path: Path) -> None:
+    code = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
+    with subprocess.Popen([programs.python, "-c", code], stdout=subprocess.PIPE, text=True) as asker:
+        assert asker.stdout is not None
+        assert int(asker.stdout.readline()) != asker.pid
+        asker.kill()
+        assert asker.stdout.read() == "", "it ends when nobody holds its output any more"

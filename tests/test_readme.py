@@ -94,12 +94,12 @@ def _yaml_fault(block: Block, folder: Path) -> str:
     return "\n".join(map(str, parse_recipe(block.text, where=f"block at line {block.line}").faults))
 
 
-def _run_fault(block: Block, folder: Path) -> str:
+def _run_fault(block: Block, folder: Path, programs: Path) -> str:
     shell = ["bash", "-euo", "pipefail", "-c", block.text]
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    path = os.pathsep.join([str(programs), str(Path(sys.executable).parent), os.environ["PATH"]])
     try:
         done = subprocess.run(
-            shell if block.language == "bash" else [sys.executable, "-P", "-c", block.text],
+            shell if block.language == "bash" else [str(programs / "python"), "-P", "-c", block.text],
             cwd=folder,
             env={**os.environ, "PATH": path, "HOME": str(folder)},
             stdin=subprocess.DEVNULL,
@@ -113,25 +113,29 @@ def _run_fault(block: Block, folder: Path) -> str:
     return f"exit code {done.returncode}\n{done.stdout}{done.stderr}" if done.returncode else ""
 
 
-def check(document: str, folder: Path, *, place_zoo: Callable[[], None]) -> Report:
-    """Run or validate every block of a document in ``folder``."""
+def check(document: str, folder: Path, *, programs: Path, place_zoo: Callable[[], None]) -> Report:
+    """Run or validate every block of a document in ``folder``, with the ``python`` and ``mixmerge`` of a folder."""
     blocks, faults = blocks_of(document)
     live = [block for block in blocks if block.language in RUN and block.reason is None]
     if any(re.search(r"(\./|\b)zoo/|\./zoo\b", block.text) for block in live):
         place_zoo()
     for block in live:
-        fault = (_yaml_fault if block.language == "yaml" else _run_fault)(block, folder)
+        yaml_block = block.language == "yaml"
+        fault = _yaml_fault(block, folder) if yaml_block else _run_fault(block, folder, programs)
         if fault:
             faults.append(f"{block.line}: {block.language} block: {fault}")
     return Report(len(live), sum(block.reason is not None for block in blocks), faults)
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
-def test_blocks_run(path: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_blocks_run(path: Path, programs: Any, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """The programs of the blocks are real processes that have loaded torch already."""
+
     def place_zoo() -> None:
         copy_to(Zoo.open(request.getfixturevalue("zoo")), tmp_path / "zoo")
 
-    report = check(path.read_text(encoding="utf-8"), tmp_path, place_zoo=place_zoo)
+    text = path.read_text(encoding="utf-8")
+    report = check(text, tmp_path, programs=programs.folder, place_zoo=place_zoo)
     assert not report.faults, "\n".join(f"{path.name}:{fault}" for fault in report.faults)
     if path.name == "README.md":
         assert report.ran > 0, f"no block of the README ran ({report.skipped} are marked as not run)"
@@ -190,12 +194,12 @@ rm -rf everything && make install
 
 
 @pytest.fixture
-def check_sample(tmp_path: Path) -> Callable[[str], Report]:
+def check_sample(programs: Any, tmp_path: Path) -> Callable[[str], Report]:
     def place_zoo() -> None:
         (tmp_path / "zoo").mkdir()
         (tmp_path / "zoo" / "a").touch()
 
-    return lambda document: check(document, tmp_path, place_zoo=place_zoo)
+    return lambda document: check(document, tmp_path, programs=programs.folder, place_zoo=place_zoo)
 
 
 def test_sample_runs(check_sample: Any, tmp_path: Path) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -106,16 +104,10 @@ def test_rows_have_intervals_and_paired_leads(example: Any) -> None:
 
 
 @pytest.mark.slow
-def test_the_example_prints_its_table(zoo: Path, tmp_path: Path) -> None:
+def test_the_example_prints_its_table(zoo: Path, programs: Any, tmp_path: Path) -> None:
     script = ROOT / "examples" / "symbolic_moe.py"
     sizes = ("--effort", "0.01", "--validation", "4", "--test", "4")
-    done = subprocess.run(
-        [sys.executable, str(script), *sizes, "--out", "out", "--markdown", "out.md"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = programs(script, *sizes, "--out", "out", "--markdown", "out.md", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     written = (tmp_path / "out.md").read_text(encoding="utf-8")
     assert "20 test questions of 5 tasks; 4 others of each to profile on" in done.stdout

@@ -188,9 +188,13 @@ def test_every_model_loads(tiny: Zoo, assert_loads: Callable[[Path], Any]) -> No
 
 
 def test_the_other_variant_shares_nothing_but_the_tasks(
-    tiny: Zoo, assert_loads: Callable[[Path], Any], read_tensors: Callable[[Path], Any], tmp_path: Path
+    tiny: Zoo,
+    built: Callable[[Spec], Zoo],
+    assert_loads: Callable[[Path], Any],
+    read_tensors: Callable[[Path], Any],
+    tmp_path: Path,
 ) -> None:
-    other = build(Spec(variant="neox", tasks=("reverse", "sort"), effort=0.01))
+    other = built(Spec(variant="neox", tasks=("reverse", "sort"), effort=0.01))
     model = assert_loads(other.expert("sort"))
     assert model.config.model_type == "gpt_neox"
     assert model.config.vocab_size != json.loads((tiny.base / "config.json").read_text())["vocab_size"]
@@ -356,16 +360,12 @@ def test_asking_again_gives_the_scores_of_the_build(tiny: Zoo) -> None:
 
 
 @pytest.mark.slow
-def test_demo(zoo: Path, tmp_path: Path) -> None:
+def test_demo(zoo: Path, programs: Any, tmp_path: Path) -> None:
     """Every shipped recipe is merged and in the table, with a routed mixture of the experts; the zoo is the run's tiny
     one, of the same effort.
     """
-    done = subprocess.run(
-        [sys.executable, ROOT / "examples" / "demo.py", "--out", "demo", "--effort", "0.01", "--limit", "4"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
+    example = ROOT / "examples" / "demo.py"
+    done = programs(example, "--out", "demo", "--effort", "0.01", "--limit", "4", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     recipes = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))
     assert {"linear", "slerp", "task_arithmetic", "ties", "dare_ties", "adapters"} <= set(recipes)

@@ -6,9 +6,6 @@ Nothing here depends on how long anything took.
 from __future__ import annotations
 
 import importlib
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,20 +23,10 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.slow
-def test_it_runs(family: Callable[..., Any], tmp_path: Path) -> None:
+def test_it_runs(family: Callable[..., Any], programs: Any, tmp_path: Path) -> None:
     model = family("llama").base
-    done = subprocess.run(
-        [
-            *(sys.executable, str(ROOT / "examples" / "bench_batch.py"), "--model", str(model)),
-            *(*SMALL, "--markdown", "out.md"),
-        ],
-        cwd=tmp_path,
-        env=os.environ | {"COLUMNS": "240", "OMP_NUM_THREADS": "1"},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    arguments = (ROOT / "examples" / "bench_batch.py", "--model", model, *SMALL, "--markdown", "out.md")
+    done = programs(*arguments, folder=tmp_path, environment={"COLUMNS": "240"})
     assert done.returncode == 0, done.stderr
     written = (tmp_path / "out.md").read_text(encoding="utf-8")
     assert "3 experts, 9 queries" in written

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import subprocess
 import sys
 import weakref
 from collections.abc import Callable
@@ -441,28 +440,11 @@ def test_peft_is_named_when_it_is_not_there(
 
 
 @pytest.mark.slow
-def test_the_benchmark_runs(family: Callable[..., Any], tmp_path: Path) -> None:
+def test_the_benchmark_runs(family: Callable[..., Any], programs: Any, tmp_path: Path) -> None:
     example = Path(__file__).resolve().parents[2] / "examples" / "bench_adapters.py"
     base = family("llama", dtype="float32").base
-    done = subprocess.run(
-        [
-            sys.executable,
-            str(example),
-            "--base",
-            str(base),
-            "--adapters",
-            "2",
-            "--rows",
-            "2",
-            "--tokens",
-            "3",
-        ],
-        cwd=tmp_path,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    sizes = ("--adapters", "2", "--rows", "2", "--tokens", "3")
+    done = programs(example, "--base", base, *sizes, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     said = " ".join(done.stdout.split())
     assert "2 adapters of rank 8 x 2 requests" in said

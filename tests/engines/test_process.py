@@ -172,13 +172,16 @@ def test_faults_are_those_of_the_engine() -> None:
 
 
 @pytest.mark.slow
-def test_a_model_in_a_process(family: Callable[..., Any]) -> None:
+def test_a_model_in_a_process(family: Callable[..., Any], programs: Any) -> None:
+    """Those that keep the protocol need not load torch each, those that are killed do."""
     from mixmerge.engines.local import TransformersEngine
 
     folder = str(family("llama", dtype="float32").base)
     asked = [Request(str(at), "one two three"[: 3 + at], 8, temperature=at % 2, seed=at) for at in range(6)]
     expected = TransformersEngine(folder).generate(asked)
-    check_engine(lambda: ProcessEngine("transformers", {"model": folder}, name="tiny"))
+    check_engine(
+        lambda: ProcessEngine("transformers", {"model": folder}, name="tiny", python=programs.python)
+    )
     engine = ProcessEngine("transformers", {"model": folder, "dtype": "float32"}, name="tiny")
     before = engine.memory()
     chance = random.Random(0)
@@ -196,7 +199,7 @@ def test_a_model_in_a_process(family: Callable[..., Any]) -> None:
         assert [one.text for one in engine.generate(asked)] == [one.text for one in expected]
     engine.unload()
     with pytest.raises(MixmergeError, match="engine gone: cannot load it"):
-        ProcessEngine("transformers", {"model": folder + "-not"}, name="gone").load()
+        ProcessEngine("transformers", {"model": folder + "-not"}, name="gone", python=programs.python).load()
 
 
 # --- what is refused before anything starts

@@ -59,19 +59,19 @@ def adapters(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     return {name: make_adapter(base, root / name, seed, 2 + seed) for seed, name in enumerate(["a", "b"])}
 
 
-def on_standin(model: Path, platform: str, **arguments: Any) -> VllmEngine:
+def on_standin(python: str, model: Path, platform: str, **arguments: Any) -> VllmEngine:
     path = os.pathsep.join([str(STANDIN), str(ROOT)])
     environment = {"PYTHONPATH": path, "STANDIN_PLATFORM": platform}
-    return VllmEngine(str(model), name="v", environment=environment, **arguments)
+    return VllmEngine(str(model), name="v", python=python, environment=environment, **arguments)
 
 
 @pytest.fixture
-def engine(base: Path) -> Iterator[Callable[..., VllmEngine]]:
+def engine(base: Path, programs: Any) -> Iterator[Callable[..., VllmEngine]]:
     """``engine(platform, model=base, **arguments)`` on the stand-in; all are unloaded at the end."""
     made = []
 
     def make(platform: str = "cpu", *, model: Path = base, **arguments: Any) -> VllmEngine:
-        made.append(on_standin(model, platform, **arguments))
+        made.append(on_standin(programs.python, model, platform, **arguments))
         return made[-1]
 
     yield make
@@ -80,9 +80,9 @@ def engine(base: Path) -> Iterator[Callable[..., VllmEngine]]:
 
 
 @pytest.fixture(scope="module")
-def shared(base: Path, adapters: dict[str, str]) -> Iterator[VllmEngine]:
+def shared(base: Path, programs: Any, adapters: dict[str, str]) -> Iterator[VllmEngine]:
     """One that has adapters, can sleep and is used by many tests: a process of transformers takes seconds to start."""
-    with on_standin(base, "cuda", adapters=adapters, options={"sleep_mode": True}) as made:
+    with on_standin(programs.python, base, "cuda", adapters=adapters, options={"sleep_mode": True}) as made:
         yield made
 
 

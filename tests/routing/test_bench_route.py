@@ -6,9 +6,6 @@ Nothing here depends on how long anything took.
 from __future__ import annotations
 
 import importlib
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +14,16 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ("--rows", "300", "--queries", "500", "--experts", "3", "--dimensions", "8", "--few", "20")
+WIDE = {"COLUMNS": "240"}
+AT_ONCE = """
+import multiprocessing, sys
+sys.path.insert(0, sys.argv.pop(1))
+import bench_route, typer
+context = multiprocessing.get_context
+multiprocessing.get_context = lambda method: context("fork")
+bench_route.BATCH = 8
+typer.run(bench_route.main)
+"""
 
 
 @pytest.fixture
@@ -26,16 +33,10 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.slow
-def test_it_runs(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / "bench_route.py"), *SMALL, "--markdown", "out.md"],
-        cwd=tmp_path,
-        env=os.environ | {"COLUMNS": "240", "OMP_NUM_THREADS": "1"},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def test_it_runs(programs: Any, tmp_path: Path) -> None:
+    """Its steps are forks of one process, and it embeds 8 texts at once: see the next test for what is left out."""
+    options = ("--markdown", "out.md")
+    done = programs("-c", AT_ONCE, ROOT / "examples", *SMALL, *options, folder=tmp_path, environment=WIDE)
     assert done.returncode == 0, done.stderr
     written = (tmp_path / "out.md").read_text(encoding="utf-8")
     for kind in ("knn", "avengers"):
@@ -44,6 +45,15 @@ def test_it_runs(tmp_path: Path) -> None:
     assert "from 500 queries" in written
     assert "| knn: recall of the 40 nearest | 1 | at least 0.95 | met | all are compared |" in written
     assert "scikit-learn's brute-force kNN" in written
+
+
+def test_the_script_and_a_step_of_its_own(bench: Any, programs: Any, tmp_path: Path) -> None:
+    done = programs(ROOT / "examples" / "bench_route.py", "--help", folder=tmp_path, environment=WIDE)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "--markdown" in done.stdout
+    found = bench.apart(bench.baseline, "", bench.Sizes(60, 20, 2, 4, 10), tmp_path)
+    assert found.keys() == {"seconds"}
+    assert found["seconds"] > 0
 
 
 def test_verdicts(bench: Any) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -33,7 +33,7 @@ def test_what_is_told() -> None:
     assert told == [("scoring", done, 6) for done in range(7)] + [("measuring", 0, 1), ("measuring", 1, 1)]
 
 
-def on_a_terminal(folder: Path, *arguments: object) -> tuple[str, str]:
+def on_a_terminal(folder: Path, command: list[str]) -> tuple[str, str]:
     """stdout, which is a pipe, and what a terminal got of stderr."""
     reader, end = os.openpty()
     seen = bytearray()
@@ -47,7 +47,6 @@ def on_a_terminal(folder: Path, *arguments: object) -> tuple[str, str]:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    command = [sys.executable, "-P", "-m", "mixmerge", "route", *map(str, arguments)]
     environment = {**os.environ, "TERM": "xterm"}
     done = subprocess.run(
         command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=end, check=True
@@ -59,7 +58,7 @@ def on_a_terminal(folder: Path, *arguments: object) -> tuple[str, str]:
 
 
 @pytest.mark.slow
-def test_bars_are_on_the_terminal_alone(tmp_path: Path) -> None:
+def test_bars_are_on_the_terminal_alone(programs: Any, tmp_path: Path) -> None:
     sample(60).write(tmp_path / "a.jsonl")
     sample(30, seed=1).write(tmp_path / "b.jsonl")
     (tmp_path / "q.txt").write_text("add the number\nrhyme the song\n")
@@ -69,11 +68,11 @@ def test_bars_are_on_the_terminal_alone(tmp_path: Path) -> None:
         "deciding": ("ask", "router", "-i", "q.txt"),
     }
     for part, command in commands.items():
-        stdout, seen = on_a_terminal(tmp_path, *command)
+        plain = [programs.python, "-P", "-m", "mixmerge", "route", *map(str, command)]
+        stdout, seen = on_a_terminal(tmp_path, plain)
         assert part in seen
         assert part not in stdout
-        assert part not in on_a_terminal(tmp_path, *command, "--quiet")[1]
-        plain = [sys.executable, "-P", "-m", "mixmerge", "route", *map(str, command)]
+        assert part not in on_a_terminal(tmp_path, [*plain, "--quiet"])[1]
         piped = subprocess.run(plain, cwd=tmp_path, capture_output=True, text=True, check=True)
         assert part not in piped.stderr
         assert piped.stdout == stdout

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -182,7 +181,9 @@ def test_faults_of_the_command(
 
 
 @pytest.mark.slow
-def test_three_commands_on_a_zoo_that_has_learned(built: Callable[[Spec], Zoo], tmp_path: Path) -> None:
+def test_three_commands_on_a_zoo_that_has_learned(
+    built: Callable[[Spec], Zoo], programs: Any, tmp_path: Path
+) -> None:
     """As real processes: outcomes, fit, ask; the router sends a question to the expert that can answer it.
 
     The zoo is the one that tests/test_zoo.py builds, so that the suite trains it once.
@@ -191,13 +192,7 @@ def test_three_commands_on_a_zoo_that_has_learned(built: Callable[[Spec], Zoo], 
     zoo = built(spec).folder
 
     def mixmerge(*arguments: str) -> str:
-        done = subprocess.run(
-            [*PROGRAM, *arguments],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            env=os.environ | {"COLUMNS": "120"},
-        )
+        done: subprocess.CompletedProcess[str] = programs("-P", "-m", "mixmerge", *arguments, folder=tmp_path)
         assert done.returncode == 0, done.stderr
         assert done.stderr == ""
         return done.stdout
