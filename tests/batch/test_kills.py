@@ -224,12 +224,20 @@ def test_an_engine_that_is_killed_while_it_loads(commands: Any, case: Make) -> N
 
 
 @pytest.mark.slow
-def test_engines_of_models_killed_twenty_times(commands: Any, case: Make, family: Any) -> None:
+def test_engines_killed_twenty_times(commands: Any, case: Make) -> None:
     """Two at most in a job: a batch that loses its engine three times is divided, and then another batch."""
+    expert = {"model": "m", "engine": "bound", "options": {"delay": 0.1}}
+    asked = [{"id": f"r{i}", "text": f"say {'on ' * (i % 9)}{i}"} for i in range(40)]
+    hunted(commands, case({"a": expert}, asked), kills=20, each=2, seed=4)
+
+
+@pytest.mark.slow
+def test_engines_of_models_that_are_killed(commands: Any, case: Make, family: Any) -> None:
+    """The same with weights: six kills, as each engine takes seconds to start."""
     asked = [{"id": f"r{i}", "text": f"{i} + {i % 7} is {'the fox ' * (i % 4)}"} for i in range(40)]
     expert = {"model": str(family("llama", dtype="float32").experts[0])}
     job = case({"a": expert}, asked, generate={"max_new_tokens": 40})
-    hunted(commands, job, kills=20, each=2, seed=4)
+    hunted(commands, job, kills=6, each=2, seed=4)
 
 
 # --- workers of a Ray cluster
