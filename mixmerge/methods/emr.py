@@ -128,10 +128,11 @@ class EmrSketch:
 
     def observe(self, number: int, group: Group, state: Any) -> Totals:
         at = expert_at(group.parameters["task"], len(group.tensors))
-        delta = group.tensors[at]
-        if not delta.numel():
+        if group.base is None or not group.base.numel():
             return {}
-        kept = agreeing(unified(group.tensors, delta), delta)
+        one = unified(group.tensors, group.base)
+        delta = group.tensors[at]
+        kept = agreeing(one, delta)
         sums = np.array([total(delta.abs()), total(kept.abs())])
         return {"sums": sums, "means": sums / delta.numel()}
 
