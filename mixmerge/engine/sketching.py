@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -50,19 +51,25 @@ def sketched(
 
 
 def _totals(look: Callable[[Task], Totals], tasks: Sequence[Task], workers: Sequence[Worker]) -> Totals:
-    """What ``look`` finds in the tasks, added up in their order."""
+    """What ``look`` finds in the tasks, added up in their order: what waits for its turn is a few of them."""
     from mixmerge.methods.sketch import add
 
-    found: list[Totals] = [{} for _ in tasks]
+    totals: Totals = {}
+    waiting: dict[int, Totals] = {}
+    following, lock = 0, threading.Lock()
 
     def job(index: int) -> Job:
+        nonlocal totals, following
+
         def run(worker: Worker, piece: int, start: int, stop: int) -> Totals:
             return look(tasks[index])
 
-        (found[index],) = yield Pass(run, [(0, 1)])
+        (found,) = yield Pass(run, [(0, 1)])
+        with lock:
+            waiting[index] = found
+            while following in waiting:
+                totals = add(totals, waiting.pop(following))
+                following += 1
 
     Schedule(((job(index), lambda: None) for index in range(len(tasks))), workers).run()
-    totals: Totals = {}
-    for each in found:
-        totals = add(totals, each)
     return totals

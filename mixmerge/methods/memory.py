@@ -14,6 +14,7 @@ from torch import Tensor
 from mixmerge.errors import Fault, MethodError
 from mixmerge.kernels.philox import Draw
 from mixmerge.methods import REQUIRED, Method, Parameter, Role
+from mixmerge.methods.records import misplaced
 from mixmerge.methods.roles import role_of
 from mixmerge.methods.sketch import Group, Sketch, Totals, add
 from mixmerge.methods.sparsify import Cut, model_cuts
@@ -174,6 +175,8 @@ def settle(
         if lacking:
             what = f"{method.name} needs {parameter.name!r} ({parameter.doc}) and it has no default"
             faults.append(Fault("parameters" if parameter.per == "merge" else ", ".join(lacking), what))
+        elif parameter.position and isinstance(shared, Real) and misplaced(float(shared), count):
+            faults.append(Fault(f"parameters.{parameter.name}", misplaced(float(shared), count)))
     return settled, faults
 
 

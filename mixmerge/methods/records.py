@@ -26,6 +26,7 @@ class Parameter:
         low, high: closed range of a number.
         choices: allowed words of a choice.
         constant: the value may not change from tensor to tensor (it steers a whole-model statistic).
+        position: the number is the position of one of the experts, from 0.
         doc: one line for tables and errors.
     """
 
@@ -38,6 +39,15 @@ class Parameter:
     high: float = float("inf")
     choices: tuple[str, ...] = ()
     constant: bool = False
+    position: bool = False
+
+
+def misplaced(value: float, count: int) -> str:
+    """What is wrong with a position among ``count`` experts; empty if nothing is."""
+    if value in range(count):
+        return ""
+    experts = "the only expert has position 0" if count == 1 else f"experts have positions 0 to {count - 1}"
+    return f"is {value:g}, and {experts}"
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from mixmerge.document import Node, Report, Scalar
 from mixmerge.methods import REQUIRED, Method, Parameter
+from mixmerge.methods.records import misplaced
 from mixmerge.recipe.references import ModelRef
 from mixmerge.recipe.resolving import ZERO_SUM, contradiction, zero_sum
 from mixmerge.recipe.schema import Setting
@@ -66,6 +67,7 @@ def check(draft: Draft, report: Report) -> None:
     _aggregation(draft, report)
     _zero_sum(draft, report)
     _model_scope(draft, report)
+    _positions(draft, report)
 
 
 def check_models(
@@ -172,3 +174,14 @@ def _model_scope(draft: Draft, report: Report) -> None:
     for node, setting in places:
         if setting and not is_constant(setting):
             report.fault(node, "scope: model needs one density per expert", run="Drop filters and gradient")
+
+
+def _positions(draft: Draft, report: Report) -> None:
+    """A parameter that names an expert by its position names one that is there."""
+    known = draft.entries and None not in {entry.ref for entry in draft.entries}
+    for parameter in draft.method.parameters:
+        value = draft.value({}, parameter) if parameter.position and known else None
+        what = misplaced(float(value), len(draft.inputs())) if value is not None else ""
+        if what:
+            experts = ", ".join(f"{at}: {entry.ref}" for at, entry in enumerate(draft.inputs()))
+            report.fault(draft.node("parameters", parameter.name), what, f"Experts by position are {experts}")

@@ -170,11 +170,11 @@ def _method(top: dict[str, Node], rows: Mapping[str, Any], report: Report) -> tu
 
 
 def _known_parameters(method: Method | None, rows: Mapping[str, Any]) -> dict[str, Parameter]:
-    """The method's parameters; if there is no method, those of all methods, with any range."""
+    """The method's parameters; if there is no method, those of all methods, held to nothing but their kinds."""
     if method is not None:
         return {parameter.name: parameter for parameter in method.parameters}
     return {
-        parameter.name: replace(parameter, low=-math.inf, high=math.inf)
+        parameter.name: replace(parameter, low=-math.inf, high=math.inf, constant=False)
         for row in rows.values()
         if isinstance(row, Method)
         for parameter in row.parameters

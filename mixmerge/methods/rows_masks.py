@@ -1,0 +1,134 @@
+"""Rows of the methods that say of every entry which experts count: by competition, by masks, by the largest."""
+
+from __future__ import annotations
+
+from mixmerge.methods.records import ANY, REQUIRED, Method, Parameter, Value
+
+
+def _number(
+    name: str, default: Value, doc: str, *, low: float = float("-inf"), high: float = float("inf")
+) -> Parameter:
+    return Parameter(name, "number", "merge", default, doc, low, high)
+
+
+def _each(
+    name: str, default: Value, doc: str, *, high: float = float("inf"), constant: bool = False
+) -> Parameter:
+    return Parameter(name, "number", "expert", default, doc, 0.0, high, constant=constant)
+
+
+def _choice(name: str, default: str, doc: str, choices: tuple[str, ...]) -> Parameter:
+    return Parameter(name, "choice", "merge", default, doc, choices=choices, constant=True)
+
+
+_TASK = Parameter(
+    "task", "number", "merge", REQUIRED, "position of the expert the model is for, from 0", 0.0,
+    constant=True, position=True,
+)  # fmt: skip
+_MASK_LAMBDA = _each("mask_lambda", 0.6, "the larger, the fewer entries an expert's mask keeps")
+_MULTI = _choice(
+    "multi", "sum", "the delta of all experts: their sum, or TIES of whole deltas", ("sum", "ties")
+)
+_TRIM = _each("density", 0.2, "share of each whole delta that multi: ties keeps", high=1.0, constant=True)
+_TALL = "Localizing Task Information (TALL masks), arXiv:2405.07813"
+
+ROWS = (
+    Method(
+        name="pcb",
+        function="mixmerge.methods.pcb:pcb",
+        takes="deltas",
+        parameters=(
+            Parameter("weight", "number", "expert", 1.2, "factor on each delta"),
+            _each("density", 0.05, "share of each whole delta that counts", high=1.0, constant=True),
+            _choice(
+                "inter",
+                "norm",
+                "how experts agree: vision code, language code, pairs, or the paper's formula",
+                ("norm", "prod", "pairwise", "softmax"),
+            ),
+            Parameter(
+                "clamp",
+                "number",
+                "merge",
+                0.01,
+                "share of magnitudes clamped at either end",
+                0.0,
+                0.5,
+                constant=True,
+            ),
+        ),
+        base="required",
+        inputs=(1, 80),  # exp(T) has to be a float32
+        summary="average each entry, weighted by how much it matters and how well the experts agree",
+        paper="PCB-Merging, arXiv:2410.02396",
+        differentiable=False,
+        streams=True,
+        sketch="mixmerge.methods.pcb:PcbSketch",
+    ),
+    Method(
+        name="emr",
+        function="mixmerge.methods.emr:emr",
+        takes="deltas",
+        parameters=(
+            _TASK,
+            _choice(
+                "rescaler",
+                "sums",
+                "the size restored: of the whole delta, or of tensors' means (code)",
+                ("sums", "means"),
+            ),
+            _number("lambda", 1.0, "factor on the merged delta"),
+        ),
+        base="required",
+        inputs=(1, ANY),
+        summary="one task's model: its entries of the unified delta, rescaled",
+        paper="EMR-Merging, arXiv:2405.17461",
+        differentiable=False,
+        streams=True,
+        sketch="mixmerge.methods.emr:EmrSketch",
+    ),
+    Method(
+        name="tall",
+        function="mixmerge.methods.tall:tall",
+        takes="deltas",
+        parameters=(_TASK, _MASK_LAMBDA, _MULTI, _TRIM, _number("lambda", 1.0, "factor on the merged delta")),
+        base="required",
+        inputs=(1, ANY),
+        summary="one task's model: the entries of all experts' delta that it needs",
+        paper=_TALL,
+        streams=True,
+        sketch="mixmerge.methods.tall:TrimSketch",
+    ),
+    Method(
+        name="consensus",
+        function="mixmerge.methods.tall:consensus",
+        takes="deltas",
+        parameters=(
+            _MASK_LAMBDA,
+            _number("least", 2.0, "how many experts must need an entry", low=0.0),
+            _MULTI,
+            _TRIM,
+            _number("lambda", 0.3, "factor on the merged delta"),
+        ),
+        base="required",
+        inputs=(2, ANY),
+        summary="a sum of deltas without the entries that too few experts need",
+        paper=_TALL,
+        streams=True,
+        sketch="mixmerge.methods.tall:TrimSketch",
+    ),
+    Method(
+        name="magmax",
+        function="mixmerge.methods.magmax:magmax",
+        takes="deltas",
+        parameters=(
+            Parameter("weight", "number", "expert", 1.0, "factor on what is taken from each delta"),
+            _number("lambda", 0.5, "factor on the merged delta"),
+        ),
+        base="required",
+        inputs=(1, ANY),
+        summary="of each entry, the largest change any expert made",
+        paper="MagMax, arXiv:2407.06322",
+        streams=True,
+    ),
+)
