@@ -57,7 +57,7 @@ class LargestEntries:
         counts = []
         for index in range(len(deltas)):
             delta, counted = deltas[index], None
-            for piece in [delta] if delta.ndim == 2 else [delta[at] for at in range(len(shape) and shape[0])]:
+            for piece in [delta] if delta.ndim == 2 else [delta[at] for at in range(shape[0])]:
                 for _, _, rows in blocks(piece):
                     more = self._count(rows.abs(), number, index, state)
                     counted = more if counted is None else counted + more
@@ -128,7 +128,7 @@ def doge_ta(
         projection: ``gradient`` is the code's: Adam is given projected gradients, and as it scales each entry by
             itself, D does not stay outside the subspace. ``step`` projects D after every step as well, so it does.
         tables: ``base`` or ``spectral``: embeddings and heads over a vocabulary.
-        tolerance: singular values below this share of the largest have no vectors, 0 to 1; by default float32's
+        tolerance: singular values below this share of the largest have no vectors, 0 to 0.99; by default float32's
             rounding times the longer side. 0 keeps all k, as published.
         role: what the tensor is for; of a Conv1D the columns are the outputs. Three dimensions are a stack.
         sketch: of ``LargestEntries``; without it, this tensor alone is the model.
@@ -145,34 +145,46 @@ def doge_ta(
         the K-th largest is the threshold (the code keeps one more), values equal to it are kept as in the code, but
         for zeros; D takes no part in the mask, as in the code (FusionBench's page says otherwise).
     """
-    count = len(deltas)
-    factors = [1.0 if weight is None else float(weight[index]) for index in range(count)]
     if sketch is None:
         sketch = _alone(deltas, base, role, tables, density)
     limits = sketch.values
+    factors = [float(eta) * float(each) for each in ([1.0] * len(deltas) if weight is None else weight)]
 
     def matrix(each: Sequence[Delta]) -> Tensor:
-        held = [each[index] for index in range(count)]
+        held = [each[index] for index in range(len(factors))]
         sizes = [square(delta) ** 0.5 for delta in held]
-        scales = [f * float(eta) / size if size else 0.0 for f, size in zip(factors, sizes, strict=True)]
+        scales = [factor / size if size else 0.0 for factor, size in zip(factors, sizes, strict=True)]
         project = _projector(held, int(subspace), tolerance)
-        shape, like = held[0].shape, held[0]
-        correction = torch.zeros(shape, dtype=like.dtype, device=like.device)
-        if sum(scales):
-            slope = _slope(held, scales)
-
-            def gradient(point: Tensor, out: Tensor) -> Tensor:
-                slope(point, out)
-                project(out)
-                return out
-
-            settle = project if projection == "step" else None
-            correction = descend(correction, gradient, steps=int(steps), lr=float(lr), settle=settle)
+        settle = project if projection == "step" else None
+        correction = _correction(held, scales, project, settle, steps=int(steps), lr=float(lr))
         return _masked(held, correction, scales, limits)
 
     return by_matrix(
         deltas, matrix, base=base, weight=None, lambda_=lambda_, role=role, tables=tables, rest="base"
     )
+
+
+def _correction(
+    held: Sequence[Delta],
+    scales: Sequence[float],
+    project: Project,
+    settle: Project | None,
+    *,
+    steps: int,
+    lr: float,
+) -> Tensor:
+    """D, for experts that have a delta here."""
+    start = torch.zeros(held[0].shape, dtype=held[0].dtype, device=held[0].device)
+    if not any(scales):
+        return start
+    slope = _slope(held, scales)
+
+    def gradient(point: Tensor, out: Tensor) -> Tensor:
+        slope(point, out)
+        project(out)
+        return out
+
+    return descend(start, gradient, steps=steps, lr=lr, settle=settle)
 
 
 def _alone(

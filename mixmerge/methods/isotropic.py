@@ -33,7 +33,7 @@ def iso_c(
         weight: a factor on each delta; 1 by default (the paper has none).
         lambda_: the paper's alpha, which it tunes on validation data; 1 by default.
         tables: ``mean`` or ``spectral``: embeddings and heads over a vocabulary.
-        tolerance: singular values below this share of the largest are left out, 0 to 1; by default float32's
+        tolerance: singular values below this share of the largest are left out, 0 to 0.99; by default float32's
             rounding times the longer side. 0 keeps all k, as published.
         role: what the tensor is for. Three dimensions are a stack of matrices.
 

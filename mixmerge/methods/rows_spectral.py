@@ -13,7 +13,7 @@ _TOLERANCE = Parameter(
     None,
     "share of the largest singular value below which one is rounding; 0 keeps all, as published",
     0.0,
-    1.0,
+    0.99,
 )
 
 

@@ -180,8 +180,9 @@ def orthogonal(columns: Tensor, tolerance: float | None) -> Tensor:
     """
     limit = cutoff(columns.shape, tolerance)
     if limit < _SVD_BELOW:
-        p, _, qt = torch.linalg.svd(columns, full_matrices=False)
-        return p @ qt
+        p, d, qt = torch.linalg.svd(columns, full_matrices=False)
+        kept = _kept(d, limit, None, 0.0)
+        return p[:, :kept] @ qt[:kept]
     x = columns.double()
     squares, q = torch.linalg.eigh(x.mT @ x)
     kept = squares > (limit * squares[-1:].clamp(min=0).sqrt()) ** 2

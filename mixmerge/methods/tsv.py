@@ -35,7 +35,7 @@ def tsv_m(
         weight: a factor on each delta before its SVD (the released code's alpha as a list); 1 by default.
         lambda_: the paper's alpha; 1 there.
         tables: ``mean`` or ``spectral``: embeddings and heads over a vocabulary.
-        tolerance: singular values below this share of the largest are left out, 0 to 1; by default float32's
+        tolerance: singular values below this share of the largest are left out, 0 to 0.99; by default float32's
             rounding times the longer side. 0 keeps all, as published.
         role: what the tensor is for. Three dimensions are a stack of matrices.
 

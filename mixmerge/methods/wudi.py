@@ -52,7 +52,7 @@ def wudi(
         lr: of Adam (its betas 0.9 and 0.999, its epsilon 1e-8).
         tables: ``mean`` or ``spectral``: embeddings and heads over a vocabulary.
         tolerance: of ``closed``, the share of the largest singular value of the experts side by side below which a
-            direction counts as absent, 0 to 1; by default float32's rounding times the longer side.
+            direction counts as absent, 0 to 0.99; by default float32's rounding times the longer side.
         role: what the tensor is for; the inputs are the columns, of a Conv1D the rows. Three dimensions are a
             stack of matrices, outputs x inputs.
 
