@@ -15,7 +15,16 @@ from torch import Tensor
 
 from mixmerge.methods.descent import descend
 from mixmerge.methods.lowrank import Delta, LowRank, blocks, square, stacked
-from mixmerge.methods.quantiles import Sought, from_top, locate, lower_counts, places, upper_counts
+from mixmerge.methods.quantiles import (
+    BINS,
+    Counts,
+    Sought,
+    from_top,
+    locate,
+    lower_counts,
+    places,
+    upper_counts,
+)
 from mixmerge.methods.records import Role
 from mixmerge.methods.sketch import Group, Totals
 from mixmerge.methods.spectral import Tables, by_matrix, is_matrix, triplets
@@ -54,20 +63,17 @@ class LargestEntries:
             return {}
         density = group.parameters.get("density") or [0.3] * len(deltas)
         found: Totals = {"wanted": np.array([float(share) * int(np.prod(shape)) for share in density])}
-        counts = []
-        for index in range(len(deltas)):
-            delta, counted = deltas[index], None
-            for piece in [delta] if delta.ndim == 2 else [delta[at] for at in range(shape[0])]:
-                for _, _, rows in blocks(piece):
-                    more = self._count(rows.abs(), number, index, state)
-                    counted = more if counted is None else counted + more
-            counts.append(counted)
+        counts = [self._counts(deltas[index], number, index, state) for index in range(len(deltas))]
         return found | {"counts": np.concatenate(counts)}
 
-    def _count(self, sizes: Tensor, number: int, index: int, state: Thresholds | None) -> Any:
-        if number == 0:
-            return upper_counts(sizes)[None]
-        return lower_counts(sizes, [one for one in (state or Thresholds()).sought if one.row == index])
+    def _counts(self, delta: Delta, number: int, index: int, state: Thresholds | None) -> Counts:
+        """Of one expert, ``(1, bins)`` in the first pass and a row for each of its thresholds in the second."""
+        sought = [one for one in (state or Thresholds()).sought if one.row == index]
+        counts = np.zeros((len(sought) if number else 1, BINS), np.int64)
+        for piece in [delta] if delta.ndim == 2 else [delta[at] for at in range(delta.shape[0])]:
+            for _, _, rows in blocks(piece):
+                counts += lower_counts(rows.abs(), sought) if number else upper_counts(rows.abs())
+        return counts
 
     def settle(self, number: int, totals: Totals, state: Thresholds | None) -> Thresholds:
         """The bins, then the values."""

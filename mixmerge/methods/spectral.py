@@ -182,9 +182,11 @@ def orthogonal(columns: Tensor, tolerance: float | None) -> Tensor:
     if limit < _SVD_BELOW:
         p, d, qt = torch.linalg.svd(columns, full_matrices=False)
         kept = _kept(d, limit, None, 0.0)
-        return p[:, :kept] @ qt[:kept]
+        found: Tensor = p[:, :kept] @ qt[:kept]
+        return found
     x = columns.double()
     squares, q = torch.linalg.eigh(x.mT @ x)
     kept = squares > (limit * squares[-1:].clamp(min=0).sqrt()) ** 2
     inverse = torch.where(kept, squares.clamp(min=torch.finfo(torch.float64).tiny).rsqrt(), 0.0)
-    return (x @ ((q * inverse) @ q.mT)).to(columns.dtype)
+    nearest: Tensor = x @ ((q * inverse) @ q.mT)
+    return nearest.to(columns.dtype)

@@ -97,7 +97,8 @@ class _Dense:
     def closed(self, tolerance: float | None) -> Tensor:
         values, q = torch.linalg.eigh(self.s)
         inverse = _inverse(values, cutoff(self.c.shape, tolerance))
-        return (((self.c @ q) * inverse) @ q.mT).to(self.start.dtype)
+        minimum: Tensor = ((self.c @ q) * inverse) @ q.mT
+        return minimum.to(self.start.dtype)
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,8 @@ class _Factored:
         basis = torch.linalg.qr(self.a.mT)  # a.T = Q R, so s = Q (R g R.T) Q.T
         values, q = torch.linalg.eigh(basis.R @ self.g @ basis.R.mT)
         inverse = _inverse(values, cutoff((len(self.h), self.a.shape[1]), tolerance))
-        return ((((self.h @ basis.R.mT) @ q) * inverse) @ (basis.Q @ q).mT).to(self.dtype)
+        minimum: Tensor = (((self.h @ basis.R.mT) @ q) * inverse) @ (basis.Q @ q).mT
+        return minimum.to(self.dtype)
 
 
 def _is_rounding(slope: Tensor, terms: Tensor) -> bool:
