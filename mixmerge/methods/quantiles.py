@@ -84,10 +84,9 @@ def ordered(values: Tensor) -> Tensor:
 
 def upper_counts(values: Tensor) -> Counts:
     """How many values have each upper half: ``S`` to ``(65536,)``, lowest values first."""
-    total = torch.zeros(BINS, dtype=torch.int64, device=values.device)
+    counts: Counts = np.zeros(BINS, np.int64)
     for (block,) in blocks(values):
-        total += torch.bincount((ordered(block) >> 16).long() + BINS // 2, minlength=BINS)
-    counts: Counts = total.cpu().numpy()
+        counts += np.bincount((ordered(block).cpu().numpy() >> 16) + BINS // 2, minlength=BINS)
     return counts
 
 
@@ -98,14 +97,14 @@ def lower_counts(values: Tensor, sought: Sequence[Sought]) -> Counts:
         values: of one tensor of one row.
         sought: those of that row.
     """
-    total = torch.zeros((len(sought), BINS), dtype=torch.int64, device=values.device)
+    counts: Counts = np.zeros((len(sought), BINS), np.int64)
     for (block,) in blocks(values):
-        keys = ordered(block)
+        keys = ordered(block).cpu().numpy()
         upper = keys >> 16
         for at, each in enumerate(sought):
-            inside = keys[upper == each.bin - BINS // 2] & 0xFFFF
-            total[at] += torch.bincount(inside.long(), minlength=BINS)
-    counts: Counts = total.cpu().numpy()
+            inside = keys[upper == each.bin - BINS // 2]
+            if len(inside):
+                counts[at] += np.bincount(inside & 0xFFFF, minlength=BINS)
     return counts
 
 
