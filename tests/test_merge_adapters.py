@@ -245,3 +245,34 @@ def test_a_plan_knows_its_adapters(family: Any, train: Train, clone: Any) -> Non
     factors = sum(header.nbytes for delta in plans[0].models[1].deltas.values() for header in delta.headers)
     weights = sum(header.nbytes for header in plans[0].models[0].tensors.values())
     assert plans[0].bytes_read == weights + factors
+
+
+@pytest.mark.parametrize("case", ["linear layers", "Conv1D", "experts"])
+def test_spectral_methods_of_adapters_are_those_of_merged_experts(
+    family: Any, train: Train, tmp_path: Path, case: str, read_tensors: Any
+) -> None:
+    """The factors of adapters, those of a stack of experts too, give what the dense deltas give."""
+    name, settings = CASES[case]
+    base = family(name, experts=0, dtype="float32").base
+    adapters = [train(base, f"adapter{seed}", seed=seed, **settings)[0] for seed in range(2)]
+    short: dict[str, dict[str, Any]] = {"wudi": {"steps": 20}, "doge_ta": {"steps": 5, "density": 1.0}}
+    for method in ("tsv_m", "iso_c", "iso_cts", "wudi", "doge_ta"):
+        found = []
+        for kind, experts in (
+            ("thin", [f"{base}+{adapter}" for adapter in adapters]),
+            ("dense", [f"{adapter}-merged" for adapter in adapters]),
+        ):
+            recipe = {
+                "merge_method": method,
+                "base_model": str(base),
+                "models": [{"model": expert} for expert in experts],
+                "parameters": short.get(method, {}),
+            }
+            mixmerge.merge(recipe, tmp_path / f"{method}-{kind}")
+            found.append(read_tensors(tmp_path / f"{method}-{kind}"))
+        thin, dense = found
+        assert any(not torch.equal(thin[key], value) for key, value in read_tensors(base).items())
+        for key, expected in dense.items():
+            torch.testing.assert_close(
+                thin[key], expected, rtol=1e-5, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}"
+            )

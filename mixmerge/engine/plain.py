@@ -1,7 +1,8 @@
 """The plain torch path: whole tensors through the methods' definitions. Any device and any float dtype.
 
-It is the reference of the CPU kernels, the path of float64 tensors, and what ``--device cuda`` runs. Needs as
-much memory as one tensor of every input in float32, on the device and on the host.
+It is the reference of the CPU kernels, the path of float64 tensors and of methods without a kernel, and what ``--device
+cuda`` runs. Needs as much memory as one tensor of every input in float32, on the device and on the host; a method that
+``streams`` as much as its definition says, the base's and the merged tensor with it.
 """
 
 from __future__ import annotations

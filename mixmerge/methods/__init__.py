@@ -6,9 +6,10 @@ the file of rows of its family.
 
 from __future__ import annotations
 
-from mixmerge.methods import rows_masks, rows_plain
+from mixmerge.methods import rows_masks, rows_plain, rows_spectral
 from mixmerge.methods.records import ANY, REQUIRED, Method, Parameter, Role, Value
 
 __all__ = ["ANY", "METHODS", "REQUIRED", "Method", "Parameter", "Role", "Value"]
 
-METHODS: dict[str, Method] = {row.name: row for row in (*rows_plain.ROWS, *rows_masks.ROWS)}
+_FAMILIES = (rows_plain.ROWS, rows_masks.ROWS, rows_spectral.ROWS)
+METHODS: dict[str, Method] = {row.name: row for rows in _FAMILIES for row in rows}

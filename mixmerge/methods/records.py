@@ -66,6 +66,7 @@ class Method:
         differentiable: gradients flow to experts, base and numeric parameters.
         roles: it takes ``role``, and treats the matrices of linear maps in another way than the rest.
         streams: it asks for one input at a time, by index, and keeps none: the engine reads them as they are asked.
+        factors: a delta that is a product of two factors (an adapter's) it takes as a ``LowRank``, not multiplied out.
         sketch: ``module:attr`` of what it must know of the whole model first (``mixmerge.methods.sketch``).
         statistics: name of the statistics of calibration data it takes, one of each expert; empty for none.
         learner: name of what learns its coefficients from calibration data; empty for none.
@@ -87,6 +88,7 @@ class Method:
     differentiable: bool = True
     roles: bool = False
     streams: bool = False
+    factors: bool = False
     sketch: str = ""
     statistics: str = ""
     learner: str = ""

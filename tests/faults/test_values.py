@@ -40,6 +40,8 @@ CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "task_arithmetic, weight 0": (2, {"weight": 0.0}, {}),
     "magmax": (2, {}, {}),
     "pcb": (2, {}, {}),
+    "tsv_m": (2, {}, {}),
+    "doge_ta": (2, {}, {"steps": 2}),
 }
 
 

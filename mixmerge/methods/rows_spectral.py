@@ -1,0 +1,130 @@
+"""Rows of the methods that look at a matrix as a map: singular values, and least interference."""
+
+from __future__ import annotations
+
+from mixmerge.methods.records import ANY, Method, Parameter
+
+_WEIGHT = Parameter("weight", "number", "expert", 1.0, "factor on each delta before it is decomposed")
+_LAMBDA = Parameter("lambda", "number", "merge", 1.0, "factor on the merged delta")
+_TOLERANCE = Parameter(
+    "tolerance",
+    "number",
+    "merge",
+    None,
+    "share of the largest singular value below which one is rounding; 0 keeps all, as published",
+    0.0,
+    0.99,
+)
+
+
+def _tables(rest: str) -> Parameter:
+    doc = f"embeddings and heads over a vocabulary: {rest} of what other tensors get, or as matrices"
+    return Parameter("tables", "choice", "merge", rest, doc, choices=(rest, "spectral"))
+
+
+def _steps(default: float) -> Parameter:
+    return Parameter("steps", "number", "merge", default, "steps of Adam", 0, 1_000_000)
+
+
+def _rate(default: float) -> Parameter:
+    return Parameter("lr", "number", "merge", default, "step size of Adam", 0.0)
+
+
+def _row(
+    name: str, where: str, extra: tuple[Parameter, ...], *, summary: str, paper: str, sketch: str = ""
+) -> Method:
+    tables = _tables("base" if sketch else "mean")
+    return Method(
+        name=name,
+        function=f"mixmerge.methods.{where}:{name}",
+        takes="deltas",
+        parameters=(_WEIGHT, *extra, tables, _TOLERANCE, _LAMBDA),
+        base="required",
+        inputs=(1, ANY),
+        summary=summary,
+        paper=paper,
+        differentiable=False,
+        roles=True,
+        streams=True,
+        factors=True,
+        sketch=sketch,
+    )
+
+
+_ISO = "No Task Left Behind, arXiv:2502.04959"
+
+ROWS = (
+    _row(
+        "tsv_m",
+        "tsv",
+        (),
+        summary="the leading singular vectors of each delta, made orthogonal, added",
+        paper="Task Singular Vectors, arXiv:2412.00081",
+    ),
+    _row(
+        "iso_c",
+        "isotropic",
+        (),
+        summary="the sum of the deltas, all its singular values made equal",
+        paper=f"{_ISO}, Iso-C",
+    ),
+    _row(
+        "iso_cts",
+        "isotropic",
+        (
+            Parameter(
+                "common_fraction",
+                "number",
+                "merge",
+                0.8,
+                "share of the directions that are the sum's",
+                0.0,
+                1.0,
+            ),
+        ),
+        summary="as `iso_c`, the last directions being each expert's own",
+        paper=f"{_ISO}, Iso-CTS",
+    ),
+    _row(
+        "wudi",
+        "wudi",
+        (
+            Parameter(
+                "solver",
+                "choice",
+                "merge",
+                "adam",
+                "adam = the paper's early stop near the sum, closed = the minimum itself",
+                choices=("adam", "closed"),
+            ),
+            _steps(300),
+            _rate(1e-5),
+        ),
+        summary="the delta that interferes least with what each expert's delta reads",
+        paper="Whoever Started the Interference Should End It, arXiv:2503.08099",
+    ),
+    _row(
+        "doge_ta",
+        "doge",
+        (
+            Parameter(
+                "density", "number", "expert", 0.3, "share of each expert's entries that is kept", 0.0, 1.0
+            ),
+            Parameter("eta", "number", "merge", 0.07, "size of each expert's share of a matrix", 0.0),
+            Parameter("subspace", "number", "merge", 6, "the shared subspace has k / subspace directions", 1),
+            _steps(400),
+            _rate(1e-4),
+            Parameter(
+                "projection",
+                "choice",
+                "merge",
+                "gradient",
+                "what leaves the shared subspace alone: gradient (the authors' code) or every step as well",
+                choices=("gradient", "step"),
+            ),
+        ),
+        summary="one correction of all deltas outside their shared subspace, then the largest entries of each",
+        paper="Adaptive Projective Gradient Descent (DOGE), arXiv:2501.01230",
+        sketch="mixmerge.methods.doge:LargestEntries",
+    ),
+)

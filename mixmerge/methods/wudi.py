@@ -1,0 +1,203 @@
+"""WUDI: the delta that interferes least with what every expert's own delta reads. Legend: as in
+``mixmerge.methods.spectral``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mixmerge.methods.descent import descend
+from mixmerge.methods.lowrank import Delta, LowRank, add_to, square, stacked
+from mixmerge.methods.records import Role
+from mixmerge.methods.spectral import Tables, by_matrix, cutoff
+
+# Below this share of a pass over S, products with the factors are the cheaper way to D S.
+_THIN = 0.5
+_ROUNDING = 1e-12  # of a difference of float64 sums
+
+
+def wudi(
+    deltas: Sequence[Delta],
+    *,
+    base: Tensor,
+    weight: Sequence[float] | None = None,
+    lambda_: float = 1.0,
+    solver: Literal["adam", "closed"] = "adam",
+    steps: float = 300,
+    lr: float = 1e-5,
+    tables: Tables = "mean",
+    tolerance: float | None = None,
+    role: Role = "linear",
+) -> Tensor:
+    """The delta D of least interference, ``sum_t |(D - delta_t) delta_t.T|^2 / |delta_t|^2``.
+
+    With ``S = sum_t delta_t.T delta_t / |delta_t|^2`` and ``C = sum_t delta_t (delta_t.T delta_t) / |delta_t|^2``
+    the gradient is ``2 (D S - C)``: a step costs the same however many experts there are. ``adam`` starts at the
+    sum of the deltas and takes ``steps`` steps; ``closed`` is the minimum of least norm, ``C S^+``. The published
+    run is an early stop near the sum: the minimum has a lower objective, and need not have a better score.
+    Tensors that are not matrices get the mean of the deltas.
+
+    Source: Whoever Started the Interference Should End It (arXiv:2503.08099), WUDI-Merging.
+
+    Args:
+        deltas, base: one tensor group; a delta may be low-rank factors, which are never multiplied out.
+        weight: a factor on each delta; 1 by default (the paper has none).
+        lambda_: factor on D; 1 in the paper, which needs none.
+        solver: ``adam`` (the paper) or ``closed``.
+        steps: of Adam, 0 or more: 300 in the paper, 400 in FusionBench's configuration. 0 is the sum.
+        lr: of Adam (its betas 0.9 and 0.999, its epsilon 1e-8).
+        tables: ``mean`` or ``spectral``: embeddings and heads over a vocabulary.
+        tolerance: of ``closed``, the share of the largest singular value of the experts side by side below which a
+            direction counts as absent, 0 to 0.99; by default float32's rounding times the longer side.
+        role: what the tensor is for; the inputs are the columns, of a Conv1D the rows. Three dimensions are a
+            stack of matrices, outputs x inputs.
+
+    Shapes:
+        deltas, base and result ``S``.
+
+    Memory:
+        beyond base and result, one delta, S (n x n), C, the sum and Adam's three buffers (m x n each), whatever T
+        is; of R ranks of factors in all, R (R + 2 m + n) in place of S and C where 2 R <= n.
+
+    Deviations:
+        a zero delta takes no part (published: 0/0). ``closed`` is not in the paper. S and C are made in float64.
+    """
+
+    def matrix(each: Sequence[Delta]) -> Tensor:
+        problem = _problem(each)
+        return problem.closed(tolerance) if solver == "closed" else problem.adam(int(steps), float(lr))
+
+    return by_matrix(deltas, matrix, base=base, weight=weight, lambda_=lambda_, role=role, tables=tables)
+
+
+@dataclass(frozen=True)
+class _Dense:
+    """``start`` the sum of the deltas ``(m, n)``; in float64 ``s`` ``(n, n)`` and ``c`` ``(m, n)``."""
+
+    start: Tensor
+    s: Tensor
+    c: Tensor
+
+    def adam(self, steps: int, lr: float) -> Tensor:
+        dtype = self.start.dtype
+        slope = self.start.double() @ self.s - self.c
+        if _is_rounding(slope, self.c):
+            return self.start
+        first, s = (2 * slope).to(dtype), (2 * self.s).to(dtype)
+        # The way from the start is what is descended: near it, C and D S are equal but for their rounding.
+        way = descend(
+            torch.zeros_like(self.start), lambda d, out: torch.addmm(first, d, s, out=out), steps=steps, lr=lr
+        )
+        return self.start.add_(way)
+
+    def closed(self, tolerance: float | None) -> Tensor:
+        values, q = torch.linalg.eigh(self.s)
+        inverse = _inverse(values, cutoff(self.c.shape, tolerance))
+        minimum: Tensor = ((self.c @ q) * inverse) @ q.mT
+        return minimum.to(self.start.dtype)
+
+
+@dataclass(frozen=True)
+class _Factored:
+    """``s = a.T g a`` and ``c = h a``: ``a`` ``(R, n)``, ``g`` ``(R, R)``, ``h`` and ``b`` ``(m, R)``, in float64."""
+
+    b: Tensor
+    a: Tensor
+    g: Tensor
+    h: Tensor
+    dtype: torch.dtype
+
+    def adam(self, steps: int, lr: float) -> Tensor:
+        slope = self.b @ (self.a @ self.a.mT) @ self.g - self.h
+        first, g, a = (2 * slope).to(self.dtype), (2 * self.g).to(self.dtype), self.a.to(self.dtype)
+
+        def gradient(d: Tensor, out: Tensor) -> Tensor:
+            return torch.mm(torch.addmm(first, d @ a.mT, g), a, out=out)
+
+        start = torch.zeros((len(self.b), a.shape[1]), dtype=self.dtype, device=a.device)
+        way = start if _is_rounding(slope, self.h) else descend(start, gradient, steps=steps, lr=lr)
+        return way.addmm_(self.b.to(self.dtype), a)
+
+    def closed(self, tolerance: float | None) -> Tensor:
+        basis = torch.linalg.qr(self.a.mT)  # a.T = Q R, so s = Q (R g R.T) Q.T
+        values, q = torch.linalg.eigh(basis.R @ self.g @ basis.R.mT)
+        inverse = _inverse(values, cutoff((len(self.h), self.a.shape[1]), tolerance))
+        minimum: Tensor = (((self.h @ basis.R.mT) @ q) * inverse) @ (basis.Q @ q).mT
+        return minimum.to(self.dtype)
+
+
+def _is_rounding(slope: Tensor, terms: Tensor) -> bool:
+    """Whether the start is the minimum, as that of one expert is: Adam would make steps of ``lr`` out of rounding."""
+    return float(slope.abs().max()) <= _ROUNDING * float(terms.abs().max())
+
+
+def _inverse(values: Tensor, limit: float) -> Tensor:
+    """One over each eigenvalue of S that counts: S has the squares of the singular values ``limit`` is for."""
+    low = max(limit, torch.finfo(torch.float64).eps ** 0.5) ** 2
+    kept = values > low * values[-1:].clamp(min=0)
+    return torch.where(kept, 1 / values.clamp(min=torch.finfo(torch.float64).tiny), 0.0)
+
+
+def _problem(each: Sequence[Delta]) -> _Dense | _Factored:
+    """S and C of all experts, each of whom is indexed once; thin factors stay factors."""
+    parts: list[LowRank] = []
+    dense: _Dense | None = None
+    for index in range(len(each)):
+        delta = each[index]
+        if dense is None and isinstance(delta, LowRank):
+            ranks = delta.rank + sum(part.rank for part in parts)
+            if ranks <= _THIN * delta.shape[1]:
+                parts.append(delta)
+                continue
+        if dense is None:
+            dense = _empty(delta)
+            for part in parts:
+                _take(dense, part)
+        _take(dense, delta)
+    return _factored(parts) if dense is None else dense
+
+
+def _empty(delta: Delta) -> _Dense:
+    (m, n), device = delta.shape, delta.device
+    return _Dense(
+        torch.zeros((m, n), dtype=delta.dtype, device=device),
+        torch.zeros((n, n), dtype=torch.float64, device=device),
+        torch.zeros((m, n), dtype=torch.float64, device=device),
+    )
+
+
+def _take(into: _Dense, delta: Delta) -> None:
+    """Add one expert's part to the sums."""
+    add_to(into.start, delta)
+    norm = square(delta)
+    if norm == 0:
+        return
+    if isinstance(delta, LowRank):
+        b, a = delta.b.double(), delta.a.double()
+        inner = (b.mT @ b) / norm
+        into.s.add_(a.mT @ (inner @ a))
+        into.c.add_((b @ ((a @ a.mT) @ inner)) @ a)
+        return
+    x = delta.double()
+    scaled = x / norm
+    into.s.addmm_(scaled.mT, x)
+    into.c.add_((x @ x.mT) @ scaled if x.shape[0] < x.shape[1] else x @ (x.mT @ scaled))
+
+
+def _factored(parts: Sequence[LowRank]) -> _Factored:
+    whole, dtype = stacked(parts), parts[0].dtype
+    g = torch.zeros((whole.rank, whole.rank), dtype=torch.float64, device=whole.device)
+    h = torch.zeros(whole.b.shape, dtype=torch.float64, device=whole.device)
+    at = 0
+    for part in parts:
+        norm, own = square(part), slice(at, at + part.rank)
+        at += part.rank
+        if norm:
+            b, a = part.b.double(), part.a.double()
+            g[own, own] = (b.mT @ b) / norm
+            h[:, own] = b @ ((a @ a.mT) @ g[own, own])
+    return _Factored(whole.b.double(), whole.a.double(), g, h, dtype)
