@@ -14,7 +14,7 @@ models:
   - {model: b, parameters: {weight: 0.5, density: 0.4}}
 """
 LINEAR = "{merge_method: linear, models: [{model: a}, {model: b}], parameters: {weight: 0.5}}"
-KEYS = "Known: base_model, dtype, merge_method, models, out_dtype, output, parameters, seed."
+KEYS = "Known: base_model, calibration, dtype, merge_method, models, out_dtype, output, parameters, seed."
 METHODS = (
     "Known: breadcrumbs, breadcrumbs_ties, dare_linear, dare_ties, della, della_linear, linear, passthrough, "
     "slerp, task_arithmetic, ties."

@@ -279,5 +279,7 @@ def _hash(plan: Plan) -> str:
         }
         for task in plan.tasks
     ]  # fmt: skip
-    recipe = {"method": plan.method.name, "seed": plan.recipe.seed}
+    recipe: dict[str, Any] = {"method": plan.method.name, "seed": plan.recipe.seed}
+    if plan.recipe.calibration is not None:
+        recipe["calibration"] = plan.recipe.calibration.canonical()
     return canonical_hash({"recipe": recipe, "config": plan.config, "tasks": tasks})
