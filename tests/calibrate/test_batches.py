@@ -23,7 +23,7 @@ def test_masks_of_text_and_answers(tokenizer: Any) -> None:
     (batch,) = make_batches(rows, tokenizer)
     assert [spelled(tokenizer, batch, at) for at in range(3)] == [
         ("xyz", "yz"),
-        ("1 + 2 = 3!", "3!"),
+        ("1 + 2 = 3!", " 3!"),  # the token across the border is the answer's
         ("ab", "b"),
     ]
     assert batch.rows == (0, 1, 2)
@@ -63,7 +63,8 @@ def test_a_chat_is_shown_by_the_template(tokenizer: Any) -> None:
     with pytest.raises(MixmergeError, match=r"no chat template, and 1 rows are chats \(0\)"):
         make_batches(rows, tokenizer)
     chatty = deepcopy(tokenizer)
-    chatty.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+    shown = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    chatty.chat_template = shown + "{% if add_generation_prompt %}<a>{% endif %}"
     (batch,) = make_batches(rows, chatty)
     assert spelled(chatty, batch, 0) == ("<user>hi<a>ho", "ho")
 
