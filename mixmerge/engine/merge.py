@@ -13,6 +13,7 @@ from mixmerge.checkpoint.files import Files, opened
 from mixmerge.checkpoint.identity import canonical_hash
 from mixmerge.engine.copying import copy
 from mixmerge.engine.finish import add_files, input_fingerprints, verify
+from mixmerge.engine.heads import add_heads
 from mixmerge.engine.kernels import Context
 from mixmerge.engine.output import Output, check_target
 from mixmerge.engine.schedule import Job, Schedule
@@ -152,6 +153,7 @@ def run(
         output.flush()
         _check_unchanged(stamps, _stamps(plan))
         add_files(output, plan, fingerprints)
+        add_heads(output, plan, files)
         verify(output.partial, plan)
         output.publish()
     return Merged(out, plan, time.perf_counter() - began, resumed)
