@@ -222,7 +222,7 @@ def _second(inputs: Tensor, kind: Kind) -> Tensor:
     width = inputs.shape[-1]
     shape = (width, width) if kind == "gram" else (width,)
     total = torch.zeros(shape, dtype=torch.float64, device=inputs.device)
-    for piece in inputs.split(_PIECE):
+    for piece in torch.split(inputs, _PIECE):
         part = piece if piece.dtype == torch.float64 else piece.float()
         total += part.T @ part if kind == "gram" else part.double().square().sum(0)
     return total.cpu()
