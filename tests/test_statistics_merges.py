@@ -264,3 +264,68 @@ def test_an_adapter_is_an_expert(family: Callable[..., Any], tmp_path: Path) -> 
     merged, base = weights(tmp_path / "out")[name], weights(made.base)[name]
     assert not torch.allclose(merged, (base + weights(made.experts[1])[name]) / 2, atol=1e-4)
     assert Row(text=TEXTS["expert0"][0]).digest in (tmp_path / "out" / "mixmerge_manifest.json").read_text()
+
+
+def test_regmean_plus_sees_what_was_merged_before(
+    family: Callable[..., Any], tmp_path: Path, assert_loads: Callable[[Path], Any]
+) -> None:
+    """The last block solves the equations of its own input: the merged model's hidden states, expert by expert."""
+    import torch
+
+    made = family("llama", dtype="float32")
+    data = write(tmp_path / "data")
+    merge(recipe("regmean_plus", made.experts, data, alpha=0.8, ridge=0.01), tmp_path / "out")
+    merge(recipe("regmean", made.experts, data, alpha=0.8, ridge=0.01), tmp_path / "plain")
+    model = assert_loads(tmp_path / "out")
+    left, right = 0.0, 0.0
+    for expert, file in zip(made.experts, data.values(), strict=True):
+        loaded = load_expert(expert)
+        norm, inputs = loaded.model.model.layers[1].input_layernorm, []
+        for batch in make_batches(read_rows(file), loaded.tokenizer, batch_size=1):
+            with torch.no_grad():
+                hidden = model(batch.input_ids, output_hidden_states=True).hidden_states[1]
+                inputs.append(norm(hidden)[0].double())
+        seen = torch.cat(inputs)
+        gram = seen.T @ seen / len(seen)
+        scaled = (
+            0.8 * gram
+            + 0.2 * torch.diag(gram.diagonal())
+            + 0.01 * gram.diagonal().mean() * torch.eye(len(gram))
+        )
+        left, right = (
+            left + scaled,
+            right + scaled @ loaded.model.model.layers[1].self_attn.q_proj.weight.T.double(),
+        )
+    name = "model.layers.1.self_attn.q_proj.weight"
+    merged = weights(tmp_path / "out")[name]
+    assert torch.allclose(merged.T.double(), torch.linalg.solve(left, right), atol=2e-5)
+    assert not torch.allclose(merged, weights(tmp_path / "plain")[name], atol=1e-4)
+    assert not cache_folder(tmp_path / "out").exists()
+
+
+def test_regmean_plus_of_one_expert_and_of_poolers(
+    family: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from mixmerge.calibrate import sequential
+    from mixmerge.engine import merge as engine
+
+    made = family("bert", dtype="float32")
+    data = write(tmp_path / "data")
+    alone = recipe("regmean_plus", made.experts[:1], {"expert0": data["expert0"]})
+    with monkeypatch.context() as patched:
+        patched.setattr(engine, "forget", lambda out: None)
+        merge(alone, tmp_path / "one")
+    own, merged = weights(made.experts[0]), weights(tmp_path / "one")
+    assert all(torch.allclose(merged[name], own[name], atol=1e-5) for name in own)
+    with monkeypatch.context() as patched:  # what was gathered is not gathered again
+        patched.delattr(sequential, "gather_sequential")
+        patched.setattr(sequential, "gather_sequential", None, raising=False)
+        merge(alone, tmp_path / "one", overwrite=True)
+    done = merge(recipe("regmean_plus", made.experts, data), tmp_path / "two")
+    assert not any("had no statistics" in note for note in done.notes)
+    seq = family("t5", dtype="float32")
+    for method in ("regmean", "regmean_plus"):
+        with pytest.raises(MixmergeError, match=r"an encoder with a decoder|has 2 stacks of layers"):
+            merge(recipe(method, seq.experts, write(tmp_path / "data")), tmp_path / "t5")

@@ -61,35 +61,58 @@ def gather(
         MixmergeError: no tokenizer, no usable row; for ``fisher``, a model without logits that say something; sums
             that are not finite.
     """
-    if expert.tokenizer is None:
-        raise MixmergeError(Fault(expert.name, "has no tokenizer, so it cannot be shown text"))
     if kind == "fisher" and expert.kind == "other":
         what = f"is a {type(expert.model).__name__}: it predicts neither a token nor a class"
         raise MixmergeError(Fault(expert.name, what, "A causal language model or a sequence classifier"))
-    task: Task = "causal" if expert.kind == "causal" else "classifier"
-    batches = make_batches(
-        rows,
-        expert.tokenizer,
-        task=task,
-        max_tokens=min(measure.max_tokens, _context(expert.model)),
-        batch_size=1 if kind == "fisher" else measure.batch_size,
-        layout=measure.layout,
-        order="length",
-    )
-    sums = _Sums(wanted)
+    batches = batches_for(expert, rows, measure, batch_size=1 if kind == "fisher" else measure.batch_size)
+    sums = Sums(wanted)
     if kind == "fisher":
         _fisher(expert, batches, rows, measure.seed, sums)
     else:
         _activations(expert, batches, kind, sums)
-    wrong = sorted(name for name, value in sums.values.items() if not value.isfinite().all())
+    used = {rows[at].digest for batch in batches for at in batch.rows}
+    return finished(sums, kind, expert.name, fingerprint, measure.settings(kind), used)
+
+
+def finished(
+    sums: Sums, kind: Kind, name: str, fingerprint: str, settings: dict[str, Any], used: Collection[str]
+) -> Statistics:
+    """Sums as statistics of an expert called ``name`` on the rows with the digests ``used``.
+
+    Raises:
+        MixmergeError: they are not finite.
+    """
+    wrong = sorted(tensor for tensor, value in sums.values.items() if not value.isfinite().all())
     if wrong:
         what = f"gives statistics that are not finite, of {wrong[0]} for one"
-        raise MixmergeError(
-            Fault(expert.name, what, run="Check the expert: it has NaN or overflows on this data")
-        )
-    used = tuple(sorted({rows[at].digest for batch in batches for at in batch.rows}))
-    facts = Facts(kind, fingerprint, measure.settings(kind), used, sums.counts, sums.same)
+        raise MixmergeError(Fault(name, what, run="Check the expert: it has NaN or overflows on this data"))
+    facts = Facts(kind, fingerprint, settings, tuple(sorted(used)), sums.counts, sums.same)
     return Statistics(facts, sums.values)
+
+
+def batches_for(
+    expert: LoadedExpert, rows: Sequence[Row], measure: Measure, *, batch_size: int
+) -> tuple[Batch, ...]:
+    """The rows as this expert reads them, none longer than it can.
+
+    Raises:
+        MixmergeError: it has no tokenizer; as ``make_batches``.
+    """
+    if expert.tokenizer is None:
+        raise MixmergeError(Fault(expert.name, "has no tokenizer, so it cannot be shown text"))
+    if getattr(expert.model.config, "is_encoder_decoder", False) and expert.kind == "other":
+        what = f"is a {type(expert.model).__name__}: an encoder with a decoder is not run over data yet"
+        raise MixmergeError(Fault(expert.name, what, "An encoder, or a causal language model"))
+    task: Task = "causal" if expert.kind == "causal" else "classifier"
+    return make_batches(
+        rows,
+        expert.tokenizer,
+        task=task,
+        max_tokens=min(measure.max_tokens, _context(expert.model)),
+        batch_size=batch_size,
+        layout=measure.layout,
+        order="length",
+    )
 
 
 def extend(
@@ -111,7 +134,7 @@ def extend(
 
 
 @dataclass
-class _Sums:
+class Sums:
     """Sums in the making."""
 
     wanted: Collection[str] | None
@@ -168,35 +191,34 @@ def real_inputs(value: Tensor, mask: Tensor) -> Tensor | None:
     return flat if bool(mask.all()) else None
 
 
-def _activations(expert: LoadedExpert, batches: Sequence[Batch], kind: Kind, sums: _Sums) -> None:
+def _activations(expert: LoadedExpert, batches: Sequence[Batch], kind: Kind, sums: Sums) -> None:
     import torch
 
     model = expert.model
     maps = {name: module for name, module in linear_maps(model).items() if sums.wants(name)}
     device = str(next(model.parameters()).device)
-    state = _Watch(kind, sums)
-    with _hooked(maps, state.see), torch.no_grad():
+    with watching(maps, kind, sums) as watch, torch.no_grad():
         for batch in batches:
             moved = batch.to(device)
-            state.mask, state.last = moved.attention_mask, None
+            watch.begin(moved.attention_mask)
             model(**moved.inputs())
-            state.first = False
-    for name in state.unclear:
-        # Tokens were mixed up before they came here, and some of them were padding.
-        sums.values.pop(name, None)
-        sums.counts.pop(name, None)
 
 
 @dataclass
-class _Watch:
+class Watch:
     """What is added up each time a linear map is about to work."""
 
     kind: Kind
-    sums: _Sums
+    sums: Sums
     mask: Any = None
     last: tuple[Any, str] | None = None
     first: bool = True
     unclear: set[str] = field(default_factory=set)
+
+    def begin(self, mask: Tensor) -> None:
+        """A batch comes, with this mask."""
+        self.first = self.mask is None
+        self.mask, self.last = mask, None
 
     def see(self, name: str, value: Tensor) -> None:
         if self.last is not None and self.last[0] is value:
@@ -229,22 +251,27 @@ def _second(inputs: Tensor, kind: Kind) -> Tensor:
 
 
 @contextmanager
-def _hooked(maps: dict[str, Any], see: Callable[[str, Any], None]) -> Iterator[None]:
-    """Call ``see`` with a name and the input, before each of the modules works."""
+def watching(maps: dict[str, Any], kind: Kind, sums: Sums) -> Iterator[Watch]:
+    """Add up the inputs of linear maps while models run; each batch is announced to the watch."""
+    watch = Watch(kind, sums)
 
     def hook_of(name: str) -> Callable[[Any, tuple[Any, ...]], None]:
-        return lambda module, arguments: see(name, arguments[0])
+        return lambda module, arguments: watch.see(name, arguments[0])
 
     handles = [module.register_forward_pre_hook(hook_of(name)) for name, module in maps.items()]
     try:
-        yield
+        yield watch
     finally:
         for handle in handles:
             handle.remove()
+    for name in watch.unclear:
+        # Tokens were mixed up before they came here, and some of them were padding.
+        sums.values.pop(name, None)
+        sums.counts.pop(name, None)
 
 
 def _fisher(
-    expert: LoadedExpert, batches: Sequence[Batch], rows: Sequence[Row], seed: int, sums: _Sums
+    expert: LoadedExpert, batches: Sequence[Batch], rows: Sequence[Row], seed: int, sums: Sums
 ) -> None:
     """Squared gradients of single lines: a sum over lines or classes before the square would keep cross terms."""
     import torch

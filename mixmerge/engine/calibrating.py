@@ -1,4 +1,4 @@
-"""Calibration data and the statistics of a merge: rows are read and checked first, then every expert sees its own.
+"""The statistics of a merge: every expert is run over its own rows, unless an earlier, killed run has done so.
 
 Statistics are kept in a hidden folder beside the output until that is whole, so a killed merge does not gather twice.
 """
@@ -12,39 +12,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from mixmerge.calibrate.accumulators import Facts, Kind, read_facts, save_statistics, saved_mean
-from mixmerge.calibrate.rows import Row, read_rows, sample_rows
+from mixmerge.calibrate.rows import Row
 from mixmerge.checkpoint.identity import canonical_hash
+from mixmerge.engine.calibration_data import Data, experts_of
+from mixmerge.engine.plain import listed
 from mixmerge.errors import Fault, MethodError, MixmergeError, RecipeError
 from mixmerge.plan import Model, Plan, Task
 
 if TYPE_CHECKING:
     from mixmerge.calibrate.gathering import Measure
     from mixmerge.calibrate.loading import LoadedExpert
+    from mixmerge.calibrate.sequential import Combine
 
 # Bytes of Gram matrices gathered in one run over the rows; an expert with more is run several times.
 _AT_ONCE = 2_000_000_000
 _SHOWN = 3
+SEQUENTIAL = "gram_sequential"  # Gram matrices that need the layers merged so far
 
 Found = Mapping[str, Sequence[Any]]
-
-
-@dataclass(frozen=True)
-class Data:
-    """The rows of a merge.
-
-    Args:
-        rows: of every expert, by its index in ``Plan.models``.
-        sources: where they are from.
-        transductive: the result may be evaluated on them.
-    """
-
-    rows: Mapping[int, tuple[Row, ...]]
-    sources: Mapping[int, str]
-    transductive: bool
-
-    @property
-    def digests(self) -> dict[int, list[str]]:
-        return {number: [row.digest for row in rows] for number, rows in self.rows.items()}
 
 
 @dataclass
@@ -58,75 +43,6 @@ class Calibrated:
 
     statistics: Callable[[Task], Found] | None = None
     notes: list[str] = field(default_factory=list)
-
-
-def read_data(plan: Plan) -> Data | None:
-    """The rows a plan may look at, or None if its method needs none.
-
-    Raises:
-        MixmergeError: what is wrong with the data of any expert, all at once.
-    """
-    asked = plan.recipe.calibration
-    if asked is None or not plan.method.needs_data:
-        return None
-    rows: dict[int, tuple[Row, ...]] = {}
-    sources: dict[int, str] = {}
-    faults: list[Fault] = []
-    read: dict[str, tuple[Row, ...]] = {}
-    for number in experts_of(plan):
-        ref = plan.models[number].ref
-        source = asked.source(ref)
-        if source is None:
-            faults.append(
-                Fault("calibration", f"{ref} has no data", run="Add it to per_expert, or add data: PATH")
-            )
-            continue
-        try:
-            if source not in read:
-                read[source] = read_rows(source, split=asked.split)
-            rows[number] = sample_rows(read[source], asked.max_examples, seed=plan.recipe.seed)
-            sources[number] = source
-        except MixmergeError as error:
-            faults.extend(fault for fault in error.faults if fault not in faults)
-    if faults:
-        raise RecipeError(faults)
-    return Data(rows, sources, asked.transductive)
-
-
-def experts_of(plan: Plan) -> list[int]:
-    """The experts of a plan, in the recipe's order: indices into its models."""
-    task = next((task for task in plan.tasks if not task.copied), None)
-    return [] if task is None else [source.model for source in task.sources]
-
-
-def manifest_entry(plan: Plan, data: Data, notes: Sequence[str]) -> dict[str, Any]:
-    """What the manifest says of the data: ``rows`` are the digests that an evaluation must not meet again."""
-    every = sorted({digest for digests in data.digests.values() for digest in digests})
-    return {
-        "transductive": data.transductive,
-        "experts": {
-            str(plan.models[number].ref): {"source": data.sources[number], "rows": len(rows)}
-            for number, rows in data.rows.items()
-        },
-        "notes": list(notes),
-        "rows": every,
-    }
-
-
-def card_section(plan: Plan, data: Data) -> str:
-    """What the model card says of the data."""
-    lines = [
-        f"- `{plan.models[number].ref}`: {len(rows)} rows of `{data.sources[number]}`"
-        for number, rows in data.rows.items()
-    ]
-    said = "\n".join(lines)
-    warning = (
-        "\n**Transductive**: the data above may be what this model is evaluated on, so scores on it are no estimate"
-        "\nfor new data.\n"
-        if data.transductive
-        else ""
-    )
-    return f"\n## Calibration data\n\n{said}\n{warning}"
 
 
 def cache_folder(out: Path) -> Path:
@@ -156,8 +72,11 @@ def calibrated(
         MixmergeError: an expert cannot be run, or its rows say too little.
     """
     gathered = [_Expert(plan, number, data.rows[number]) for number in experts_of(plan)]
-    for expert in gathered:
-        expert.gather(cache, fingerprints, device)
+    if plan.method.statistics == SEQUENTIAL:
+        _in_order(plan, gathered, cache, fingerprints, device)
+    else:
+        for expert in gathered:
+            expert.gather(cache, fingerprints, device)
     notes = _check(plan, gathered)
     norms = [expert.norm() for expert in gathered] if plan.method.statistics == "fisher" else []
 
@@ -170,7 +89,7 @@ def calibrated(
 
 def _name(plan: Plan) -> Kind:
     """The statistic a method takes, by the name its definition knows."""
-    return cast(Kind, plan.method.statistics)
+    return "gram" if plan.method.statistics == SEQUENTIAL else cast(Kind, plan.method.statistics)
 
 
 class _Expert:
@@ -180,11 +99,8 @@ class _Expert:
         self.plan, self.number, self.rows = plan, number, rows
         self.place = experts_of(plan).index(number)
         self.model: Model = plan.models[number]
-        self.parts: list[tuple[Path, Facts]] = []
-        self._named: list[
-            dict[str, str]
-        ] = []  # of each part: a parameter's name, whole or without its first part
-        self._part_of: dict[str, int] = {}
+        # A parameter's name, whole or without its first part -> where its statistic is.
+        self._found: dict[str, tuple[Path, Facts, str]] = {}
 
     def gather(self, cache: Path, fingerprints: Mapping[str, Any], device: str) -> None:
         from mixmerge.calibrate.gathering import gather
@@ -193,7 +109,7 @@ class _Expert:
         kind, measure = _name(self.plan), _measure(self.plan)
         fingerprint = canonical_hash(fingerprints[str(self.model.ref)])
         loaded: LoadedExpert | None = None
-        for number, tasks in enumerate(_parts(self.plan, kind)):
+        for tasks in _parts(self.plan, kind):
             stored = [task.sources[self.place].tensor.name for task in tasks]
             key = canonical_hash(
                 [kind, fingerprint, measure.settings(kind), [row.digest for row in self.rows], stored]
@@ -208,23 +124,20 @@ class _Expert:
                 )
                 save_statistics(found, folder)
                 facts = read_facts(folder)
-            self.parts.append((folder, facts))
-            names = [*facts.counts, *facts.same]
-            self._named.append({_tail(name): name for name in names} | {name: name for name in names})
-            self._part_of.update((task.target.name, number) for task in tasks)
+            self.take(folder, facts)
+
+    def take(self, folder: Path, facts: Facts) -> None:
+        """Use what is in a folder."""
+        for name in (*facts.counts, *facts.same):
+            if facts.sum_of(name) is not None:
+                self._found[name] = folder, facts, name
+                self._found.setdefault(_tail(name), (folder, facts, name))
 
     def found(self, task: Task) -> tuple[Path, Facts, str] | None:
         """Where the statistic of a task is, if there is one."""
-        part = self._part_of.get(task.target.name)
-        if part is None:
-            return None
-        folder, facts = self.parts[part]
         stored = task.sources[self.place].tensor.name
-        named = self._named[part]
-        name = next(
-            (named[each] for each in (stored, task.target.name, _tail(stored)) if each in named), None
-        )
-        return None if name is None or facts.sum_of(name) is None else (folder, facts, name)
+        spelled = (stored, task.target.name, _tail(stored))
+        return next((self._found[name] for name in spelled if name in self._found), None)
 
     def mean(self, task: Task) -> Any:
         found = self.found(task)
@@ -244,6 +157,64 @@ class _Expert:
             mean = self.mean(task)
             total += 0.0 if mean is None else float(mean.double().square().sum())
         return torch.tensor(total, dtype=torch.float64).sqrt()
+
+
+def _in_order(
+    plan: Plan,
+    gathered: Sequence[_Expert],
+    cache: Path,
+    fingerprints: Mapping[str, Any],
+    device: str,
+) -> None:
+    """Gather block by block, on the model merged so far; needs every expert and the merged model in memory."""
+    from mixmerge.calibrate.loading import load_expert
+    from mixmerge.calibrate.sequential import gather_sequential
+
+    measure = _measure(plan)
+    models = [canonical_hash(fingerprints[str(expert.model.ref)]) for expert in gathered]
+    digests = [[row.digest for row in expert.rows] for expert in gathered]
+    parameters = [task.parameters for task in plan.tasks]
+    key = canonical_hash([SEQUENTIAL, models, measure.settings("gram"), digests, parameters])[:24]
+    done = cache / f"{key}-done"
+    steps = len(list(cache.glob(f"{key}-*-0"))) if done.exists() else 0
+    if not steps:
+        experts = [
+            load_expert(each.model.path, adapter=each.model.adapter, device=device) for each in gathered
+        ]
+        rows = [expert.rows for expert in gathered]
+        found = gather_sequential(experts, rows, _combine(plan), fingerprint=key, measure=measure)
+        for steps, made in enumerate(found, 1):
+            for place, statistics in enumerate(made):
+                save_statistics(statistics, cache / f"{key}-{steps - 1}-{place}")
+        done.touch()
+    for step in range(steps):
+        for place, expert in enumerate(gathered):
+            folder = cache / f"{key}-{step}-{place}"
+            expert.take(folder, read_facts(folder))
+
+
+def _combine(plan: Plan) -> Combine:
+    """A plan's method on one tensor by its name in the first expert; what the plan does not merge is averaged."""
+    tasks: dict[str, Task] = {}
+    for task in (task for task in plan.tasks if not task.copied):
+        stored = task.sources[0].tensor.name
+        for name in (stored, task.target.name, _tail(stored)):
+            tasks.setdefault(name, task)
+
+    def combine(name: str, tensors: Sequence[Any], grams: Sequence[Any]) -> Any:
+        from mixmerge.methods.average import linear
+        from mixmerge.methods.memory import apply
+
+        task = tasks.get(name) or tasks.get(_tail(name))
+        if task is None:
+            return linear(list(tensors), weight=[1.0] * len(tensors))
+        found = {"gram": list(grams)}
+        given = listed(task)
+        return apply(
+            plan.method, list(tensors), base=None, parameters=given, role=task.role, statistics=found
+        )
+
+    return combine
 
 
 def _kept(folder: Path) -> Facts | None:
@@ -311,7 +282,7 @@ def _tail(name: str) -> str:
 
 def _check(plan: Plan, gathered: Sequence[_Expert]) -> list[str]:
     """What there is too little of: a fault where the method cannot do without, else a note."""
-    kind, notes = plan.method.statistics, []
+    kind, notes = _name(plan), []
     lacking = [
         task.target.name
         for task in plan.tasks

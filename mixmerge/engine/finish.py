@@ -13,7 +13,7 @@ from mixmerge import __version__
 from mixmerge.checkpoint.header import read_header
 from mixmerge.checkpoint.identity import content, digest, fingerprint
 from mixmerge.checkpoint.reader import read_json
-from mixmerge.engine.calibrating import Data, card_section, manifest_entry
+from mixmerge.engine.calibration_data import Data, card_section, manifest_entry
 from mixmerge.engine.heads import FOLDER as HEADS
 from mixmerge.engine.heads import WEIGHTS
 from mixmerge.engine.output import Output

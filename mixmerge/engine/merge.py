@@ -11,7 +11,8 @@ from typing import Any
 from mixmerge import __version__
 from mixmerge.checkpoint.files import Files, opened
 from mixmerge.checkpoint.identity import canonical_hash
-from mixmerge.engine.calibrating import Calibrated, cache_folder, calibrated, forget, read_data
+from mixmerge.engine.calibrating import Calibrated, cache_folder, calibrated, forget
+from mixmerge.engine.calibration_data import read_data
 from mixmerge.engine.copying import copy
 from mixmerge.engine.finish import add_files, input_fingerprints, verify
 from mixmerge.engine.heads import add_heads

@@ -49,6 +49,13 @@ ROWS = (
         differentiable=False,
     ),
     _REGMEAN,
+    replace(
+        _REGMEAN,
+        name="regmean_plus",
+        summary="RegMean block by block, each on the activations of the blocks merged before it",
+        paper="RegMean++, arXiv:2508.03121",
+        statistics="gram_sequential",
+    ),
     Method(
         name="activation_ties",
         function="mixmerge.methods.statistics:activation_ties",
@@ -71,12 +78,4 @@ ROWS = (
         statistics="second_moment",
         differentiable=False,
     ),
-)
-
-REGMEAN_PLUS = replace(
-    _REGMEAN,
-    name="regmean_plus",
-    summary="RegMean, block by block, on the activations of the model merged so far",
-    paper="RegMean++, arXiv:2508.03121",
-    statistics="gram_sequential",
 )
