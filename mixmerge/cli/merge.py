@@ -72,6 +72,8 @@ def merge(
             verify_inputs=verify,
             progress=progress,
         )
+    if not quiet:
+        warn(merged.notes)
     if json:
         emit_json(
             {
@@ -82,7 +84,7 @@ def merge(
                 "bytes_written": plan.bytes_written,
                 "tensors": len(plan.tasks),
                 "resumed": merged.resumed,
-                "warnings": list(plan.warnings),
+                "warnings": [*plan.warnings, *merged.notes],
             }
         )
         return

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,9 @@ from mixmerge import __version__
 from mixmerge.checkpoint.header import read_header
 from mixmerge.checkpoint.identity import content, digest, fingerprint
 from mixmerge.checkpoint.reader import read_json
+from mixmerge.engine.calibration_data import Data, card_section, manifest_entry
+from mixmerge.engine.heads import FOLDER as HEADS
+from mixmerge.engine.heads import WEIGHTS
 from mixmerge.engine.output import Output
 from mixmerge.errors import Fault, OutputError
 from mixmerge.plan import Plan
@@ -31,7 +34,14 @@ _COPIED = (
 _VERSIONED = ("numpy", "numba", "safetensors")
 
 
-def add_files(output: Output, plan: Plan, fingerprints: Mapping[str, Any]) -> None:
+def add_files(
+    output: Output,
+    plan: Plan,
+    fingerprints: Mapping[str, Any],
+    *,
+    data: Data | None = None,
+    notes: Sequence[str] = (),
+) -> None:
     """Config, tokenizer, generation config, index, recipe, manifest and model card."""
     donor = plan.models[plan.donor].path
     output.add("config.json", json.dumps(plan.config, indent=2) + "\n")
@@ -44,8 +54,11 @@ def add_files(output: Output, plan: Plan, fingerprints: Mapping[str, Any]) -> No
         targets = [task.target for task in plan.tasks]
         output.add("model.safetensors.index.json", index_json(targets, list(plan.shards)))
     output.add(RECIPE, plan.text)
-    output.add(MANIFEST, json.dumps(manifest(plan, fingerprints), indent=2, ensure_ascii=False) + "\n")
-    output.add(CARD, card(plan))
+    facts = manifest(plan, fingerprints)
+    if data is not None:
+        facts["calibration"] = manifest_entry(plan, data, notes)
+    output.add(MANIFEST, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+    output.add(CARD, card(plan, data))
 
 
 def manifest(plan: Plan, fingerprints: Mapping[str, Any]) -> dict[str, Any]:
@@ -66,15 +79,20 @@ def manifest(plan: Plan, fingerprints: Mapping[str, Any]) -> dict[str, Any]:
             {"model": str(plan.models[drop.model].ref), "tensor": drop.name, "reason": drop.reason}
             for drop in plan.dropped
         ],
+        **({"heads": [head.expert for head in plan.heads]} if plan.heads else {}),
         "warnings": list(plan.warnings),
     }
 
 
-def card(plan: Plan) -> str:
+def card(plan: Plan, data: Data | None = None) -> str:
     """A model card: where the model is from, in the hub's front matter and in words."""
     bases = "\n".join(f"- {json.dumps(str(model.ref))}" for model in plan.models)
     listed = "\n".join(f"- `{model.ref}`" for model in plan.models)
     recipe = plan.text if plan.text.endswith("\n") else plan.text + "\n"
+    heads = "".join(f"- `{HEADS}/{head.expert}`: of `{plan.models[head.model].ref}`\n" for head in plan.heads)
+    if heads:
+        heads = f"\n## Heads\n\nEach expert's own, not merged; a request says which one it is for.\n\n{heads}"
+    shown = "" if data is None else card_section(plan, data)
     return f"""---
 base_model:
 {bases}
@@ -94,7 +112,7 @@ Made by mixmerge {__version__} with **{plan.method.name}**:
 
 Config and tokenizer are those of `{plan.models[plan.donor].ref}`. Fingerprints of the inputs are in
 `{MANIFEST}`.
-
+{heads}{shown}
 ## Recipe
 
 ```yaml
@@ -135,6 +153,12 @@ def verify(folder: Path, plan: Plan) -> None:
         and (written[name].shape, written[name].dtype, written[name].offset)
         != (target.shape, target.dtype, target.offset)
     ]
+    for head in plan.heads:
+        kept = read_header(folder / HEADS / head.expert / WEIGHTS)
+        expected = {source.tensor.name: source.tensor for source in head.tensors}
+        facts = {name: (header.shape, header.dtype) for name, header in kept.items()}
+        if facts != {name: (header.shape, header.dtype) for name, header in expected.items()}:
+            wrong.append(f"{HEADS}/{head.expert}")
     config = read_json(folder / "config.json")
     if config != json.loads(json.dumps(plan.config)):
         wrong.append("config.json")

@@ -6,10 +6,10 @@ the file of rows of its family.
 
 from __future__ import annotations
 
-from mixmerge.methods import rows_masks, rows_plain, rows_spectral
+from mixmerge.methods import rows_masks, rows_plain, rows_spectral, rows_statistics
 from mixmerge.methods.records import ANY, REQUIRED, Method, Parameter, Role, Value
 
 __all__ = ["ANY", "METHODS", "REQUIRED", "Method", "Parameter", "Role", "Value"]
 
-_FAMILIES = (rows_plain.ROWS, rows_masks.ROWS, rows_spectral.ROWS)
+_FAMILIES = (rows_plain.ROWS, rows_masks.ROWS, rows_spectral.ROWS, rows_statistics.ROWS)
 METHODS: dict[str, Method] = {row.name: row for rows in _FAMILIES for row in rows}

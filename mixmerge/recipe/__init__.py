@@ -7,6 +7,7 @@ Imports no torch.
 
 from __future__ import annotations
 
+from mixmerge.recipe.calibration import Calibration
 from mixmerge.recipe.reading import parse, read
 from mixmerge.recipe.references import ModelRef
 from mixmerge.recipe.resolving import TensorValues, interpolate, layer_position, resolve, resolve_tensor
@@ -23,6 +24,7 @@ from mixmerge.recipe.schema import (
 )
 
 __all__ = [
+    "Calibration",
     "Conditional",
     "ModelEntry",
     "ModelRef",

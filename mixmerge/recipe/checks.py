@@ -42,6 +42,13 @@ class Draft:
             return readable
         return [*readable, DraftEntry(self.node("base_model"), self.base, {})]
 
+    def experts(self) -> list[ModelRef] | None:
+        """The models of ``inputs``, if every one and the base could be read."""
+        unreadable = self.base is None and self.node("base_model").value is not None
+        if unreadable or any(entry.ref is None for entry in self.entries):
+            return None
+        return [entry.ref for entry in self.inputs() if entry.ref is not None]
+
     def node(self, key: str, inner: str = "") -> Node:
         """Where a top-level key (or a key in it) is, or would be, written."""
         outer = self.nodes.get(key, Node(key, None, None))

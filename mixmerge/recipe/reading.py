@@ -23,6 +23,7 @@ from mixmerge.document import (
     unknown_keys,
 )
 from mixmerge.methods import METHODS, Method, Parameter
+from mixmerge.recipe.calibration import read_calibration
 from mixmerge.recipe.checks import Draft, DraftEntry, check, check_models
 from mixmerge.recipe.references import ModelRef, read_ref
 from mixmerge.recipe.schema import (
@@ -46,7 +47,10 @@ RECIPE = Kind(
     several="files with several YAML documents (mergekit-multi) are not supported yet",
     instead="Merge one after the other, by their output folders",
 )
-_KEYS = ["merge_method", "models", "base_model", "parameters", "dtype", "out_dtype", "seed", "output"]
+_KEYS = [
+    *("merge_method", "models", "base_model", "parameters", "dtype", "out_dtype", "seed", "output"),
+    "calibration",
+]
 _SHARED_TOKENIZER = "Remove it, and merge experts that share one tokenizer"
 _NOT_YET = {
     "slices": ("merging ranges of layers", "List whole models under models"),
@@ -127,8 +131,10 @@ def _recipe(top: dict[str, Node], report: Report, refs: list[tuple[str, ModelRef
     refs.extend((f"{entry.node.path}.model", entry.ref) for entry in entries if entry.ref)
     settings = reader.read(top.get("parameters"), "merge")
     check_models(entries, base, base_node or Node("base_model", None, None), report)
-    if method:
-        check(Draft(method, base, entries, settings, top), report)
+    draft = Draft(method, base, entries, settings, top) if method else None
+    if draft:
+        check(draft, report)
+    calibration = read_calibration(top, method, draft.experts() if draft else None, report)
     dtype, out_dtype = _dtype(top, "dtype", report), _dtype(top, "out_dtype", report)
     seed, output = _seed(top, report), _output(top, report)
     if report.faulty:
@@ -147,6 +153,7 @@ def _recipe(top: dict[str, Node], report: Report, refs: list[tuple[str, ModelRef
         out_dtype=out_dtype,
         seed=seed,
         output=output,
+        calibration=calibration,
     )
 
 

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from mixmerge.document import Scalar
 from mixmerge.errors import Fault, RecipeError
 from mixmerge.methods import METHODS, Method
+from mixmerge.recipe.calibration import Calibration
 from mixmerge.recipe.references import ModelRef
 from mixmerge.registry import find
 
@@ -64,6 +65,7 @@ class Recipe(_Frozen):
     out_dtype: str | None = None
     seed: int = Field(default=0, ge=0, le=MAX_SEED)
     output: Output = Output()
+    calibration: Calibration | None = None
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,7 @@ def canonical(recipe: Recipe) -> dict[str, Any]:
     """The recipe as plain lists, mappings and scalars (JSON and YAML), the same for every spelling of it.
 
     Parameters are sorted by name, numbers are floats, values without a filter are written in the short form;
-    what is not set is left out, except ``seed`` and ``output``.
+    what is not set is left out, except ``seed`` and ``output``, and what stands in ``calibration``.
     """
     plain: dict[str, Any] = {"merge_method": recipe.merge_method}
     if recipe.base_model is not None:
@@ -155,6 +157,8 @@ def canonical(recipe: Recipe) -> dict[str, Any]:
             plain[name] = getattr(recipe, name)
     plain["seed"] = recipe.seed
     plain["output"] = {"shard_size": recipe.output.shard_size}
+    if recipe.calibration is not None:
+        plain["calibration"] = recipe.calibration.canonical()
     return plain
 
 

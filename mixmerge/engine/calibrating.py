@@ -1,0 +1,319 @@
+"""The statistics of a merge: every expert is run over its own rows, unless an earlier, killed run has done so.
+
+Statistics are kept in a hidden folder beside the output until that is whole, so a killed merge does not gather twice.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from mixmerge.calibrate.accumulators import Facts, Kind, read_facts, save_statistics, saved_mean
+from mixmerge.calibrate.rows import Row
+from mixmerge.checkpoint.identity import canonical_hash
+from mixmerge.engine.calibration_data import Data, experts_of
+from mixmerge.engine.plain import listed
+from mixmerge.errors import Fault, MethodError, MixmergeError, RecipeError
+from mixmerge.plan import Model, Plan, Task
+
+if TYPE_CHECKING:
+    from mixmerge.calibrate.gathering import Measure
+    from mixmerge.calibrate.loading import LoadedExpert
+    from mixmerge.calibrate.sequential import Combine
+
+# Bytes of Gram matrices gathered in one run over the rows; an expert with more is run several times.
+_AT_ONCE = 2_000_000_000
+_SHOWN = 3
+SEQUENTIAL = "gram_sequential"  # Gram matrices that need the layers merged so far
+
+Found = Mapping[str, Sequence[Any]]
+
+
+@dataclass
+class Calibrated:
+    """What the merge is given, and what is said of it afterwards.
+
+    Args:
+        statistics: of a task, by name, one tensor (or None) for each expert; None where the method takes none.
+        notes: what a person should know.
+    """
+
+    statistics: Callable[[Task], Found] | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+def cache_folder(out: Path) -> Path:
+    """Where statistics are kept until the output is whole."""
+    real = out.parent.resolve() / out.name
+    return real.parent / f".{real.name}.mixmerge-statistics"
+
+
+def forget(out: Path) -> None:
+    """Remove the statistics of a merge that is done."""
+    shutil.rmtree(cache_folder(out), ignore_errors=True)
+
+
+def calibrated(
+    plan: Plan, data: Data, cache: Path, *, fingerprints: Mapping[str, Any], device: str
+) -> Calibrated:
+    """Gather the statistics a plan's method takes.
+
+    Args:
+        plan: of a method with ``statistics``.
+        data: its rows.
+        cache: folder for finished statistics; those in it that fit are not gathered again.
+        fingerprints: of the inputs, by reference.
+        device: a torch device.
+
+    Raises:
+        MixmergeError: an expert cannot be run, or its rows say too little.
+    """
+    gathered = [_Expert(plan, number, data.rows[number]) for number in experts_of(plan)]
+    if plan.method.statistics == SEQUENTIAL:
+        _in_order(plan, gathered, cache, fingerprints, device)
+    else:
+        for expert in gathered:
+            expert.gather(cache, fingerprints, device)
+    notes = _check(plan, gathered)
+    norms = [expert.norm() for expert in gathered] if plan.method.statistics == "fisher" else []
+
+    def statistics(task: Task) -> Found:
+        found: dict[str, Sequence[Any]] = {_name(plan): [expert.mean(task) for expert in gathered]}
+        return {**found, "norm": norms} if norms else found
+
+    return Calibrated(statistics, notes)
+
+
+def _name(plan: Plan) -> Kind:
+    """The statistic a method takes, by the name its definition knows."""
+    return "gram" if plan.method.statistics == SEQUENTIAL else cast(Kind, plan.method.statistics)
+
+
+class _Expert:
+    """One expert's statistics, in one or more parts on the disk."""
+
+    def __init__(self, plan: Plan, number: int, rows: Sequence[Row]) -> None:
+        self.plan, self.number, self.rows = plan, number, rows
+        self.place = experts_of(plan).index(number)
+        self.model: Model = plan.models[number]
+        # A parameter's name, whole or without its first part -> where its statistic is.
+        self._found: dict[str, tuple[Path, Facts, str]] = {}
+
+    def gather(self, cache: Path, fingerprints: Mapping[str, Any], device: str) -> None:
+        from mixmerge.calibrate.gathering import gather
+        from mixmerge.calibrate.loading import load_expert
+
+        kind, measure = _name(self.plan), _measure(self.plan)
+        fingerprint = canonical_hash(fingerprints[str(self.model.ref)])
+        loaded: LoadedExpert | None = None
+        for tasks in _parts(self.plan, kind):
+            stored = [task.sources[self.place].tensor.name for task in tasks]
+            key = canonical_hash(
+                [kind, fingerprint, measure.settings(kind), [row.digest for row in self.rows], stored]
+            )
+            folder = cache / key[:24]
+            facts = _kept(folder)
+            if facts is None:
+                loaded = loaded or load_expert(self.model.path, adapter=self.model.adapter, device=device)
+                wanted = set(_parameters(loaded, stored).values())
+                found = gather(
+                    loaded, self.rows, kind, fingerprint=fingerprint, measure=measure, wanted=wanted
+                )
+                save_statistics(found, folder)
+                facts = read_facts(folder)
+            self.take(folder, facts)
+
+    def take(self, folder: Path, facts: Facts) -> None:
+        """Use what is in a folder."""
+        for name in (*facts.counts, *facts.same):
+            if facts.sum_of(name) is not None:
+                self._found[name] = folder, facts, name
+                self._found.setdefault(_tail(name), (folder, facts, name))
+
+    def found(self, task: Task) -> tuple[Path, Facts, str] | None:
+        """Where the statistic of a task is, if there is one."""
+        stored = task.sources[self.place].tensor.name
+        spelled = (stored, task.target.name, _tail(stored))
+        return next((self._found[name] for name in spelled if name in self._found), None)
+
+    def mean(self, task: Task) -> Any:
+        found = self.found(task)
+        return None if found is None else saved_mean(*found)
+
+    def tokens(self, task: Task) -> int:
+        """What the mean of a task is over; 0 where there is none."""
+        found = self.found(task)
+        return 0 if found is None else found[1].counts[found[1].same.get(found[2], found[2])]
+
+    def norm(self) -> Any:
+        """Of all means of the tensors that are merged: the root of the sum of their squares."""
+        import torch
+
+        total = 0.0
+        for task in self.plan.tasks:
+            mean = self.mean(task)
+            total += 0.0 if mean is None else float(mean.double().square().sum())
+        return torch.tensor(total, dtype=torch.float64).sqrt()
+
+
+def _in_order(
+    plan: Plan,
+    gathered: Sequence[_Expert],
+    cache: Path,
+    fingerprints: Mapping[str, Any],
+    device: str,
+) -> None:
+    """Gather block by block, on the model merged so far; needs every expert and the merged model in memory."""
+    from mixmerge.calibrate.loading import load_expert
+    from mixmerge.calibrate.sequential import gather_sequential
+
+    measure = _measure(plan)
+    models = [canonical_hash(fingerprints[str(expert.model.ref)]) for expert in gathered]
+    digests = [[row.digest for row in expert.rows] for expert in gathered]
+    parameters = [task.parameters for task in plan.tasks]
+    key = canonical_hash([SEQUENTIAL, models, measure.settings("gram"), digests, parameters])[:24]
+    done = cache / f"{key}-done"
+    steps = len(list(cache.glob(f"{key}-*-0"))) if done.exists() else 0
+    if not steps:
+        experts = [
+            load_expert(each.model.path, adapter=each.model.adapter, device=device) for each in gathered
+        ]
+        rows = [expert.rows for expert in gathered]
+        found = gather_sequential(experts, rows, _combine(plan), fingerprint=key, measure=measure)
+        for steps, made in enumerate(found, 1):
+            for place, statistics in enumerate(made):
+                save_statistics(statistics, cache / f"{key}-{steps - 1}-{place}")
+        done.touch()
+    for step in range(steps):
+        for place, expert in enumerate(gathered):
+            folder = cache / f"{key}-{step}-{place}"
+            expert.take(folder, read_facts(folder))
+
+
+def _combine(plan: Plan) -> Combine:
+    """A plan's method on one tensor by its name in the first expert; what the plan does not merge is averaged."""
+    tasks: dict[str, Task] = {}
+    for task in (task for task in plan.tasks if not task.copied):
+        stored = task.sources[0].tensor.name
+        for name in (stored, task.target.name, _tail(stored)):
+            tasks.setdefault(name, task)
+
+    def combine(name: str, tensors: Sequence[Any], grams: Sequence[Any]) -> Any:
+        from mixmerge.methods.average import linear
+        from mixmerge.methods.memory import apply
+
+        task = tasks.get(name) or tasks.get(_tail(name))
+        if task is None:
+            return linear(list(tensors), weight=[1.0] * len(tensors))
+        found = {"gram": list(grams)}
+        given = listed(task)
+        return apply(
+            plan.method, list(tensors), base=None, parameters=given, role=task.role, statistics=found
+        )
+
+    return combine
+
+
+def _kept(folder: Path) -> Facts | None:
+    """The facts of statistics an earlier run finished, unless they are damaged."""
+    try:
+        return read_facts(folder) if folder.is_dir() else None
+    except MixmergeError:
+        return None  # gathered anew
+
+
+def _measure(plan: Plan) -> Measure:
+    from mixmerge.calibrate.gathering import Measure
+
+    asked = plan.recipe.calibration
+    if asked is None:
+        raise RecipeError(Fault("calibration", "the recipe has none"))
+    return Measure(asked.max_tokens, asked.batch_size, asked.layout, plan.recipe.seed)
+
+
+def _of_maps(task: Task) -> bool:
+    return not task.copied and task.role in ("linear", "transposed")
+
+
+def width(task: Task) -> int:
+    """Inputs of a linear map."""
+    return task.target.shape[1] if task.role == "linear" else task.target.shape[0]
+
+
+def _parts(plan: Plan, kind: Kind) -> list[list[Task]]:
+    """The tasks there are statistics for, in groups that fit in memory."""
+    if kind == "fisher":
+        return [[task for task in plan.tasks if not task.copied]]
+    tasks = [task for task in plan.tasks if _of_maps(task)]
+    if kind != "gram":
+        return [tasks]
+    parts: list[list[Task]] = [[]]
+    room = _AT_ONCE
+    for task in tasks:
+        size = 8 * width(task) ** 2
+        if size > room and parts[-1]:
+            parts.append([])
+            room = _AT_ONCE
+        parts[-1].append(task)
+        room -= size
+    return parts
+
+
+def _parameters(loaded: LoadedExpert, stored: Sequence[str]) -> dict[str, str]:
+    """The parameters of a model by the names its files store them under: with or without the trunk's prefix."""
+    own = {name for name, _ in loaded.model.named_parameters(remove_duplicate=False)}
+    prefix = loaded.prefix
+    found = {}
+    for name in stored:
+        spelled = (name, f"{prefix}{name}", name.removeprefix(prefix))
+        match = next((spelling for spelling in spelled if spelling in own), None)
+        if match is not None:
+            found[name] = match
+    return found
+
+
+def _tail(name: str) -> str:
+    """A name without its first part, which may be the prefix of a trunk."""
+    return name.split(".", 1)[-1]
+
+
+def _check(plan: Plan, gathered: Sequence[_Expert]) -> list[str]:
+    """What there is too little of: a fault where the method cannot do without, else a note."""
+    kind, notes = _name(plan), []
+    lacking = [
+        task.target.name
+        for task in plan.tasks
+        if (_of_maps(task) or (kind == "fisher" and not task.copied))
+        and any(expert.found(task) is None for expert in gathered)
+    ]
+    if lacking:
+        some = ", ".join(lacking[:_SHOWN]) + (", ..." if len(lacking) > _SHOWN else "")
+        notes.append(f"{len(lacking)} tensors had no statistics and are merged without them: {some}")
+    if kind != "gram":
+        return notes
+    short = [
+        (task, min(expert.tokens(task) for expert in gathered))
+        for task in plan.tasks
+        if _of_maps(task) and task.target.name not in lacking
+    ]
+    short = [(task, tokens) for task, tokens in short if tokens < width(task)]
+    if not short:
+        return notes
+    task, tokens = max(short, key=lambda each: width(each[0]))
+    what = f"{tokens} tokens for the {width(task)} inputs of {task.target.name}: its Gram matrix is singular"
+    if any(task.parameters["alpha"] == 1 and task.parameters["ridge"] == 0 for task, _ in short):
+        raise MethodError(
+            Fault(
+                "calibration",
+                what,
+                "alpha below 1 or ridge above 0 can do with fewer",
+                "Give more or longer rows",
+            )
+        )
+    return [
+        *notes,
+        f"{what} without alpha and ridge, for {len(short)} tensors; more or longer rows are better",
+    ]
