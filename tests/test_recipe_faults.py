@@ -17,7 +17,7 @@ models:
 LINEAR = "{merge_method: linear, models: [{model: a}, {model: b}], parameters: {weight: 0.5}}"
 KEYS = "Known: base_model, calibration, dtype, merge_method, models, out_dtype, output, parameters, seed."
 METHODS = f"Known: {', '.join(sorted(TABLE))}."
-PARAMETERS = sorted({parameter.name for row in TABLE.values() for parameter in row.parameters})
+NAMES = sorted({parameter.name for row in TABLE.values() for parameter in row.parameters})
 OF_TIES = "Known: agg, density, lambda, normalize, rescale, scope, weight."
 
 
@@ -100,7 +100,7 @@ TOP: dict[str, list[str]] = {
     ],
     "models: [{model: a, parameters: {wieght: .inf, density: 7, t: x}}]": [
         "models[0].parameters.wieght (line 1): unknown parameter 'wieght'. Did you mean 'weight'? "
-        f"Known: {', '.join(PARAMETERS)}.",
+        f"Known: {', '.join(NAMES)}.",
         "models[0].parameters.t (line 1): expected a number, got 'x'.",
         f"merge_method: the recipe names no merge method. {METHODS}",
     ],

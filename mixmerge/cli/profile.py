@@ -25,8 +25,14 @@ from mixmerge.cli.batch import (
 from mixmerge.cli.show import emit_json, step_progress, table
 
 if TYPE_CHECKING:
-    from mixmerge.aggregate.bench import AggregatorBench
     from mixmerge.mixture.profiling import Profile
+
+Aggregators = Annotated[
+    bool,
+    typer.Option(
+        "--aggregators", help="Measure too who makes the best one answer of a right and two wrong ones."
+    ),
+]
 
 
 def profile(
@@ -52,12 +58,7 @@ def profile(
     temperature: Annotated[
         float | None, typer.Option("--temperature", min=0.0, help="Of the answers.", show_default=False)
     ] = None,
-    aggregators: Annotated[
-        bool,
-        typer.Option(
-            "--aggregators", help="Measure too who makes the best one answer of a right and two wrong ones."
-        ),
-    ] = False,
+    aggregators: Aggregators = False,
     device: Devices = None,
     memory: Memory = None,
     batch_tokens: BatchTokens = 8192,
@@ -78,10 +79,9 @@ def profile(
     goes on when the same command is given again.
     """
     from mixmerge.batch.journal import remove
-    from mixmerge.mixture.aggregators import bench
     from mixmerge.mixture.hub import spec_from
+    from mixmerge.mixture.profiling import bench_folder, same
     from mixmerge.mixture.profiling import profile as run
-    from mixmerge.mixture.profiling import same
     from mixmerge.outcomes.whole import check_free
     from mixmerge.outcomes.writing import check_ending
 
@@ -91,8 +91,8 @@ def profile(
     check_free(output, overwrite=overwrite)
     spec = spec_from(mixture, revision=revision, trust_endpoints=trust_endpoints)
     work = output.absolute().parent / f".{output.name}.job"
-    if overwrite:
-        remove(work)
+    for folder in (work, bench_folder(work)) if overwrite else ():
+        remove(folder)
     with (
         on_cluster(conditions, ray, ray_cpus, memory) as conditions,
         step_progress(quiet=quiet) as progress,
@@ -107,26 +107,20 @@ def profile(
             draws=draws,
             temperature=temperature,
             field=field,
-            texts=aggregators,
+            aggregators=aggregators,
             progress=progress,
         )
-        told = None
-        if aggregators:
-            again = work.with_name(f".{output.name}.aggregators.job")
-            if overwrite:
-                remove(again)
-            told = bench(spec, made.answered, again, check=compared, conditions=conditions, progress=progress)
     made.outcomes.write(output)
-    remove(work)
-    if told is not None:
-        remove(again)
-    _show(made, output, told, json=json)
+    for folder in (work, bench_folder(work)):
+        remove(folder)
+    _show(made, output, json=json)
 
 
-def _show(made: Profile, output: Path, told: AggregatorBench | None, *, json: bool) -> None:
+def _show(made: Profile, output: Path, *, json: bool) -> None:
     """What every expert scored, what it took, and who aggregates best, if that was asked."""
     import numpy as np
 
+    told = made.aggregators
     score = made.outcomes.score
     means = {name: float(np.nanmean(score[:, e])) for e, name in enumerate(made.outcomes.experts)}
     if json:

@@ -10,7 +10,7 @@ from mixmerge.batch.job import Job, Progress
 from mixmerge.batch.records import Item
 from mixmerge.batch.setup import Conditions, Listed
 from mixmerge.mixture.answering import expert_set
-from mixmerge.mixture.profiling import everyone
+from mixmerge.mixture.everyone import everyone
 from mixmerge.mixture.schema import MixtureSpec
 
 WRONG = 2  # answers of a trial that are wrong, beside one that is right

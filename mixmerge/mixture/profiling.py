@@ -5,25 +5,24 @@ Q queries, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from mixmerge.aggregate import Ask, Composition, Question, Said, Settled
-from mixmerge.aggregate.bench import Answered
+from mixmerge.aggregate.bench import AggregatorBench, Answered
 from mixmerge.aggregate.extraction import extractor
 from mixmerge.batch.costs import Report
 from mixmerge.batch.job import Job, Progress
 from mixmerge.batch.lines import Input, Line
 from mixmerge.batch.records import Item
-from mixmerge.batch.setup import Conditions, Setup, Source
-from mixmerge.checkpoint.identity import canonical_hash
-from mixmerge.decision.records import Decision, Pick, Query
+from mixmerge.batch.setup import Conditions, Source
 from mixmerge.errors import Fault, MixmergeError
-from mixmerge.experts import ExpertSet, identity
-from mixmerge.mixture.answering import defaults_of, expert_set
+from mixmerge.experts import ExpertSet
+from mixmerge.mixture.aggregators import bench
+from mixmerge.mixture.answering import expert_set
+from mixmerge.mixture.everyone import everyone
 from mixmerge.mixture.schema import MixtureSpec
 from mixmerge.outcomes.table import OutcomeTable, Price
 
@@ -32,35 +31,12 @@ REFERENCE = "answer"  # field of a task that holds the reference
 
 
 @dataclass(frozen=True)
-class Everyone(Composition):
-    """Every expert is asked, and nothing is made of it.
-
-    Args:
-        names: of the experts.
-        draws: answers of each, 1 or more; with more than 1 they need a temperature above 0.
-        temperature: of the answers; None: the mixture's.
-    """
-
-    names: tuple[str, ...]
-    draws: int = 1
-    temperature: float | None = None
-
-    def first(self, question: Question) -> tuple[Ask, ...]:
-        return tuple(
-            Ask(name, draw, temperature=self.temperature) for name in self.names for draw in range(self.draws)
-        )
-
-    def then(self, question: Question, said: Sequence[Sequence[Said]]) -> tuple[Ask, ...] | Settled:
-        return Settled("", None, None)
-
-
-@dataclass(frozen=True)
 class Profile:
-    """What every expert made of the queries, and what that took; ``answered`` where the texts were asked for."""
+    """What every expert made of the queries, what that took, and who aggregates best, if that was asked."""
 
     outcomes: OutcomeTable
     report: Report
-    answered: tuple[Answered, ...] = ()
+    aggregators: AggregatorBench | None = None
 
 
 def same(extract: str) -> Check:
@@ -87,7 +63,7 @@ def profile(
     temperature: float | None = None,
     format: str | None = None,
     field: str | None = None,
-    texts: bool = False,
+    aggregators: bool = False,
     progress: Progress | None = None,
 ) -> Profile:
     """Ask all experts of a mixture all queries of a file, grouped; a call that was killed goes on.
@@ -103,7 +79,7 @@ def profile(
         temperature: of the answers; None: the mixture's.
         format: of the file, ``jsonl`` or ``csv``; None to tell.
         field: that holds the text, where it has another name than the usual ones.
-        texts: keep what was said, for ``mixture.aggregators.bench``.
+        aggregators: measure who makes the best one answer of several too, as a second job beside ``work``.
         progress: told how far it is.
 
     Raises:
@@ -115,8 +91,17 @@ def profile(
     setup = everyone(spec, experts, draws=draws, temperature=temperature)
     with Job(source, setup, work, conditions, progress=progress) as job:
         job.run()
-        said = _said(job, reference) if texts else ()
-        return Profile(_table(job, experts, check, reference, draws), job.report(), said)
+        said = _said(job, reference) if aggregators else ()
+        made = Profile(_table(job, experts, check, reference, draws), job.report())
+    if not aggregators:
+        return made
+    found = bench(spec, said, bench_folder(work), check=check, conditions=conditions, progress=progress)
+    return replace(made, aggregators=found)
+
+
+def bench_folder(work: Path) -> Path:
+    """Of the job that measures aggregators."""
+    return work.with_name(f"{work.name}.aggregators")
 
 
 def _said(job: Job, reference: str) -> tuple[Answered, ...]:
@@ -129,25 +114,6 @@ def _said(job: Job, reference: str) -> tuple[Answered, ...]:
                 first.setdefault(one["expert"], one["text"])
         found.append(Answered(view.item.id, view.item.text, view.item.metadata[reference], first))
     return tuple(found)
-
-
-def everyone(
-    spec: MixtureSpec, experts: ExpertSet, *, draws: int = 1, temperature: float | None = None
-) -> Setup:
-    """What answers a job in which all experts are asked everything."""
-    composition = Everyone(experts.names, draws, temperature)
-
-    def route(queries: Sequence[Query]) -> Sequence[Decision]:
-        picks = tuple(Pick(name) for name in experts.names)
-        return [Decision(one.id, picks, picks[0].expert, {}, "everyone", {}, "") for one in queries]
-
-    about = {
-        "experts": {one.name: identity(one) for one in experts},
-        "generate": spec.generate.model_dump(mode="json"),
-        "draws": composition.draws,
-        "temperature": composition.temperature,
-    }
-    return Setup(experts, composition, route, False, defaults_of(spec), canonical_hash(about))
 
 
 def _refuse(source: Source, reference: str) -> None:
