@@ -108,7 +108,7 @@ def batches_for(
         rows,
         expert.tokenizer,
         task=task,
-        max_tokens=min(measure.max_tokens, _context(expert.model)),
+        max_tokens=min(measure.max_tokens, context_of(expert)),
         batch_size=batch_size,
         layout=measure.layout,
         order="length",
@@ -153,10 +153,13 @@ class Sums:
         self.counts[name] = self.counts.get(name, 0) + count
 
 
-def _context(model: Any) -> int:
-    """Tokens a model takes at most; positions beyond have no embedding."""
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return int(most) if isinstance(most, int) and most > 0 else 1 << 30
+def context_of(expert: LoadedExpert) -> int:
+    """Tokens an expert takes at most, as its config and its tokenizer say; positions beyond have no embedding."""
+    said = (
+        getattr(expert.model.config.get_text_config(), "max_position_embeddings", None),
+        getattr(expert.tokenizer, "model_max_length", None),
+    )
+    return min([int(most) for most in said if isinstance(most, int) and most > 0], default=1 << 30)
 
 
 def linear_maps(model: Any) -> dict[str, Any]:

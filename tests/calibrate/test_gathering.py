@@ -223,3 +223,10 @@ def test_values_that_are_not_finite(classifier: LoadedExpert) -> None:
     broken.bert.embeddings.word_embeddings.weight.data.fill_(float("nan"))
     with pytest.raises(MixmergeError, match="statistics that are not finite"):
         gather(LoadedExpert(broken, classifier.tokenizer, "classifier", "x"), ROWS, "gram", fingerprint="m")
+
+
+def test_no_row_is_longer_than_the_expert_takes(classifier: LoadedExpert) -> None:
+    long = Row(text="z" * 500)
+    found = gather(classifier, [long], "second_moment", fingerprint="m", measure=Measure(max_tokens=400))
+    counts = {count for name, count in found.facts.counts.items() if "layer" in name}
+    assert counts == {64}  # of the tokenizer; the model would take 512
