@@ -10,6 +10,7 @@ from typer.core import TyperGroup
 
 import mixmerge.cli.ask as ask_command
 import mixmerge.cli.batch as batch_command
+import mixmerge.cli.eval as eval_command
 import mixmerge.cli.inspect as inspect_command
 import mixmerge.cli.merge as merge_command
 import mixmerge.cli.plan as plan_command
@@ -50,6 +51,7 @@ app = typer.Typer(
 app.command("merge")(merge_command.merge)
 app.command("plan")(plan_command.plan)
 app.command("inspect")(inspect_command.inspect)
+app.command("eval")(eval_command.evaluate)
 app.command("profile")(profile_command.profile)
 app.command("batch", cls=batch_command.WithRay)(batch_command.batch)
 app.command("ask")(ask_command.ask)
