@@ -160,13 +160,13 @@ def _listed(values: Sequence[str] | None) -> list[str]:
 def _named(models: Sequence[str], *, where: str) -> dict[str, str]:
     """``NAME=MODEL``, or a model that is named as its folder; a path that exists is never taken apart."""
     from mixmerge.errors import Fault, MixmergeError
-    from mixmerge.evaluate.models import named
+    from mixmerge.evaluate.models import is_folder, named
 
     found: dict[str, str] = {}
     plain = []
     for model in models:
         name, equals, path = model.partition("=")
-        if not equals or Path(model).expanduser().exists():
+        if not equals or is_folder(model):
             plain.append(model)
         elif not name or not path:
             raise MixmergeError(Fault(where, f"is {model!r}", "NAME=MODEL, or MODEL"))

@@ -239,6 +239,14 @@ def _advice_data(
     return True
 
 
+def is_folder(path: str) -> bool:
+    """Whether there is a folder of that name; whatever signs it has, it is that folder."""
+    try:
+        return Path(path).expanduser().is_dir()
+    except (OSError, RuntimeError):  # a name that is too long; ~ of a user who does not exist
+        return False
+
+
 def named(models: Models, *, where: str) -> dict[str, str]:
     """Names and models. Of a list, a model's name is the last part of its path, or all of it where two are alike.
 
@@ -293,7 +301,7 @@ def _entries(models: Models, experts: Models, base: str | Path | None) -> list[E
 
 def _entry(role: Role, name: str, model: str) -> Entry:
     where = {"merge": "model", "expert": "experts", "base": "base"}[role]
-    ref = ModelRef(model) if Path(model).expanduser().is_dir() else ModelRef.parse(model, where=where)
+    ref = ModelRef(model) if is_folder(model) else ModelRef.parse(model, where=where)
     folder = locate(ref.path, ref.revision, where=where)
     adapter = None if ref.adapter is None else locate(ref.adapter, ref.adapter_revision, where=where)
     return Entry(name, role, ref, folder, adapter, read_made(folder))
