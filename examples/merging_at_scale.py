@@ -4,8 +4,8 @@
 
 After Yadav et al., What Matters for Model Merging at Scale (2024): they merge 2 to 8 experts of a pretrained (weak) and
 of an instruction-tuned (strong) base by four methods, and score the merged tasks (held-in) and others (held-out). Here
-the weak base is the zoo's after a third of its training. Its experts are trained as long as those of the strong one,
-on the same questions. Scores are shares of what each task's own expert of the same base scores.
+the weak base is that of a zoo with a third of the training, and fewer questions. Its experts are trained for as many
+steps as those of the strong one. Scores are shares of what each task's own expert of the same base scores.
 
 The zoo comes from the cache; training the experts of both bases takes two minutes on two cores, the rest about three.
 A second run goes on with what is there. Nothing is downloaded.

@@ -12,6 +12,7 @@ _COLOURS = {"merge": COLOURS[0], "expert": GREY, "base": COLOURS[3]}
 
 def averages(report: ModelReport) -> bytes:
     """The average of every model with its interval, and its worst task."""
+    averaged = [task.name for task in report.tasks if not task.held_out] or [task.name for task in report.tasks]
     figure, axes = new_figure(7.5, 1.2 + 0.34 * len(report.rows))
     for place, row in enumerate(reversed(report.rows)):
         colour = _COLOURS[row.role]
@@ -23,7 +24,7 @@ def averages(report: ModelReport) -> bytes:
             solid_capstyle="butt",
         )
         axes.plot(row.average.value, place, "o", color=colour, markersize=5.5)
-        axes.plot(min(one.value for one in row.scores.values()), place, "|", color=DARK, markersize=9)
+        axes.plot(min(row.scores[name].value for name in averaged), place, "|", color=DARK, markersize=9)
     axes.set_yticks(range(len(report.rows)), [shown_name(row.name) for row in reversed(report.rows)])
     axes.set_ylim(-0.7, len(report.rows) - 0.3)
     axes.set_xlim(0, 1)
