@@ -10,12 +10,14 @@ from typer.core import TyperGroup
 
 import mixmerge.cli.ask as ask_command
 import mixmerge.cli.batch as batch_command
+import mixmerge.cli.eval as eval_command
 import mixmerge.cli.inspect as inspect_command
 import mixmerge.cli.merge as merge_command
 import mixmerge.cli.plan as plan_command
 import mixmerge.cli.profile as profile_command
 import mixmerge.cli.recipes as recipes_commands
 import mixmerge.cli.route as route_commands
+import mixmerge.cli.search as search_command
 import mixmerge.cli.zoo as zoo_commands
 from mixmerge.cli.show import fail
 from mixmerge.errors import MixmergeError, StoppedError
@@ -51,6 +53,8 @@ app.command("merge")(merge_command.merge)
 app.command("plan")(plan_command.plan)
 app.command("inspect")(inspect_command.inspect)
 app.command("profile", cls=batch_command.WithRay)(profile_command.profile)
+app.command("eval")(eval_command.evaluate)
+app.command("search")(search_command.search)
 app.command("batch", cls=batch_command.WithRay)(batch_command.batch)
 app.command("ask")(ask_command.ask)
 app.add_typer(recipes_commands.app, name="recipes")

@@ -2,33 +2,31 @@
 
 from __future__ import annotations
 
-import io
 import itertools
-import warnings
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from mixmerge.errors import DependencyError, Fault
+from mixmerge.evaluate.drawing import (
+    COLOURS,
+    DARK,
+    GREY,
+    as_png,
+    colours_of,
+    new_figure,
+    new_panels,
+    shown_name,
+)
 from mixmerge.evaluate.records import RoutingReport, Row
 
 _LIGHT = frozenset({"#CCBB44", "#66CCEE", "#999933", "#44AA99"})  # under dark text
-# Paul Tol's bright scheme, told apart by most kinds of colour-blind eyes, then darker ones.
-COLOURS = (
-    *("#4477AA", "#EE6677", "#228833", "#CCBB44", "#66CCEE", "#AA3377"),
-    *("#332288", "#882255", "#117733", "#999933", "#44AA99", "#661100"),
-)
-GREY, DARK = "#888888", "#333333"
-_DPI = 130
-_NAME = 44  # characters of a name that are shown
 _MOST = 11  # experts with a colour of their own
 
 
 def gains(report: RoutingReport) -> bytes:
     """Mean score of every row minus the best single expert's, with intervals."""
     rows = [row for row in report.rows if row.over_best is not None and not np.isnan(row.score.value)]
-    figure, axes = _figure(7.5, 1.2 + 0.34 * len(rows))
+    figure, axes = new_figure(7.5, 1.2 + 0.34 * len(rows))
     axes.axvline(0, color=DARK, linewidth=1)
     colours = {"router": COLOURS[0], "constant": GREY, "oracle": COLOURS[3]}
     for place, row in enumerate(reversed(rows)):
@@ -38,14 +36,14 @@ def gains(report: RoutingReport) -> bytes:
         colour = colours.get(row.role, GREY)
         axes.plot([gain.low, gain.high], [place, place], color=colour, linewidth=2.2, solid_capstyle="butt")
         axes.plot(gain.value, place, "o", color=colour, markersize=5.5)
-    axes.set_yticks(range(len(rows)), [_shown(row.name) for row in reversed(rows)])
+    axes.set_yticks(range(len(rows)), [shown_name(row.name) for row in reversed(rows)])
     axes.set_ylim(-0.7, len(rows) - 0.3)
     axes.set_xlabel(f"mean score minus the best single expert's, {report.level:.0%} interval")
     axes.grid(axis="x", color="#dddddd", linewidth=0.7)
     for role, colour in colours.items():
         axes.plot([], [], "o-", color=colour, label=role)
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False)
-    return _png(figure)
+    return as_png(figure)
 
 
 def cost_quality(report: RoutingReport) -> bytes | None:
@@ -53,7 +51,7 @@ def cost_quality(report: RoutingReport) -> bytes | None:
     routers = [row for row in report.rows if row.curve is not None]
     if report.zero is None or report.cost_range is None:
         return None
-    figure, axes = _figure(8.5, 5.0)
+    figure, axes = new_figure(8.5, 5.0)
     edge = 1000 * max([report.cost_range[1], *(cost for cost, _ in report.singles.values())])
     zero = report.zero
     axes.plot(
@@ -63,7 +61,7 @@ def cost_quality(report: RoutingReport) -> bytes | None:
         color=GREY,
         label="zero router (hull of experts)",
     )
-    for row, colour in zip(routers, _colours(len(routers)), strict=True):
+    for row, colour in zip(routers, colours_of(len(routers)), strict=True):
         curve = row.curve
         if curve is None:
             continue
@@ -72,7 +70,7 @@ def cost_quality(report: RoutingReport) -> bytes | None:
             np.append(curve.hull.score, curve.hull.score[-1]),
         )
         axes.plot(1000 * curve.cost, curve.score, ".", color=colour, alpha=0.45, markersize=5)
-        axes.plot(1000 * cost, score, "-", color=colour, linewidth=1.8, label=_shown(row.name))
+        axes.plot(1000 * cost, score, "-", color=colour, linewidth=1.8, label=shown_name(row.name))
         if row.cost is not None:
             axes.plot(
                 1000 * row.cost.value,
@@ -91,7 +89,7 @@ def cost_quality(report: RoutingReport) -> bytes | None:
     axes.grid(color="#e4e4e4", linewidth=0.7)
     axes.plot([], [], "D", color=GREY, label="as the policy chose")
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False)
-    return _png(figure)
+    return as_png(figure)
 
 
 def _singles(axes: Any, report: RoutingReport, floor: float) -> None:
@@ -105,7 +103,7 @@ def _singles(axes: Any, report: RoutingReport, floor: float) -> None:
         if len(shown) <= _MOST:
             right = cost > middle
             axes.annotate(
-                _shown(name),
+                shown_name(name),
                 (1000 * cost, score),
                 textcoords="offset points",
                 xytext=(-6 if right else 6, -10),
@@ -134,10 +132,10 @@ def selection(report: RoutingReport) -> bytes:
     total = {name: sum(row.shares[name] for row in rows) for name in report.experts}
     ranked = sorted(report.experts, key=lambda name: (-total[name], name))
     shown = ranked if len(ranked) <= _MOST + 1 else ranked[:_MOST]
-    figure, axes = _figure(8.5, 1.1 + 0.36 * len(rows))
+    figure, axes = new_figure(8.5, 1.1 + 0.36 * len(rows))
     for place, row in enumerate(reversed(rows)):
         start = 0.0
-        for name, colour in zip(shown, _colours(len(shown)), strict=True):
+        for name, colour in zip(shown, colours_of(len(shown)), strict=True):
             axes.barh(place, row.shares[name], left=start, color=colour, edgecolor="white", linewidth=0.6)
             if row.shares[name] >= 0.08:
                 middle = start + row.shares[name] / 2
@@ -153,16 +151,16 @@ def selection(report: RoutingReport) -> bytes:
             start += row.shares[name]
         if start < 1 - 1e-9:
             axes.barh(place, 1 - start, left=start, color="#cccccc", edgecolor="white", linewidth=0.6)
-    for name, colour in zip(shown, _colours(len(shown)), strict=True):
-        axes.barh(0, 0, color=colour, label=_shown(name))
+    for name, colour in zip(shown, colours_of(len(shown)), strict=True):
+        axes.barh(0, 0, color=colour, label=shown_name(name))
     if len(shown) < len(ranked):
         axes.barh(0, 0, color="#cccccc", label=f"{len(ranked) - len(shown)} others")
-    axes.set_yticks(range(len(rows)), [_shown(row.name) for row in reversed(rows)])
+    axes.set_yticks(range(len(rows)), [shown_name(row.name) for row in reversed(rows)])
     axes.set_ylim(-0.6, len(rows) - 0.4)
     axes.set_xlim(0, 1)
     axes.set_xlabel("share of the queries")
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False)
-    return _png(figure)
+    return as_png(figure)
 
 
 def reliability(report: RoutingReport) -> bytes | None:
@@ -172,7 +170,7 @@ def reliability(report: RoutingReport) -> bytes | None:
         return None
     wide = min(3, len(rows))
     high = -(-len(rows) // wide)
-    figure, grid = _panels(3.1 * wide + 0.4, 3.2 * high, high, wide)
+    figure, grid = new_panels(3.1 * wide + 0.4, 3.2 * high, high, wide)
     ends = [
         end
         for row in rows
@@ -189,7 +187,7 @@ def reliability(report: RoutingReport) -> bytes | None:
             axes.set_ylabel("mean outcome" if place % wide == 0 else "")
         else:
             axes.axis("off")
-    return _png(figure)
+    return as_png(figure)
 
 
 def _panel(axes: Any, row: Row, low: float, high: float) -> None:
@@ -203,7 +201,7 @@ def _panel(axes: Any, row: Row, low: float, high: float) -> None:
     axes.plot(pooled.predicted, pooled.actual, "o-", color=COLOURS[1], markersize=4, linewidth=1.6)
     axes.set_xlim(low, high)
     axes.set_ylim(low, high)
-    axes.set_title(f"{_shown(row.name)}\nerror {pooled.error():.3f}", fontsize=9)
+    axes.set_title(f"{shown_name(row.name)}\nerror {pooled.error():.3f}", fontsize=9)
     axes.grid(color="#e4e4e4", linewidth=0.7)
 
 
@@ -212,17 +210,17 @@ def strong_share(report: RoutingReport) -> bytes | None:
     pair = report.pair
     if pair is None or not pair.rows:
         return None
-    figure, axes = _figure(8.5, 4.8)
+    figure, axes = new_figure(8.5, 4.8)
     known = {name: row for name, row in pair.rows.items() if row.curve is not None}
     routers = {row.name for row in report.rows if row.role == "router"}
     of_routers = [name for name in known if name in routers]
-    colours = dict(zip(of_routers, _colours(len(of_routers)), strict=True))
+    colours = dict(zip(of_routers, colours_of(len(of_routers)), strict=True))
     styles = itertools.cycle(("-", ":", "-."))
     for name, row in known.items():
         curve = row.curve
         if curve is None:
             continue
-        label = f"{_shown(name)}: APGR {row.apgr.value:.3f}"
+        label = f"{shown_name(name)}: APGR {row.apgr.value:.3f}"
         if name in colours:
             axes.plot(100 * curve.share, curve.score, "o-", color=colours[name], markersize=4, label=label)
         else:
@@ -232,49 +230,8 @@ def strong_share(report: RoutingReport) -> bytes | None:
         axes.plot(
             [0, 100], [first.weak, first.strong], "--", color=DARK, linewidth=1, label="chance: APGR 0.500"
         )
-    axes.set_xlabel(f"share of calls to {_shown(pair.strong)} (%)")
+    axes.set_xlabel(f"share of calls to {shown_name(pair.strong)} (%)")
     axes.set_ylabel("mean score")
     axes.grid(color="#e4e4e4", linewidth=0.7)
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False)
-    return _png(figure)
-
-
-def _shown(name: str) -> str:
-    """A name as text for matplotlib: no formulas, no control characters, not hidden from legends, not too long."""
-    plain = "".join(c if c.isprintable() else " " for c in name).strip() or "(no name)"
-    short = plain if len(plain) <= _NAME else f"{plain[: _NAME - 12]}...{plain[-9:]}"
-    return (" " if short.startswith("_") else "") + short.replace("$", r"\$")
-
-
-def _colours(number: int) -> Sequence[str]:
-    return [COLOURS[i % len(COLOURS)] for i in range(number)]
-
-
-def _figure(width: float, height: float) -> tuple[Any, Any]:
-    figure, axes = _panels(width, height, 1, 1)
-    return figure, axes[0]
-
-
-def _panels(width: float, height: float, rows: int, columns: int) -> tuple[Any, list[Any]]:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise DependencyError(
-            Fault("plots", "need matplotlib", run="Run: pip install 'mixmerge[plot]'")
-        ) from error
-    figure = Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
-    grid = list(figure.subplots(rows, columns, squeeze=False).ravel())
-    for axes in grid:
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(labelsize=8.5)
-    return figure, grid
-
-
-def _png(figure: Any) -> bytes:
-    image = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message="Glyph .* missing"
-        )  # the name is in the text of the page too
-        figure.savefig(image, format="png", bbox_inches="tight", metadata={"Software": None})
-    return image.getvalue()
+    return as_png(figure)

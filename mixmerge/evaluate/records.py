@@ -207,8 +207,8 @@ class RoutingReport:
     def as_dict(self) -> dict[str, Any]:
         """JSON values, without the single queries; null stands for what is not known."""
         left_out = {"ids", "best", "rows"}
-        plain = {key: _plain(value) for key, value in vars(self).items() if key not in left_out}
-        return {"queries": len(self.ids), "rows": [_plain(row) for row in self.rows], **plain}
+        rest = {key: plain(value) for key, value in vars(self).items() if key not in left_out}
+        return {"queries": len(self.ids), "rows": [plain(row) for row in self.rows], **rest}
 
     def render(self, title: str = "Routers") -> Table:
         """For people: the main figures as a table for the terminal."""
@@ -228,11 +228,11 @@ class RoutingReport:
                 "query": name,
                 "router": row.name,
                 "choice": [self.experts[e] for e in row.detail.picks[i] if e >= 0],
-                "expected": _plain(row.detail.expected[i]),
-                "actual": _plain(row.detail.actual[i]),
-                "cost": _plain(row.detail.cost[i]),
+                "expected": plain(row.detail.expected[i]),
+                "actual": plain(row.detail.actual[i]),
+                "cost": plain(row.detail.cost[i]),
                 "best": [expert for e, expert in enumerate(self.experts) if self.best[i, e]],
-                "regret": _plain(row.detail.regret[i]),
+                "regret": plain(row.detail.regret[i]),
             }
 
     def write_jsonl(self, path: str | Path, *, overwrite: bool = False) -> None:
@@ -259,16 +259,16 @@ class RoutingReport:
         write_text(Path(path), to_html(self, title=title), overwrite=overwrite)
 
 
-def _plain(value: Any) -> Any:
-    """JSON values of a record; what lists single queries is left out."""
+def plain(value: Any) -> Any:
+    """JSON values of a record: null for what is not finite; what lists single queries is left out."""
     if isinstance(value, float | np.floating):
         return float(value) if math.isfinite(value) else None
     if isinstance(value, np.ndarray | tuple | list):
-        return [_plain(one) for one in (value.tolist() if isinstance(value, np.ndarray) else value)]
+        return [plain(one) for one in (value.tolist() if isinstance(value, np.ndarray) else value)]
     if isinstance(value, Mapping):
-        return {str(key): _plain(one) for key, one in value.items()}
+        return {str(key): plain(one) for key, one in value.items()}
     if isinstance(value, Reliability):
-        return {"error": _plain(value.error()), **{key: _plain(one) for key, one in vars(value).items()}}
+        return {"error": plain(value.error()), **{key: plain(one) for key, one in vars(value).items()}}
     if hasattr(value, "__dataclass_fields__"):
-        return {key: _plain(one) for key, one in vars(value).items() if not isinstance(one, Detail)}
+        return {key: plain(one) for key, one in vars(value).items() if not isinstance(one, Detail)}
     return value

@@ -2,26 +2,14 @@
 
 from __future__ import annotations
 
-import base64
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from html import escape
 
 from mixmerge.evaluate import plots
+from mixmerge.evaluate.pages import figure, lines, page, table
 from mixmerge.evaluate.records import PairReport, RoutingReport, Row
 from mixmerge.evaluate.tables import difference, dollars, number, p_value, signed, spread
-
-_STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; color: #222; max-width: 1180px; margin: 2em auto; padding: 0 1em; }
-h1 { font-size: 1.5em; } h2 { font-size: 1.15em; margin-top: 2em; }
-table { border-collapse: collapse; font-size: 13px; } .wide { overflow-x: auto; }
-th, td { padding: .3em .7em; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap; }
-th { border-bottom: 2px solid #888; font-weight: 600; vertical-align: bottom; }
-th:first-child, td:first-child { text-align: left; white-space: normal; min-width: 12em; overflow-wrap: anywhere; }
-tr.constant td, tr.oracle td { color: #666; } tr.first td { border-top: 2px solid #bbb; }
-img { max-width: 100%; height: auto; } .note { color: #555; }
-.warning { background: #fff3cd; border-left: 4px solid #d39e00; padding: .5em .9em; margin: .4em 0; }
-"""
 
 
 def to_html(report: RoutingReport, *, title: str = "Routers") -> str:
@@ -40,52 +28,24 @@ def to_html(report: RoutingReport, *, title: str = "Routers") -> str:
         *(f'<p class="warning">{escape(warning)}</p>' for warning in report.all_warnings()),
         "<h2>Scores</h2>",
         _scores(report.rows),
-        _figure(plots.gains(report), "Gain over the best single expert"),
+        figure(plots.gains(report), "Gain over the best single expert"),
         *_costs(report),
         *_pair(report.pair, plots.strong_share(report)),
         "<h2>Choices</h2>",
-        _figure(plots.selection(report), "Shares of the experts in the choices"),
+        figure(plots.selection(report), "Shares of the experts in the choices"),
         _choices(report.rows),
         *_calibration(report),
         "<h2>Notes</h2>",
-        _list(report.notes),
+        lines(report.notes),
     ]
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta http-equiv="Content-Security-Policy" '
-        "content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">\n"
-        f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
-        + "\n".join(parts)
-        + "\n</body>\n</html>\n"
-    )
-
-
-def _figure(image: bytes, what: str) -> str:
-    return f'<p><img alt="{escape(what)}" src="data:image/png;base64,{base64.b64encode(image).decode()}"></p>'
-
-
-def _list(lines: Iterable[str]) -> str:
-    return '<ul class="note">' + "".join(f"<li>{escape(line)}</li>" for line in lines) + "</ul>"
-
-
-def _table(head: Sequence[str], rows: Iterable[tuple[str, Sequence[str]]]) -> str:
-    """Rows are a class and their cells; all cells are text."""
-    top = "".join(f"<th>{escape(name)}</th>" for name in head)
-    body, before = [], ""
-    for kind, cells in rows:
-        first = " first" if before and kind != before else ""
-        body.append(
-            f'<tr class="{kind}{first}">' + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>"
-        )
-        before = kind
-    return f'<div class="wide"><table><tr>{top}</tr>{"".join(body)}</table></div>'
+    return page(title, parts)
 
 
 def _scores(rows: Sequence[Row]) -> str:
     others = sorted({name for row in rows for name in row.against})
     head = ["", "score", "vs best single", "p", "vs random", "gap to task oracle", "gap to query oracle"]
     head += [f"vs {name}" for name in others] + ["scored", "unknown", "abstained"]
-    return _table(
+    return table(
         head,
         (
             (
@@ -134,8 +94,8 @@ def _costs(report: RoutingReport) -> list[str]:
     low, high = report.cost_range or (math.nan, math.nan)
     return [
         "<h2>Cost</h2>",
-        *([_figure(image, "Score against cost")] if image is not None else []),
-        _table(head, cells),
+        *([figure(image, "Score against cost")] if image is not None else []),
+        table(head, cells),
         '<p class="note">AIQ: mean height of a router\'s non-decreasing hull from '
         f"${dollars(1000 * low)} to ${dollars(1000 * high)} per 1,000 queries. Zero router: the hull of the single "
         "experts. Cost saved: at the best single expert's score. Score gained: at its cost. $ ratio: the query "
@@ -177,8 +137,8 @@ def _pair(pair: PairReport | None, image: bytes | None) -> list[str]:
     ]
     return [
         f"<h2>Calls to {escape(pair.strong)}</h2>",
-        *([_figure(image, "Score against the share of strong calls")] if image is not None else []),
-        _table(head, rows),
+        *([figure(image, "Score against the share of strong calls")] if image is not None else []),
+        table(head, rows),
         f'<p class="note">{pair.queries:,} queries on which {escape(pair.weak)} and {escape(pair.strong)} are scored. '
         "APGR: mean part of the gap between them that is recovered. CPT: smallest share of calls to the strong "
         "expert that recovers so much of it.</p>",
@@ -204,7 +164,7 @@ def _choices(rows: Sequence[Row]) -> str:
             *(f"{row.stays[change]:.1%}" if change in row.stays else "-" for change in changes),
         ]
 
-    return _table(head, ((row.role, cells(row)) for row in rows))
+    return table(head, ((row.role, cells(row)) for row in rows))
 
 
 def _calibration(report: RoutingReport) -> list[str]:
@@ -230,7 +190,7 @@ def _calibration(report: RoutingReport) -> list[str]:
     ]
     return [
         "<h2>Calibration</h2>",
-        _figure(image, "Outcomes against expected scores"),
+        figure(image, "Outcomes against expected scores"),
         '<p class="note">Red: all experts together, in bins of equal mass. Faint: each expert.</p>',
-        _table(head, cells),
+        table(head, cells),
     ]

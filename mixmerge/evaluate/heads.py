@@ -1,0 +1,155 @@
+"""Classification by a head that comes with the request: the same head on whatever trunk is judged. Q rows."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mixmerge.calibrate.rows import Row
+from mixmerge.errors import Fault, MixmergeError
+from mixmerge.evaluate.scoring_tasks import TaskScores
+from mixmerge.evaluate.task_file import EvalTask
+from mixmerge.registry import choices
+
+if TYPE_CHECKING:
+    from mixmerge.calibrate.loading import LoadedExpert
+
+_ROWS = 64  # of a batch
+_LONGEST = 512  # tokens of a row where a model has no bound of its own
+_POOLER = "pooler."
+
+
+@dataclass(frozen=True)
+class HeadSource:
+    """An expert whose head classifies, and its folder."""
+
+    name: str
+    folder: Path
+
+
+def score_classes(
+    folder: Path,
+    task: EvalTask,
+    heads: Mapping[str, HeadSource],
+    *,
+    name: str,
+    device: str = "cpu",
+) -> TaskScores:
+    """Accuracy of a trunk with a task's head.
+
+    The head is the one that a merged folder keeps in ``heads/``, else that of the expert of this name. Trunk, biases
+    and norms are the judged model's; a pooler that it does not have is the head's.
+
+    Args:
+        folder: of the model: a merged trunk with heads, a classifier, or a bare trunk.
+        task: of the metric ``accuracy``.
+        heads: experts by name.
+        name: of the model, for messages.
+        device: a torch device.
+
+    Raises:
+        MixmergeError: no such head, trunk and head do not fit, or a label is no class of the head.
+    """
+    expert = _with_head(folder, task, heads, name=name, device=device)
+    classes = int(expert.model.config.num_labels)
+    _check(expert, task, classes, name)
+    began = time.perf_counter()
+    picks, tokens, cut = _classes(expert, task.rows)
+    seconds = time.perf_counter() - began
+    right = np.array([pick == row.label for pick, row in zip(picks, task.rows, strict=True)], np.float64)
+    notes = (
+        (f"{task.name}: {cut:,} of {len(task.rows):,} rows were cut to the model's length",) if cut else ()
+    )
+    return TaskScores(right, tokens, seconds, tuple(map(str, picks)), notes)
+
+
+def _with_head(
+    folder: Path, task: EvalTask, heads: Mapping[str, HeadSource], *, name: str, device: str
+) -> LoadedExpert:
+    from mixmerge.calibrate.loading import heads_of, load_expert, load_with_head
+
+    head = task.spec.head or ""
+    kept = heads_of(folder)
+    if head in kept:
+        return load_with_head(folder, head, device=device)
+    if head not in heads:
+        known = sorted({*kept, *heads})
+        allowed = choices(head, known) if known else "It keeps no heads, and no experts are given"
+        raise MixmergeError(
+            Fault(
+                f"task {task.name}", f"{name} has no head {head!r}", allowed, "Name the expert by --experts"
+            )
+        )
+    source = heads[head]
+    whole = load_expert(source.folder, device=device)
+    if source.folder == folder:
+        return whole
+    return _moved(load_expert(folder, device=device), whole, name=name, head=head)
+
+
+def _moved(judged: LoadedExpert, whole: LoadedExpert, *, name: str, head: str) -> LoadedExpert:
+    """The head's model with the trunk of the judged one."""
+    own = _trunk(whole)
+    try:
+        missing, _ = own.load_state_dict(_trunk(judged).state_dict(), strict=False)
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise MixmergeError(Fault(name, f"its trunk does not fit the head {head!r}: {reason}")) from error
+    lacking = [one for one in missing if not one.startswith(_POOLER)]
+    if lacking:
+        what = (
+            f"its trunk lacks {len(lacking)} tensors that the head {head!r} stands on, {lacking[0]} for one"
+        )
+        raise MixmergeError(Fault(name, what, "Experts and merges of one architecture"))
+    return whole
+
+
+def _trunk(expert: LoadedExpert) -> Any:
+    return getattr(expert.model, expert.prefix.removesuffix(".")) if expert.prefix else expert.model
+
+
+def _check(expert: LoadedExpert, task: EvalTask, classes: int, name: str) -> None:
+    if expert.kind != "classifier":
+        what = f"{name} with the head {task.spec.head!r} is no classifier of texts"
+        raise MixmergeError(Fault(f"task {task.name}", what, "A head of a *ForSequenceClassification"))
+    if expert.tokenizer is None:
+        raise MixmergeError(Fault(name, "has no tokenizer"))
+    wrong = sorted({row.label for row in task.rows if row.label is not None and row.label >= classes})
+    if wrong:
+        what = f"label {wrong[0]} is none of the {classes} classes of the head {task.spec.head!r}"
+        raise MixmergeError(Fault(f"task {task.name}", what, f"0 to {classes - 1}"))
+
+
+def _classes(expert: LoadedExpert, rows: Sequence[Row]) -> tuple[list[int], int, int]:
+    """The likeliest class of every row, tokens read, and how many rows were cut."""
+    import torch
+
+    model, tokenizer = expert.model, expert.tokenizer
+    longest = min(getattr(model.config, "max_position_embeddings", None) or _LONGEST, _LONGEST)
+    longest -= (
+        int(getattr(model.config, "pad_token_id", 0) or 0) + 1 if "roberta" in model.config.model_type else 0
+    )
+    order = sorted(range(len(rows)), key=lambda at: (len(rows[at].text) + len(rows[at].text_pair or ""), at))
+    picks, tokens, cut = [0] * len(rows), 0, 0
+    for start in range(0, len(order), _ROWS):
+        chosen = order[start : start + _ROWS]
+        texts = [rows[at].text for at in chosen]
+        pairs = (
+            [rows[at].text_pair or "" for at in chosen] if any(rows[at].text_pair for at in chosen) else None
+        )
+        whole = tokenizer(texts, pairs, truncation=False, verbose=False)["input_ids"]
+        cut += sum(len(ids) > longest for ids in whole)
+        batch = tokenizer(
+            texts, pairs, padding=True, truncation=True, max_length=longest, return_tensors="pt"
+        ).to(model.device)
+        tokens += int(batch["attention_mask"].sum())
+        with torch.inference_mode():
+            logits = model(**batch).logits
+        for at, pick in zip(chosen, logits.argmax(dim=-1).tolist(), strict=True):
+            picks[at] = int(pick)
+    return picks, tokens, cut

@@ -1,0 +1,88 @@
+"""Rows that a merge has used are not scored: what its manifest says, against a task's rows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mixmerge.engine.finish import MANIFEST
+from mixmerge.errors import Fault
+from mixmerge.evaluate.task_file import EvalTask
+
+# Sections of a manifest that name the rows they used, and whether the recipe said that this is meant.
+SECTIONS = ("calibration", "search")
+
+
+@dataclass(frozen=True)
+class Made:
+    """What the manifest of a merged folder says; of another folder, nothing.
+
+    Args:
+        method: of the merge; None for a model that mixmerge did not make.
+        seed: of the recipe.
+        recipe: in its canonical form.
+        rows: digests of the rows that were used.
+        transductive: the recipe says that it uses rows it is evaluated on.
+    """
+
+    method: str | None = None
+    seed: int | None = None
+    recipe: Mapping[str, Any] | None = None
+    rows: frozenset[str] = frozenset()
+    transductive: bool = False
+
+
+def read_made(folder: Path) -> Made:
+    """What a folder's ``mixmerge_manifest.json`` says; a damaged or foreign one says nothing."""
+    try:
+        found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return Made()
+    if not isinstance(found, dict):
+        return Made()
+    rows: set[str] = set()
+    meant = False
+    for name in SECTIONS:
+        section = found.get(name)
+        if isinstance(section, dict):
+            rows |= set(_texts(section.get("rows")))
+            meant = meant or section.get("transductive") is True
+    recipe = found.get("recipe")
+    if isinstance(recipe, dict):
+        given = recipe.get("calibration")
+        meant = meant or (isinstance(given, dict) and given.get("transductive") is True)
+    seed, method = found.get("seed"), found.get("method")
+    return Made(
+        method if isinstance(method, str) else None,
+        seed if isinstance(seed, int) else None,
+        recipe if isinstance(recipe, dict) else None,
+        frozenset(rows),
+        meant,
+    )
+
+
+def _texts(value: Any) -> list[str]:
+    """All texts in a value: a list of digests, or one of each expert."""
+    if isinstance(value, str):
+        return [value]
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [text for one in inner for text in _texts(one)]
+
+
+def used_rows(made: Made, tasks: Sequence[EvalTask]) -> dict[str, int]:
+    """Task -> how many of its rows the merge has used; tasks without one are left out."""
+    counts = {task.name: sum(row.digest in made.rows for row in task.rows) for task in tasks}
+    return {name: count for name, count in counts.items() if count}
+
+
+def leak_faults(model: str, used: Mapping[str, int], tasks: Sequence[EvalTask]) -> list[Fault]:
+    """One for each task whose rows the merge has used."""
+    sizes = {task.name: len(task.rows) for task in tasks}
+    run = "Score other rows, or say --transductive: the report then says so"
+    return [
+        Fault(model, f"was made with {count:,} of the {sizes[name]:,} rows of task {name}", run=run)
+        for name, count in used.items()
+    ]

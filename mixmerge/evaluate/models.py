@@ -1,0 +1,358 @@
+"""Models on tasks: who is asked what, and the report. ``mixmerge eval`` and ``mixmerge.evaluate_models``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mixmerge.calibrate.rows import read_rows
+from mixmerge.checkpoint.locate import locate
+from mixmerge.engines.local import Dtype, TransformersEngine
+from mixmerge.errors import Fault, MixmergeError
+from mixmerge.evaluate.advice import Facts, advise, deltas_of, installed_methods
+from mixmerge.evaluate.harness import check_lm_eval, run_lm_eval
+from mixmerge.evaluate.heads import HeadSource, score_classes
+from mixmerge.evaluate.intervals import LEVEL
+from mixmerge.evaluate.leaks import Made, leak_faults, read_made, used_rows
+from mixmerge.evaluate.model_measuring import Judged, info, means_of, measure, spreads_of
+from mixmerge.evaluate.model_records import ModelReport, Role
+from mixmerge.evaluate.options import RESAMPLES
+from mixmerge.evaluate.sandbox import Limits
+from mixmerge.evaluate.scoring_tasks import TaskScores, score_task
+from mixmerge.evaluate.task_file import EvalTask, read_tasks
+from mixmerge.machine import cores
+from mixmerge.recipe import ModelRef
+from mixmerge.registry import choices
+
+Models = Mapping[str, str | Path] | Sequence[str | Path]
+Progress = Callable[[str, int, int], None]  # (model, tasks done, tasks in all)
+_ADAPTER = "adapter"  # what engines call it
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A model that is asked.
+
+    Args:
+        name: in the report.
+        role: as in ``ModelRow``.
+        ref: where it is.
+        folder: of the model on this machine.
+        adapter: of the adapter, if it has one.
+        made: what its manifest says.
+    """
+
+    name: str
+    role: Role
+    ref: ModelRef
+    folder: Path
+    adapter: Path | None
+    made: Made
+
+    @property
+    def storage(self) -> int:
+        """Bytes of all weights in its folders."""
+        folders = [self.folder] if self.adapter is None else [self.folder, self.adapter]
+        files = (path for folder in folders for path in folder.rglob("*.safetensors"))
+        return sum(path.stat().st_size for path in files if path.is_file())
+
+
+def evaluate_models(
+    models: Models,
+    *,
+    tasks: str | Path | Mapping[str, Any] | Sequence[EvalTask],
+    experts: Models = (),
+    base: str | Path | None = None,
+    transductive: bool = False,
+    limit: int | None = None,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+    level: float = LEVEL,
+    dtype: Dtype = "auto",
+    device: str = "cpu",
+    batch_tokens: int = 8192,
+    limits: Limits | None = None,
+    recommend: bool = False,
+    calibration: str | Path | None = None,
+    lm_eval: Sequence[str] = (),
+    lm_eval_path: str | Path | None = None,
+    progress: Progress | None = None,
+) -> ModelReport:
+    """Ask models the questions of tasks, and compare them with the experts they are made of.
+
+    Answers are greedy, so that a second run gives the same ones. Intervals are bootstraps over the rows of every
+    task, drawn for all models together.
+
+    Args:
+        models: what is judged: folders, hub ids or ``BASE+ADAPTER``; a mapping names them.
+        tasks: a tasks file, its content, or tasks that have been read.
+        experts: name -> model; names are what a task's ``expert`` and ``head`` say. Of a list, the last parts of
+            the paths are the names.
+        base: that the experts are fine-tuned from.
+        transductive: score rows that a merge has used; the report says so.
+        limit: at most so many rows of each task, the first ones; 1 or more.
+        seed, resamples, level: of the intervals; 100 resamples or more, a level above 0 and below 1.
+        dtype, device, batch_tokens: as ``TransformersEngine`` takes them.
+        limits: of programs, for ``pass@1``.
+        recommend: say which method to try next; takes experts and the base.
+        calibration: data that a next merge could be calibrated on, for ``recommend``.
+        lm_eval: tasks of lm-evaluation-harness that are run on the models judged; then ``tasks`` may be empty.
+        lm_eval_path: a folder with such tasks.
+        progress: called when a model is done with a task.
+
+    Raises:
+        MixmergeError: no model or task, an unknown expert, rows that a merge has used, a model that does not load.
+    """
+    check_lm_eval(lm_eval, lm_eval_path)
+    read = _tasks(tasks, limit, may_be_none=bool(lm_eval))
+    entries = _entries(models, experts, base)
+    used = _check(entries, read, transductive=transductive, resamples=resamples, level=level)
+    data = _advice_data(read, calibration, asked=recommend, complete=bool(experts) and base is not None)
+    judged = _judged(entries, read, used, _Loading(dtype, device, batch_tokens), limits, progress)
+    report = _report(read, judged, used, resamples=resamples, seed=seed, level=level)
+    if recommend:
+        refs = [entry.ref for entry in entries if entry.role == "expert"]
+        deltas = deltas_of(refs, next(entry.ref for entry in entries if entry.role == "base"))
+        report = replace(report, advice=advise(Facts(report, deltas, data, installed_methods())))
+    if lm_eval:
+        merges = [entry for entry in entries if entry.role == "merge"]
+        found = run_lm_eval(merges, lm_eval, path=lm_eval_path, limit=limit, device=device, seed=seed)
+        report = replace(report, harness=found)
+    return report
+
+
+@dataclass(frozen=True)
+class _Loading:
+    """How models are loaded; as ``TransformersEngine`` takes it."""
+
+    dtype: Dtype
+    device: str
+    batch_tokens: int
+
+    def engine(self, entry: Entry) -> TransformersEngine:
+        return TransformersEngine(
+            str(entry.folder),
+            adapters={} if entry.adapter is None else {_ADAPTER: str(entry.adapter)},
+            dtype=self.dtype,
+            device=self.device,
+            batch_tokens=self.batch_tokens,
+            name=entry.name,
+        )
+
+
+def _judged(
+    entries: Sequence[Entry],
+    tasks: Sequence[EvalTask],
+    used: Mapping[str, Mapping[str, int]],
+    loading: _Loading,
+    limits: Limits | None,
+    progress: Progress | None,
+) -> list[Judged]:
+    """Every model on every task; one model is in memory at a time."""
+    heads = {one.name: HeadSource(one.name, one.folder) for one in entries if one.role == "expert"}
+    judged = []
+    # What classifies and what writes are loaded apart.
+    order = sorted(tasks, key=lambda task: task.metric.asked == "class")
+    for entry in entries:
+        answers: dict[str, TaskScores] = {}
+        engine = loading.engine(entry)
+        try:
+            for task in order:
+                if task.metric.asked == "class":
+                    engine.unload()
+                    _refuse_adapter(entry, task)
+                    found = score_classes(entry.folder, task, heads, name=entry.name, device=loading.device)
+                else:
+                    adapter = None if entry.adapter is None else _ADAPTER
+                    found = score_task(engine, task, adapter=adapter, limits=limits, workers=cores())
+                answers[task.name] = found
+                if progress is not None:
+                    progress(entry.name, len(answers), len(tasks))
+        finally:
+            engine.unload()
+        ordered = {task.name: answers[task.name] for task in tasks}
+        judged.append(
+            Judged(entry.name, entry.role, ordered, entry.made, entry.storage, tuple(used[entry.name]))
+        )
+    return judged
+
+
+def _refuse_adapter(entry: Entry, task: EvalTask) -> None:
+    if entry.adapter is not None:
+        what = f"{entry.name} is an adapter, and accuracy takes whole models"
+        raise MixmergeError(Fault(f"task {task.name}", what, run="Merge it into its base: mixmerge merge"))
+
+
+def _report(
+    tasks: Sequence[EvalTask],
+    judged: Sequence[Judged],
+    used: Mapping[str, Mapping[str, int]],
+    *,
+    resamples: int,
+    seed: int,
+    level: float,
+) -> ModelReport:
+    if not tasks:
+        return ModelReport((), (), None, (), (), (), seed, resamples, level)
+    means = means_of(tasks, judged, resamples=resamples, seed=seed)
+    rows, best = measure(tasks, judged, means, level=level)
+    return ModelReport(
+        tasks=tuple(map(info, tasks)),
+        rows=rows,
+        best_single=best,
+        spreads=spreads_of(rows, {one.name: one.made for one in judged}),
+        notes=_notes(tasks, judged, best),
+        warnings=_warnings(used, tasks),
+        seed=seed,
+        resamples=resamples,
+        level=level,
+    )
+
+
+def _advice_data(
+    tasks: Sequence[EvalTask], calibration: str | Path | None, *, asked: bool, complete: bool
+) -> bool:
+    """Whether there is data to calibrate on that is not what is scored.
+
+    Raises:
+        MixmergeError: advice is asked for without experts, base or tasks, or the data are the tasks' own rows.
+    """
+    if not asked:
+        if calibration is not None:
+            raise MixmergeError(Fault("--calibration", "goes with --recommend"))
+        return False
+    if not complete or not tasks:
+        what = "needs the experts, their base and tasks: what is retained is a share of the experts' scores"
+        raise MixmergeError(Fault("--recommend", what, run="Name them by --experts, --base and --tasks"))
+    if calibration is None:
+        return False
+    rows = {row.digest for row in read_rows(calibration)}
+    faults = [
+        Fault("--calibration", f"{count:,} of its rows are rows of task {task.name}", run="Keep them apart")
+        for task in tasks
+        if (count := sum(row.digest in rows for row in task.rows))
+    ]
+    if faults:
+        raise MixmergeError(faults)
+    return True
+
+
+def is_folder(path: str) -> bool:
+    """Whether there is a folder of that name; whatever signs it has, it is that folder."""
+    try:
+        return Path(path).expanduser().is_dir()
+    except (OSError, RuntimeError):  # a name that is too long; ~ of a user who does not exist
+        return False
+
+
+def named(models: Models, *, where: str) -> dict[str, str]:
+    """Names and models. Of a list, a model's name is the last part of its path, or all of it where two are alike.
+
+    Raises:
+        MixmergeError: a model is given twice.
+    """
+    if isinstance(models, Mapping):
+        return {name: str(model) for name, model in models.items()}
+    listed = [str(model) for model in ([models] if isinstance(models, str | Path) else models)]
+    twice = sorted({one for one in listed if listed.count(one) > 1})
+    if twice:
+        raise MixmergeError(Fault(where, f"{', '.join(twice)} is given twice"))
+    last = [Path(one.partition("+")[2] or one).name or one for one in listed]
+    return {one if last.count(short) > 1 else short: one for one, short in zip(listed, last, strict=True)}
+
+
+def _tasks(
+    tasks: str | Path | Mapping[str, Any] | Sequence[EvalTask], limit: int | None, *, may_be_none: bool
+) -> tuple[EvalTask, ...]:
+    if limit is not None and limit < 1:
+        raise MixmergeError(Fault("limit", f"is {limit}", "1 or more"))
+    if isinstance(tasks, str | Path | Mapping):
+        return read_tasks(tasks, limit=limit)
+    read = tuple(replace(task, rows=task.rows[:limit]) for task in tasks)
+    if not read and not may_be_none:
+        raise MixmergeError(Fault("tasks", "none is given", "A tasks file, or one task with its metric"))
+    return read
+
+
+def _entries(models: Models, experts: Models, base: str | Path | None) -> list[Entry]:
+    listed: list[tuple[Role, str, str]] = []
+    listed += [("merge", name, model) for name, model in named(models, where="models").items()]
+    listed += [("expert", name, model) for name, model in named(experts, where="experts").items()]
+    listed += [("base", "base", str(base))] if base is not None else []
+    if not listed:
+        raise MixmergeError(Fault("models", "none is given", "A folder, a hub id or BASE+ADAPTER"))
+    names = [name for _, name, _ in listed]
+    faults = [
+        Fault("models", f"two are called {name!r}", run="Name them: NAME=MODEL")
+        for name in sorted({one for one in names if names.count(one) > 1})
+    ]
+    entries = []
+    for role, name, model in listed:
+        try:
+            entries.append(_entry(role, name, model))
+        except MixmergeError as error:
+            faults += error.faults
+    if faults:
+        raise MixmergeError(faults)
+    return entries
+
+
+def _entry(role: Role, name: str, model: str) -> Entry:
+    where = {"merge": "model", "expert": "experts", "base": "base"}[role]
+    ref = ModelRef(model) if is_folder(model) else ModelRef.parse(model, where=where)
+    folder = locate(ref.path, ref.revision, where=where)
+    adapter = None if ref.adapter is None else locate(ref.adapter, ref.adapter_revision, where=where)
+    return Entry(name, role, ref, folder, adapter, read_made(folder))
+
+
+def _check(
+    entries: Sequence[Entry], tasks: Sequence[EvalTask], *, transductive: bool, resamples: int, level: float
+) -> dict[str, dict[str, int]]:
+    """What forbids an evaluation, all at once; else model -> task -> rows that its merge has used."""
+    faults = []
+    if resamples < 100:
+        faults.append(Fault("resamples", f"is {resamples}", "100 or more"))
+    if not 0 < level < 1:
+        faults.append(Fault("level", f"is {level}", "Above 0 and below 1"))
+    experts = [entry.name for entry in entries if entry.role == "expert"]
+    for task in tasks:
+        if task.spec.expert is not None and experts and task.spec.expert not in experts:
+            what = f"its expert {task.spec.expert!r} is not among the experts"
+            faults.append(Fault(f"task {task.name}", what, choices(task.spec.expert, experts)))
+    used = {entry.name: used_rows(entry.made, tasks) for entry in entries}
+    for entry in entries:
+        if not (transductive or entry.made.transductive):
+            faults += leak_faults(entry.name, used[entry.name], tasks)
+    if faults:
+        raise MixmergeError(faults)
+    return used
+
+
+def _notes(tasks: Sequence[EvalTask], judged: Sequence[Judged], best: str | None) -> tuple[str, ...]:
+    found = [note for model in judged for one in model.answers.values() for note in one.notes]
+    notes = [
+        "Answers are greedy: a second run gives the same. Tokens in a second are those generated, or of the choices "
+        "scored, on this machine.",
+        *dict.fromkeys(found),
+    ]
+    if best is not None:
+        notes.append(f"Best single expert: {best}, chosen on the rows shown, which favours it.")
+    without = [task.name for task in tasks if task.spec.expert is None and not task.spec.held_out]
+    if best is not None and without:
+        notes.append(f"No share is retained of {', '.join(without)}: no expert is named for it.")
+    return tuple(notes)
+
+
+def _warnings(used: Mapping[str, Mapping[str, int]], tasks: Sequence[EvalTask]) -> tuple[str, ...]:
+    sizes = {task.name: len(task.rows) for task in tasks}
+    found = [
+        f"{model}: transductive: its merge has used {count:,} of the {sizes[name]:,} rows of {name}"
+        for model, counts in used.items()
+        for name, count in counts.items()
+    ]
+    few = [task.name for task in tasks if len(task.rows) < 30]
+    if few:
+        found.append(f"fewer than 30 rows: {', '.join(few)}; intervals of so few are too narrow")
+    return tuple(found)
