@@ -206,3 +206,69 @@ def test_the_journal_is_plain_json(make: Any, tmp_path: Path) -> None:
     assert set(head) == {"search"}
     assert (first["number"], first["values"]) == (0, {"weight": 0.5})
     assert set(first["scores"]) == {"near", "again"}
+
+
+# --- the command
+
+
+@pytest.fixture
+def asked(zoo: Path, tmp_path: Path) -> list[str]:
+    """Arguments of a small search over the zoo's experts."""
+    from mixmerge.zoo import Zoo
+
+    first, second = Zoo.open(zoo).tasks[:2]
+    models = [{"model": str(zoo / "experts" / task)} for task in (first, second)]
+    recipe = {"merge_method": "task_arithmetic", "base_model": str(zoo / "base"), "models": models}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "parameters": {"weight": 0.5}}))
+    (tmp_path / "space.yaml").write_text("{parameters: {weight: {low: 0, high: 1}}, budget: 3}")
+    rows = [
+        {
+            "name": task,
+            "data": str(zoo / "questions" / f"{task}.heldout.jsonl"),
+            "metric": "exact",
+            "max_new_tokens": 4,
+        }
+        for task in (first, second)
+    ]
+    (tmp_path / "tasks.yaml").write_text(yaml.safe_dump({"tasks": rows}))
+    return [
+        *("search", *(str(tmp_path / name) for name in ("recipe.yaml", "space.yaml", "out"))),
+        *("--eval", str(tmp_path / "tasks.yaml")),
+    ]
+
+
+def run(*arguments: str) -> Any:
+    from typer.testing import CliRunner
+
+    from mixmerge.cli import app
+
+    return CliRunner().invoke(app, arguments)
+
+
+def test_the_command(asked: list[str], tmp_path: Path) -> None:
+    done = run(*asked, "--json")
+    assert done.exit_code == 0, done.output
+    told = json.loads(done.stdout)
+    assert told["recipe"] == str(tmp_path / "out" / BEST)
+    assert len((tmp_path / "out" / TRIALS).read_text().splitlines()) == 4
+    assert read(Path(told["recipe"])).require().merge_method == "task_arithmetic"
+    assert told["gain"]["low"] <= told["gain"]["value"] <= told["gain"]["high"]
+    again = run(*asked)
+    assert again.exit_code == 0
+    assert "trial" in again.stdout
+    assert "gain" in again.stdout
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--objective", "best"], "--objective: is 'best'. average, worst"),
+        (["--held-out", "1"], "held_out: is 1. Above 0, below 1"),
+        (["--limit", "2"], "2 or more"),
+    ],
+)
+def test_the_command_refuses(asked: list[str], more: list[str], words: str, tmp_path: Path) -> None:
+    done = run(*asked, *more)
+    assert done.exit_code == 2
+    assert words in done.stderr
+    assert not (tmp_path / "out").exists()

@@ -15,10 +15,9 @@ from mixmerge.aggregate.extraction import extractor
 from mixmerge.calibrate.rows import Row, read_rows
 from mixmerge.calibrate.sources import found_rows
 from mixmerge.document import Kind, Node, Report, from_data, load, read_file, read_mapping, show, unknown_keys
+from mixmerge.document.sections import Strict, read_section
 from mixmerge.errors import Fault, MixmergeError
 from mixmerge.evaluate.metrics import METRICS, MetricRow
-from mixmerge.mixture.schema import Strict
-from mixmerge.mixture.sections import read_section
 from mixmerge.registry import choices
 
 TASKS = Kind("tasks file", needs="It needs tasks: a list of {name, data, metric}")
