@@ -12,7 +12,9 @@ _COLOURS = {"merge": COLOURS[0], "expert": GREY, "base": COLOURS[3]}
 
 def averages(report: ModelReport) -> bytes:
     """The average of every model with its interval, and its worst task."""
-    averaged = [task.name for task in report.tasks if not task.held_out] or [task.name for task in report.tasks]
+    averaged = [task.name for task in report.tasks if not task.held_out] or [
+        task.name for task in report.tasks
+    ]
     figure, axes = new_figure(7.5, 1.2 + 0.34 * len(report.rows))
     for place, row in enumerate(reversed(report.rows)):
         colour = _COLOURS[row.role]
