@@ -6,6 +6,7 @@ a table a base (r, c) and deltas (T, r, c).
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -38,10 +39,6 @@ class Deltas(Protocol):
 
     def read_rows(self, name: str, rows: Tensor) -> tuple[Tensor, Tensor]:
         """The rows of these numbers of a tensor of two dimensions."""
-        ...
-
-    def unit(self, name: str) -> int:
-        """Pieces start and end at multiples of this many elements, or at the tensor's end."""
         ...
 
 
@@ -78,16 +75,15 @@ class MemoryDeltas:
         base = self.base[name].detach()[rows].float()
         return base, torch.stack([state[name].detach()[rows].float() for state in self.state_dicts]) - base
 
-    def unit(self, name: str) -> int:
-        return 1
 
-
-def pieces(deltas: Deltas, name: str, start: int = 0, stop: int | None = None) -> list[tuple[int, int]]:
-    """(start, stop) of the pieces of a tensor, or of a slice of it."""
+def pieces(
+    deltas: Deltas, name: str, start: int = 0, stop: int | None = None, *, unit: int = 1
+) -> list[tuple[int, int]]:
+    """(start, stop) of the pieces of a tensor, or of a slice of it; no edge within ``unit`` elements."""
     end = math.prod(deltas.shapes[name]) if stop is None else stop
-    length = max(PIECE // deltas.unit(name), 1) * deltas.unit(name)
+    length = max(PIECE // unit, 1) * unit
     edges = [start, *range((start // length + 1) * length, end, length), end]
-    return [(one, other) for one, other in zip(edges[:-1], edges[1:], strict=True) if other > one]
+    return [(one, other) for one, other in itertools.pairwise(edges) if other > one]
 
 
 def check_experts(deltas: Deltas, names: Sequence[str], labels: Sequence[str]) -> None:

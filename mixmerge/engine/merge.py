@@ -14,12 +14,14 @@ from mixmerge.checkpoint.identity import canonical_hash
 from mixmerge.engine.copying import copy
 from mixmerge.engine.finish import add_files, input_fingerprints, verify
 from mixmerge.engine.kernels import Context
+from mixmerge.engine.learning import LearningProgress, data_stamps, draw, needs_learning, with_learned
 from mixmerge.engine.output import Output, check_target
 from mixmerge.engine.schedule import Job, Schedule
 from mixmerge.engine.worker import Adapters, Worker, chunk_length
 from mixmerge.errors import CheckpointError, DependencyError, Fault, MethodError
 from mixmerge.kernels.layout import WIDTHS
 from mixmerge.machine import cores
+from mixmerge.methods.coefficients import Coefficients
 from mixmerge.plan import Plan, Task, fetch, make_plan
 from mixmerge.plan.report import CHUNK
 from mixmerge.recipe import Recipe
@@ -40,12 +42,14 @@ class Merged:
         plan: what was done.
         seconds: from plan to renamed folder.
         resumed: output tensors an earlier, killed run had finished.
+        learned: the coefficients, if the method learned some in this run.
     """
 
     path: Path
     plan: Plan
     seconds: float
     resumed: int
+    learned: Coefficients | None = None
 
 
 def default_threads() -> int:
@@ -65,6 +69,7 @@ def merge(
     verify_inputs: bool = False,
     progress: Progress | None = None,
     downloading: Progress | None = None,
+    learning: LearningProgress | None = None,
 ) -> Merged:
     """Merge models into a folder that ``from_pretrained`` loads.
 
@@ -81,6 +86,7 @@ def merge(
         progress: called with (bytes written, bytes in all) after every tensor.
         downloading: called with (bytes downloaded, bytes in all), from several threads, where inputs are
             on the Hugging Face hub and not in its cache.
+        learning: called with (steps done, steps in all, loss) where coefficients are learned.
 
     Raises:
         RecipeError: anything wrong with recipe or inputs, all at once, before any weight is read or
@@ -99,6 +105,7 @@ def merge(
         threads=threads,
         verify_inputs=verify_inputs,
         progress=progress,
+        learning=learning,
     )
 
 
@@ -127,6 +134,7 @@ def run(
     threads: int | None = None,
     verify_inputs: bool = False,
     progress: Progress | None = None,
+    learning: LearningProgress | None = None,
 ) -> Merged:
     """Carry a plan out; arguments as in ``merge``."""
     began = time.perf_counter()
@@ -144,17 +152,32 @@ def run(
     stamps = _stamps(plan)
     fingerprints = input_fingerprints(plan, every_byte=verify_inputs)
     identity = canonical_hash([__version__, plan.hash, plan.text, fingerprints, stamps, device, kernels])
+    if needs_learning(plan):
+        identity = canonical_hash([identity, data_stamps(plan)])
     fused = kernels and device == "cpu" and bool(plan.method.kernel)
     with Output(plan, out, identity=identity, overwrite=overwrite) as output, opened() as files:
         resumed = len(output.finished)
+        learned = None
+        if needs_learning(plan):
+            plan, learned = with_learned(
+                plan,
+                output,
+                files,
+                device=device,
+                threads=count,
+                fingerprints=fingerprints,
+                progress=learning,
+            )
         if resumed < len(plan.tasks):
             _tensors(plan, output, files, fused=fused, device=device, threads=count, progress=progress)
         output.flush()
         _check_unchanged(stamps, _stamps(plan))
         add_files(output, plan, fingerprints)
+        if learned is not None:
+            draw(output, learned)
         verify(output.partial, plan)
         output.publish()
-    return Merged(out, plan, time.perf_counter() - began, resumed)
+    return Merged(out, plan, time.perf_counter() - began, resumed, learned)
 
 
 def _check_device(device: str) -> None:
@@ -235,7 +258,7 @@ def _tensors(
     def job_of(task: Task) -> Job:
         if task.copied:
             return copy(plan, task, files, output)
-        if kernel is not None and not wide(task):
+        if kernel is not None and not wide(task) and not task.chunks:
             return kernel(context, task)
         return plain(context, task, files=files, adapters=adapters, device=device)
 

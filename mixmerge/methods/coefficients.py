@@ -6,6 +6,7 @@ Imports no torch. A chunk is a contiguous slice of the row-major tensor.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 from collections.abc import Mapping
@@ -77,7 +78,7 @@ class Coefficients:
 def bounds(elements: int, chunks: int) -> tuple[tuple[int, int], ...]:
     """(first, past the last) element of each of ``chunks`` slices whose lengths differ by one at most."""
     edges = [number * elements // chunks for number in range(chunks + 1)]
-    return tuple(zip(edges[:-1], edges[1:], strict=True))
+    return tuple(itertools.pairwise(edges))
 
 
 def read_coefficients(text: str, *, where: str) -> Coefficients:

@@ -26,6 +26,7 @@ class Parameter:
         low, high: closed range of a number.
         choices: allowed words of a choice.
         constant: the value may not change from tensor to tensor (it steers a whole-model statistic).
+        learning: it steers how coefficients are learned; the definition does not take it.
         doc: one line for tables and errors.
     """
 
@@ -38,6 +39,7 @@ class Parameter:
     high: float = float("inf")
     choices: tuple[str, ...] = ()
     constant: bool = False
+    learning: bool = False
 
 
 @dataclass(frozen=True)

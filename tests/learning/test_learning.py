@@ -12,7 +12,8 @@ from torch.func import functional_call
 
 from mixmerge.calibrate.coefficients import CoefficientSpace
 from mixmerge.calibrate.deltas import MemoryDeltas
-from mixmerge.calibrate.learning import Learned, Learning, Mixed, learn
+from mixmerge.calibrate.learning import Learned, Learning, learn
+from mixmerge.calibrate.mixed import Mixed
 from mixmerge.errors import MethodError
 from mixmerge.methods.coefficients import bounds
 
