@@ -13,6 +13,7 @@ from mixmerge.calibrate.batches import Batch, make_batches
 from mixmerge.calibrate.coefficients import CoefficientSpace
 from mixmerge.calibrate.deltas import Deltas, pieces
 from mixmerge.calibrate.learning import Learned, Learning, Objective, Progress, learn
+from mixmerge.calibrate.loading import Kind, kind_of
 from mixmerge.calibrate.mixed import Mixed
 from mixmerge.calibrate.objectives import Alignment, AlignmentOptions, Entropy, Schedule, chunk_counts
 from mixmerge.calibrate.rows import Row
@@ -29,8 +30,6 @@ from mixmerge.errors import Fault, MethodError
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-Kind = Literal["causal", "classifier", ""]
 
 
 @dataclass(frozen=True)
@@ -76,18 +75,8 @@ class Lesson:
 
     @property
     def kind(self) -> Kind:
-        """What the model does: predict the next token, or a class."""
+        """What the model's outputs are."""
         return kind_of(type(self.model).__name__)
-
-
-def kind_of(architecture: str) -> Kind:
-    """What a class of transformers does, by the library's own lists."""
-    from transformers.models.auto import modeling_auto as auto
-
-    if architecture in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
-        return "causal"
-    known = auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values()
-    return "classifier" if architecture in known else ""
 
 
 def _batch_size(lesson: Lesson) -> tuple[int, int]:
@@ -168,7 +157,7 @@ def alignment(lesson: Lesson, *, progress: Progress | None = None) -> Learned:
         MethodError: a model without a head, and what ``learn`` raises.
         OutputError: no room for the experts' states.
     """
-    if not lesson.kind:
+    if lesson.kind == "other":
         raise _headless(lesson, "alignment compares logits")
     size, each = _batch_size(lesson)
     shown = _batches(lesson, size)

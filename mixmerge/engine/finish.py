@@ -13,6 +13,8 @@ from mixmerge import __version__
 from mixmerge.checkpoint.header import read_header
 from mixmerge.checkpoint.identity import content, digest, fingerprint
 from mixmerge.checkpoint.reader import read_json
+from mixmerge.engine.heads import FOLDER as HEADS
+from mixmerge.engine.heads import WEIGHTS
 from mixmerge.engine.output import Output
 from mixmerge.errors import Fault, OutputError
 from mixmerge.plan import Plan
@@ -66,6 +68,7 @@ def manifest(plan: Plan, fingerprints: Mapping[str, Any]) -> dict[str, Any]:
             {"model": str(plan.models[drop.model].ref), "tensor": drop.name, "reason": drop.reason}
             for drop in plan.dropped
         ],
+        **({"heads": [head.expert for head in plan.heads]} if plan.heads else {}),
         "warnings": list(plan.warnings),
     }
 
@@ -75,6 +78,9 @@ def card(plan: Plan) -> str:
     bases = "\n".join(f"- {json.dumps(str(model.ref))}" for model in plan.models)
     listed = "\n".join(f"- `{model.ref}`" for model in plan.models)
     recipe = plan.text if plan.text.endswith("\n") else plan.text + "\n"
+    heads = "".join(f"- `{HEADS}/{head.expert}`: of `{plan.models[head.model].ref}`\n" for head in plan.heads)
+    if heads:
+        heads = f"\n## Heads\n\nEach expert's own, not merged; a request says which one it is for.\n\n{heads}"
     return f"""---
 base_model:
 {bases}
@@ -94,7 +100,7 @@ Made by mixmerge {__version__} with **{plan.method.name}**:
 
 Config and tokenizer are those of `{plan.models[plan.donor].ref}`. Fingerprints of the inputs are in
 `{MANIFEST}`.
-
+{heads}
 ## Recipe
 
 ```yaml
@@ -135,6 +141,12 @@ def verify(folder: Path, plan: Plan) -> None:
         and (written[name].shape, written[name].dtype, written[name].offset)
         != (target.shape, target.dtype, target.offset)
     ]
+    for head in plan.heads:
+        kept = read_header(folder / HEADS / head.expert / WEIGHTS)
+        expected = {source.tensor.name: source.tensor for source in head.tensors}
+        facts = {name: (header.shape, header.dtype) for name, header in kept.items()}
+        if facts != {name: (header.shape, header.dtype) for name, header in expected.items()}:
+            wrong.append(f"{HEADS}/{head.expert}")
     config = read_json(folder / "config.json")
     if config != json.loads(json.dumps(plan.config)):
         wrong.append("config.json")

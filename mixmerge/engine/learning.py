@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mixmerge.checkpoint.files import Files
 from mixmerge.engine.output import Output
+from mixmerge.engine.reading import read_tensor
 from mixmerge.engine.streams import FileDeltas, Thresholds, tensor_cuts
 from mixmerge.engine.worker import Adapters, Worker, chunk_length
 from mixmerge.errors import CheckpointError, DependencyError, Fault, MethodError
@@ -115,6 +116,8 @@ def learn_coefficients(
     deltas = FileDeltas(tasks, adapters, cuts=_cuts(plan, tasks, files, adapters, threads))
     parameters, same = _parameters(model, tasks)
     first = {name for name in parameters if name not in same}
+    heads = _heads(plan, tasks, model, parameters, files)
+    own = {id(value) for name, value in model.named_parameters() if any(name in head for head in heads)}
     lesson = Lesson(
         model=model,
         tokenizer=tokenizer,
@@ -123,8 +126,12 @@ def learn_coefficients(
         rows=rows,
         labels=[str(expert) for expert in experts],
         start={task.target.name: _weights(task) for task in tasks if task.target.name in first},
-        frozen=frozenset(task.target.name for task in tasks if not _is_learned(task)),
-        heads=_heads(plan, tasks, model, device),
+        frozen=frozenset(
+            task.target.name
+            for task in tasks
+            if not _is_learned(task) or id(parameters[task.target.name]) in own
+        ),
+        heads=heads,
         options=tasks[0].parameters,
         max_tokens=calibration.max_tokens,
         batch_size=calibration.batch_size,
@@ -185,28 +192,36 @@ def _rows(plan: Plan, source: str | None, expert: str) -> tuple[Row, ...]:
 
 
 def _load(plan: Plan, device: str) -> tuple[Any, Any]:
-    """The model of the plan's config, with any weights, and the tokenizer."""
+    """A model whose trunk is that of the plan, with any weights, and the tokenizer.
+
+    Where experts have heads of their own it is of the class of the first one's; else it is the base.
+    """
     import torch
     import transformers
 
-    donor = plan.models[plan.donor]
-    names = plan.config.get("architectures") or [""]
-    found = getattr(transformers, str(names[0]), None)
-    if found is None:
-        what = f"its config names no architecture of transformers: {names[0]!r}"
-        raise MethodError(Fault(str(donor.ref), what))
+    from mixmerge.calibrate.loading import load_expert
+
     precision = next(task.parameters["precision"] for task in plan.tasks if not task.copied)
-    config = transformers.AutoConfig.from_pretrained(donor.path)
-    config.tie_word_embeddings = plan.config.get("tie_word_embeddings", config.tie_word_embeddings)
+    donor = plan.models[plan.donor]
+    if not plan.heads:
+        loaded = load_expert(donor.path, device=device, dtype=precision)  # type: ignore[arg-type]
+        tied = getattr(loaded.model.config, "tie_word_embeddings", None)
+        if tied and plan.config.get("tie_word_embeddings") is False:
+            what = "its head is its embedding, and an expert has a head of its own"
+            raise MethodError(Fault(str(donor.ref), what, "Coefficients are learned where all tie, or none"))
+        return loaded.model, loaded.tokenizer
+    config = plan.heads[0].config
+    name = str(config["architectures"][0])
+    kind = getattr(transformers, name, None)
+    if kind is None:
+        raise MethodError(Fault(str(donor.ref), f"transformers has no class {name}"))
+    model = kind(kind.config_class.from_dict(config)).to(device, getattr(torch, str(precision)))
     try:
-        # Every weight is overwritten, so none is read here; buffers are made anew.
-        model = found.from_pretrained(donor.path, config=config, dtype=getattr(torch, str(precision)))
         tokenizer = transformers.AutoTokenizer.from_pretrained(donor.path)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            Fault(str(donor.ref), f"transformers cannot load it: {str(error).splitlines()[0]}")
-        ) from error
-    return model.to(device).eval(), tokenizer
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or ["no reason given"])[0]
+        raise CheckpointError(Fault(str(donor.ref), f"its tokenizer cannot be loaded: {reason}")) from error
+    return model.eval().requires_grad_(False), tokenizer
 
 
 def _parameters(model: Any, tasks: Sequence[Task]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -240,24 +255,37 @@ def _parameters(model: Any, tasks: Sequence[Task]) -> tuple[dict[str, Tensor], d
     return found, same
 
 
-def _heads(plan: Plan, tasks: Sequence[Task], model: Any, device: str) -> list[dict[str, Tensor]]:
-    """Of each expert, the tensors of its classifier's head: those outside the trunk, as its own files have them."""
-    from mixmerge.calibrate.learners import kind_of
-    from mixmerge.engine.streams import whole_tensor
+def _heads(
+    plan: Plan, tasks: Sequence[Task], model: Any, parameters: Mapping[str, Tensor], files: Files
+) -> list[dict[str, Tensor]]:
+    """Of each expert, the tensors of its own head; nothing where the model's outputs are its own.
+
+    Raises:
+        MethodError: only some experts have a head, or a tensor of the model is neither merged nor a head's.
+    """
+    import torch
 
     experts = [source.model for source in tasks[0].sources]
-    if kind_of(type(model).__name__) != "classifier":
+    kept = {head.model: head for head in plan.heads}
+    if not kept:
         return [{} for _ in experts]
-    prefix = f"{model.base_model_prefix}."
-    outside = [name for name, _ in model.named_parameters() if not name.startswith(prefix)]
-    dtype = next(model.parameters()).dtype
-    heads = []
+    known, adapters = dict(model.named_parameters()), Adapters()
+    like = next(iter(known.values()))
+    found, faults = [], []
     for expert in experts:
-        stored = plan.models[expert].tensors
-        heads.append(
-            {name: whole_tensor(stored[name]).to(device, dtype) for name in outside if name in stored}
-        )
-    return heads
+        head: dict[str, Tensor] = {}
+        for source in kept[expert].tensors if expert in kept else ():
+            value = read_tensor(source, files, adapters, torch.float32, "cpu")
+            head[source.tensor.name] = value.to(like.device, like.dtype)
+        merged = {id(value) for value in parameters.values()}
+        lacking = [name for name, value in known.items() if name not in head and id(value) not in merged]
+        if lacking:
+            what = f"has no {lacking[0]}, which is not merged: every expert needs a head of its own"
+            faults.append(Fault(str(plan.models[expert].ref), what))
+        found.append(head)
+    if faults:
+        raise MethodError(faults)
+    return found
 
 
 def _cuts(

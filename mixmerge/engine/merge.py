@@ -13,6 +13,7 @@ from mixmerge.checkpoint.files import Files, opened
 from mixmerge.checkpoint.identity import canonical_hash
 from mixmerge.engine.copying import copy
 from mixmerge.engine.finish import add_files, input_fingerprints, verify
+from mixmerge.engine.heads import add_heads
 from mixmerge.engine.kernels import Context
 from mixmerge.engine.learning import LearningProgress, data_stamps, draw, needs_learning, with_learned
 from mixmerge.engine.output import Output, check_target
@@ -173,6 +174,7 @@ def run(
         output.flush()
         _check_unchanged(stamps, _stamps(plan))
         add_files(output, plan, fingerprints)
+        add_heads(output, plan, files)
         if learned is not None:
             draw(output, learned)
         verify(output.partial, plan)

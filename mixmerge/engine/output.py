@@ -13,7 +13,6 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -81,11 +80,20 @@ def _check_target(plan: Plan, out: Path, *, overwrite: bool) -> None:
 
 
 def _replaceable(folder: Path) -> bool:
-    """Only a model would be lost: config and weights, and no folder (.git, a trainer's checkpoints); or nothing."""
+    """Only a model would be lost: config, weights and heads, no other folder (.git, checkpoints); or nothing."""
     entries = list(folder.iterdir())
     weights = any(entry.match(pattern) for pattern in _WEIGHTS for entry in entries)
-    model = weights and (folder / "config.json").is_file() and not any(map(Path.is_dir, entries))
+    folders = [entry for entry in entries if entry.is_dir() and not (entry.name == "heads" and _heads(entry))]
+    model = weights and (folder / "config.json").is_file() and not folders
     return model or not entries
+
+
+def _heads(folder: Path) -> bool:
+    """Whether a folder holds heads of experts as a merge keeps them, and nothing else."""
+    known = {"config.json", "head.safetensors"}
+    return all(
+        head.is_dir() and {entry.name for entry in head.iterdir()} <= known for head in folder.iterdir()
+    )
 
 
 class Output:
@@ -209,7 +217,7 @@ class Output:
             self.finished, self._kept = set(), set()
         if not self.finished and not self._kept:
             for entry in self.partial.iterdir():
-                entry.unlink()
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
             self._check_room()
             length = path.write_bytes(_line(self._identity))
         self._journal = os.open(path, os.O_WRONLY | os.O_APPEND)
@@ -284,8 +292,9 @@ class Output:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def add(self, name: str, content: str | bytes) -> None:
-        """Write a small file."""
+        """Write a small file; folders in its name are made."""
         try:
+            (self.partial / name).parent.mkdir(parents=True, exist_ok=True)
             (self.partial / name).write_bytes(content.encode() if isinstance(content, str) else content)
         except OSError as error:
             raise _fault(self.partial / name, error) from error
@@ -325,7 +334,7 @@ class Output:
         check_target(self.plan, self.out, overwrite=self._overwrite)
         journal = self.partial / _JOURNAL
         try:
-            for path in _files(self.partial):
+            for path in sorted(self.partial.rglob("*")):
                 _sync(path)
             noted = journal.read_bytes()
             try:
@@ -374,10 +383,6 @@ def _believed(journal: bytes, identity: str) -> tuple[set[str], set[str], int]:
 def _is_whole(folder: Path, shard: Shard) -> bool:
     path = folder / shard.file
     return path.is_file() and not path.is_symlink() and path.stat().st_size == shard.nbytes
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    return (path for path in sorted(folder.iterdir()) if path.is_file())
 
 
 def _sync(path: Path) -> None:

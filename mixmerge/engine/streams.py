@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mixmerge.checkpoint.header import TensorHeader
 from mixmerge.engine.reading import TORCH
 from mixmerge.engine.worker import Adapters
 from mixmerge.errors import CheckpointError, Fault
@@ -133,14 +132,6 @@ class FileDeltas:
             row[~((size > value) | ((size == value) & (index < limit)))] = 0.0
         for row, kept in zip(deltas, elected(list(deltas)), strict=True):
             row.copy_(kept)
-
-
-def whole_tensor(header: TensorHeader) -> torch.Tensor:
-    """A copy of a stored tensor."""
-    import torch
-
-    data = np.fromfile(header.file, np.uint8, header.nbytes, offset=header.offset)
-    return torch.from_numpy(data).view(getattr(torch, TORCH[header.dtype])).reshape(header.shape)
 
 
 def torch_of(values: NDArray[np.float32]) -> torch.Tensor:

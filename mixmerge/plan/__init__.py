@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from mixmerge.plan.build import make_plan
 from mixmerge.plan.fetch import fetch
-from mixmerge.plan.model import Dropped, Model, Plan, Shard, Source, Target, Task
+from mixmerge.plan.model import Dropped, Head, Model, Plan, Shard, Source, Target, Task
 from mixmerge.plan.report import as_json, peak_memory
 
 __all__ = [
     "Dropped",
+    "Head",
     "Model",
     "Plan",
     "Shard",

@@ -16,6 +16,7 @@ from mixmerge.errors import Fault, MixmergeError, RecipeError
 from mixmerge.methods import Method, Value
 from mixmerge.methods.roles import role_of
 from mixmerge.plan.agree import Agreement, agree, compare_configs, compare_tokenizers, some
+from mixmerge.plan.heads import head_notes, kept_heads, outside_of, trunks
 from mixmerge.plan.layers import depths, layer_of
 from mixmerge.plan.layout import Wanted, lay_out
 from mixmerge.plan.model import Model, Plan, Source, Target, Task
@@ -60,9 +61,10 @@ def make_plan(
     models = _open_models(parsed.refs, commits or {}, faults)
     warnings = list(parsed.warnings)
     donor = 0  # the base, or where there is none the first model: references come in this order
-    agreement = agree(models, donor, faults) if models else None
+    split = trunks(models)
+    agreement = agree(split.models, donor, faults) if models else None
     if models:
-        warnings += compare_configs(models, donor, faults)
+        warnings += [*compare_configs(split.models, donor, faults), *head_notes(split)]
         warnings += compare_tokenizers(models, donor, allow=allow_tokenizer_mismatch, faults=faults)
     if parsed.recipe is None or agreement is None or faults:
         raise RecipeError(faults)
@@ -72,7 +74,7 @@ def make_plan(
     base = order[recipe.base_model] if recipe.base_model is not None else None
     entries = [order[entry.model] for entry in inputs(recipe, method)]
     needs_base = base if method.base == "required" else None
-    groups = _gather(models, entries, needs_base, agreement, deltas=method.takes == "deltas")
+    groups = _gather(split.models, entries, needs_base, agreement, deltas=method.takes == "deltas")
     wanted = [Wanted(name, *_output_form(group, recipe)) for name, group in groups.items()]
     targets, shards = lay_out(wanted, recipe.output.shard_size)
     kind = str(models[donor].config.get("model_type", ""))
@@ -81,10 +83,12 @@ def make_plan(
     _check_scope(tasks, faults)
     if faults:
         raise RecipeError(faults)
-    config = _output_config(models[donor].config, agreement, targets)
+    config = _output_config(split.models[donor].config, agreement, targets)
+    heads = kept_heads(split, models, entries)
+    dropped = (*agreement.dropped, *outside_of(split, heads))
     plan = Plan(
-        recipe, parsed.text, method, models, needs_base, donor, tuple(tasks), agreement.dropped, tuple(shards),
-        config, tuple(warnings),
+        recipe, parsed.text, method, models, needs_base, donor, tuple(tasks), dropped, tuple(shards),
+        config, tuple(warnings), heads,
     )  # fmt: skip
     return dataclasses.replace(plan, hash=_hash(plan))
 
@@ -285,4 +289,9 @@ def _hash(plan: Plan) -> str:
     recipe: dict[str, Any] = {"method": plan.method.name, "seed": plan.recipe.seed}
     if plan.recipe.calibration is not None:
         recipe["calibration"] = plan.recipe.calibration.canonical()
-    return canonical_hash({"recipe": recipe, "config": plan.config, "tasks": tasks})
+    heads = {
+        head.expert: [head.config, *(_header_facts(source.tensor) for source in head.tensors)]
+        for head in plan.heads
+    }
+    kept = {"heads": heads} if heads else {}
+    return canonical_hash({"recipe": recipe, "config": plan.config, "tasks": tasks, **kept})

@@ -121,6 +121,23 @@ class Dropped:
 
 
 @dataclass(frozen=True)
+class Head:
+    """What one expert has for itself: kept beside the merged trunk, never merged into it.
+
+    Args:
+        expert: its name, a folder of ``heads/`` in the output.
+        model: index into ``Plan.models``.
+        tensors: by their stored names, which are those of the expert's own class.
+        config: the expert's ``config.json``.
+    """
+
+    expert: str
+    model: int
+    tensors: tuple[Source, ...]
+    config: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class Shard:
     """One output file: its name, its header's bytes (length prefix included) and its whole size."""
 
@@ -143,6 +160,7 @@ class Plan:
         shards: the output's weight files.
         config: the output's ``config.json``.
         warnings: what a person should know and can ignore.
+        heads: of the experts that have some, in their order.
         hash: SHA-256 of everything that decides the output, except the values in the inputs and their paths.
     """
 
@@ -157,6 +175,7 @@ class Plan:
     shards: tuple[Shard, ...]
     config: dict[str, Any]
     warnings: tuple[str, ...]
+    heads: tuple[Head, ...] = ()
     hash: str = field(default="")
 
     @property
@@ -182,4 +201,6 @@ class Plan:
                 seen[source.tensor.file, source.tensor.offset] = source.tensor.nbytes
                 for header in source.adapter.headers if source.adapter else ():
                     seen[header.file, header.offset] = header.nbytes
+        for source in (source for head in self.heads for source in head.tensors):
+            seen[source.tensor.file, source.tensor.offset] = source.tensor.nbytes
         return sum(seen.values())

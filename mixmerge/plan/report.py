@@ -69,5 +69,6 @@ def as_json(plan: Plan, *, threads: int) -> dict[str, Any]:
             {"model": str(plan.models[drop.model].ref), "name": drop.name, "reason": drop.reason}
             for drop in plan.dropped
         ],
+        "heads": [head.expert for head in plan.heads],
         "warnings": list(plan.warnings),
     }
