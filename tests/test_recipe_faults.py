@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from mixmerge.methods import METHODS as TABLE
 from mixmerge.recipe import parse
 
 TIES = """
@@ -14,10 +15,10 @@ models:
   - {model: b, parameters: {weight: 0.5, density: 0.4}}
 """
 LINEAR = "{merge_method: linear, models: [{model: a}, {model: b}], parameters: {weight: 0.5}}"
-KEYS = "Known: base_model, calibration, dtype, merge_method, models, out_dtype, output, parameters, seed."
+KEYS = "Known: base_model, calibration, coefficients, dtype, merge_method, models, out_dtype, output, parameters, seed."
 METHODS = (
-    "Known: breadcrumbs, breadcrumbs_ties, dare_linear, dare_ties, della, della_linear, linear, passthrough, "
-    "slerp, task_arithmetic, ties."
+    "Known: adamerging, adamerging_plus, breadcrumbs, breadcrumbs_ties, dare_linear, dare_ties, della, "
+    "della_linear, expert_merging, expert_merging_plus, linear, passthrough, slerp, task_arithmetic, ties."
 )
 OF_TIES = "Known: agg, density, lambda, normalize, rescale, scope, weight."
 
@@ -101,8 +102,7 @@ TOP: dict[str, list[str]] = {
     ],
     "models: [{model: a, parameters: {wieght: .inf, density: 7, t: x}}]": [
         "models[0].parameters.wieght (line 1): unknown parameter 'wieght'. Did you mean 'weight'? "
-        "Known: agg, density, epsilon, gamma, lambda, normalize, rescale, rescale_by, scale, scope, "
-        "t, weight.",
+        f"Known: {', '.join(sorted({one.name for row in TABLE.values() for one in row.parameters}))}.",
         "models[0].parameters.t (line 1): expected a number, got 'x'.",
         f"merge_method: the recipe names no merge method. {METHODS}",
     ],

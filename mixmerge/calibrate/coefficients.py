@@ -232,7 +232,7 @@ def _cells(
             kinds.append(kind)
         known, learned = sums.get((layer, kind), ([], False))
         sums[layer, kind] = [*known, *map(list, rows)], learned or name not in frozen
-    layers: list[int | None] = sorted({layer for layer, _ in sums if layer is not None})
+    layers: list[int | None] = [*sorted({layer for layer, _ in sums if layer is not None})]
     if any(layer is None for layer, _ in sums):
         layers.append(None)
     kinds = [kind for kind in kinds if kind != "other"] + (["other"] if "other" in kinds else [])

@@ -172,7 +172,7 @@ def alignment(lesson: Lesson, *, progress: Progress | None = None) -> Learned:
             schedule="cosine",
             period=int(lesson.number("period")),
             clip=lesson.number("clip"),
-            regulariser=lesson.number("gamma"),
+            regulariser=lesson.number("regulariser"),
             seed=lesson.seed % 2**63,
         )
         first = _learn(lesson, objective, space, learning, shown, progress)
@@ -286,7 +286,7 @@ def _used_rows(lesson: Lesson, shown: Sequence[Sequence[Batch]]) -> dict[str, Te
     if name is None or not lesson.gathers(name) or (head is not None and head.weight is table):
         return {}
     ids = torch.cat([batch.input_ids.reshape(-1) for part in shown for batch in part])
-    return {name: ids.unique()}
+    return {name: torch.unique(ids)}
 
 
 LEARNERS: dict[str, Callable[..., Learned]] = {"entropy": entropy, "alignment": alignment}

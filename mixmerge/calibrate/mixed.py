@@ -46,7 +46,7 @@ class Mixed:
             learned = name in self.layout.rows
             parameter.requires_grad_(learned and parameter.is_floating_point())
             if learned:
-                handles.append(parameter.register_post_accumulate_grad_hook(self._take(name)))
+                handles.append(parameter.register_post_accumulate_grad_hook(self._take(name)))  # type: ignore[no-untyped-call]
         try:
             yield
         finally:

@@ -265,7 +265,8 @@ class Alignment:
             one, two = self.student.logits(mine, expert), self.teachers.logits(other, expert)
             return logit_loss(one, two, form=self.options.logit, temperature=self.options.temperature).sum()
 
-        pairs = zip(final.split(POSITIONS), own_final.split(POSITIONS), strict=True)
+        edges = [(at, at + POSITIONS) for at in range(0, len(final), POSITIONS)]
+        pairs = [(final[start:stop], own_final[start:stop]) for start, stop in edges]
         if len(final) <= POSITIONS:
             return part(final, own_final) / len(final)
         # Logits of all positions would take more memory than the model: each part's are made again on the way back.

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from mixmerge.cli.plan import print_plan
-from mixmerge.cli.show import byte_progress, emit_json, size, warn
+from mixmerge.cli.show import byte_progress, emit_json, loss_progress, size, warn
 
 
 def merge(
@@ -61,7 +61,10 @@ def merge(
     if plan.remote:
         with byte_progress("downloading", quiet=quiet) as progress:
             plan = fetch_for(plan, out, overwrite=overwrite, device=device, progress=progress)
-    with byte_progress("merging", quiet=quiet) as progress:
+    with (
+        loss_progress("learning", quiet=quiet) as learning,
+        byte_progress("merging", quiet=quiet) as progress,
+    ):
         merged = run(
             plan,
             out,
@@ -71,7 +74,11 @@ def merge(
             threads=threads,
             verify_inputs=verify,
             progress=progress,
+            learning=learning,
         )
+    noticed = merged.learned.warnings if merged.learned else ()
+    if not quiet:
+        warn(noticed)
     if json:
         emit_json(
             {
@@ -82,7 +89,7 @@ def merge(
                 "bytes_written": plan.bytes_written,
                 "tensors": len(plan.tasks),
                 "resumed": merged.resumed,
-                "warnings": list(plan.warnings),
+                "warnings": [*plan.warnings, *noticed],
             }
         )
         return

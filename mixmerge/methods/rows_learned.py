@@ -58,7 +58,7 @@ _EXPERT = (
     _number("weight_decay", 1e-5, "of AdamW"),
     _number("period", 50, "steps between cosine warm restarts", 1, _MANY),
     _number("clip", 1.0, "greatest norm of the gradient; 0 for no limit"),
-    _number("gamma", 5.0, "times the mean distance of coefficients from their start"),
+    _number("regulariser", 5.0, "times the mean distance of coefficients from their start (gamma)"),
     _IMPORTANCE,
     _choice("hidden_layers", "all", "whose hidden states are aligned", "all", "last", "none"),
     _choice("hidden_loss", "mean", "of squares (released), or their sum (paper)", "mean", "sum"),

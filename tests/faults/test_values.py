@@ -67,7 +67,8 @@ def recipe_of(kit: Any, case: str, folders: list[Path]) -> Path:
 
 
 def test_every_method_has_a_case() -> None:
-    assert {case.partition(",")[0] for case in CASES} == METHODS.keys()
+    plain = {name for name, row in METHODS.items() if not row.needs_data}
+    assert {case.partition(",")[0] for case in CASES} == plain
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -196,7 +196,7 @@ def test_expert_merging_comes_nearer_to_the_experts(
         "base_model": str(made.base),
         "models": [{"model": str(expert)} for expert in made.experts],
         "calibration": {"data": str(data), "max_examples": 16},
-        "parameters": {"steps": 15, "gamma": 0.0},
+        "parameters": {"steps": 15, "regulariser": 0.0},
     }
     merge(recipe, tmp_path / "out")
     learned = learned_of(tmp_path / "out")
