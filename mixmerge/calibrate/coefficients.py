@@ -189,8 +189,8 @@ def heat_map(coefficients: Coefficients, *, title: str = "") -> bytes:
     learned = [value for rows in coefficients.weights.values() for row in rows for value in row]
     low, high = min(learned), max(learned)
     width = min(2.2 + 0.32 * len(kinds), 9.0)
-    across = max(1, min(count, int(18 // width)))
-    down = -(-count // across)
+    down = -(-count // max(1, min(count, int(18 // width))))
+    across = -(-count // down)
     height = 1.9 + 0.24 * len(layers)
     figure = Figure(figsize=(width * across + 1.2, height * down + 0.4), layout="constrained")
     FigureCanvasAgg(figure)
@@ -202,7 +202,7 @@ def heat_map(coefficients: Coefficients, *, title: str = "") -> bytes:
             continue
         shown = _panel(axis, cells, kinds, layers, number, (low, high if high > low else low + 1e-6))
         axis.set_title(_short(coefficients.experts[number]), fontsize=9)
-    figure.colorbar(shown, ax=axes, label="coefficient", shrink=0.8)
+    figure.colorbar(shown, ax=axes, label="coefficient", shrink=0.5)
     figure.suptitle(title or f"{coefficients.method}: coefficients by layer and expert", fontsize=10)
     buffer = io.BytesIO()
     with matplotlib.rc_context({"hatch.linewidth": 0.4}):

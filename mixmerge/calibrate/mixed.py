@@ -8,11 +8,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mixmerge.calibrate.coefficients import Layout
-from mixmerge.calibrate.deltas import Deltas, pieces
+from mixmerge.calibrate.deltas import PIECE, Deltas, pieces
 from mixmerge.methods.coefficients import bounds
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+def _blocks(rows: Tensor, table: Tensor) -> Iterator[Tensor]:
+    """Row numbers in blocks that hold no more elements than a piece."""
+    length = max(1, PIECE // max(1, table.shape[1]))
+    for start in range(0, len(rows), length):
+        yield rows[start : start + length]
 
 
 @dataclass
@@ -68,11 +75,11 @@ class Mixed:
     def _add(self, name: str, gradient: Tensor) -> None:
         rows, used = self.layout.rows[name], self.used_rows.get(name)
         if used is not None and len(rows) == 1:
-            _, delta = self.deltas.read_rows(name, used)
-            wanted = gradient[used.to(gradient.device)].float().reshape(-1)
-            self.gradient[rows[0]] += (
-                (delta.reshape(len(delta), -1).to(wanted.device) @ wanted).double().cpu()
-            )
+            for block in _blocks(used, gradient):
+                _, delta = self.deltas.read_rows(name, block)
+                wanted = gradient[block.to(gradient.device)].float().reshape(-1)
+                products = delta.reshape(len(delta), -1).to(wanted.device) @ wanted
+                self.gradient[rows[0]] += products.double().cpu()
             return
         flat = gradient.reshape(-1)
         for row, (first, last) in zip(rows, bounds(flat.numel(), len(rows)), strict=True):
@@ -99,9 +106,10 @@ class Mixed:
     def _build(self, name: str, coefficients: Tensor, used: Tensor | None) -> None:
         target = self.parameters[name]
         if used is not None and len(coefficients) == 1:
-            base, delta = self.deltas.read_rows(name, used)
-            mixed = coefficients[0] @ delta.reshape(len(delta), -1)
-            target.data[used.to(target.device)] = (base + mixed.reshape(base.shape)).to(target)
+            for block in _blocks(used, target):
+                base, delta = self.deltas.read_rows(name, block)
+                mixed = coefficients[0] @ delta.reshape(len(delta), -1)
+                target.data[block.to(target.device)] = (base + mixed.reshape(base.shape)).to(target)
             return
         # A parameter that is no contiguous block cannot be written through a view of it.
         whole = target.data if target.is_contiguous() else target.data.contiguous()
