@@ -23,8 +23,8 @@ from mixmerge.plan import Plan, Task, make_plan
 
 TORCH = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 DTYPES = ("bfloat16", "float16", "float32")
+DATALESS = [name for name, row in METHODS.items() if not row.needs_data]
 State = dict[str, Tensor]
-FUSED = [name for name, row in METHODS.items() if row.kernel and not row.needs_data]
 
 # Shapes around the blocks of 4096 and the chunks of 5000 that these tests use; rows of one, odd rows.
 SHAPES: dict[str, tuple[int, ...]] = {
@@ -221,7 +221,7 @@ def test_every_variant(models: Any, method: str, shared: dict[str, Any], dtype: 
 
 
 @pytest.mark.usefixtures("small_chunks")
-@pytest.mark.parametrize("method", FUSED)
+@pytest.mark.parametrize("method", DATALESS)
 @pytest.mark.parametrize("asked", [{}, {"out_dtype": "float16"}, {"dtype": "bfloat16"}], ids=str)
 def test_inputs_of_several_dtypes(models: Any, method: str, asked: dict[str, str]) -> None:
     folder, _ = models("float32", "bfloat16", "float16", "bfloat16")
@@ -233,7 +233,7 @@ def test_inputs_of_several_dtypes(models: Any, method: str, asked: dict[str, str
 
 
 @pytest.mark.parametrize("asked", [{}, {"out_dtype": "float64"}], ids=str)
-@pytest.mark.parametrize("method", FUSED)
+@pytest.mark.parametrize("method", DATALESS)
 def test_float64(models: Any, method: str, asked: dict[str, str]) -> None:
     dtype = "float32" if asked else "float64"
     folder, states = models(dtype)
@@ -330,7 +330,7 @@ def test_real_chunks_and_any_number_of_threads(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("dtype", "bad"), [("bfloat16", float("nan")), ("float16", float("inf")), ("float32", -float("inf"))]
 )
-@pytest.mark.parametrize("method", FUSED)
+@pytest.mark.parametrize("method", DATALESS)
 def test_inputs_that_are_not_finite(tmp_path: Path, method: str, dtype: str, bad: float, fused: bool) -> None:
     for name in ("base", "expert0", "expert1"):
         state = {"a": torch.ones(40, 50), "b": torch.ones(9000)}

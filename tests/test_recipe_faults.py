@@ -16,10 +16,8 @@ models:
 """
 LINEAR = "{merge_method: linear, models: [{model: a}, {model: b}], parameters: {weight: 0.5}}"
 KEYS = "Known: base_model, calibration, coefficients, dtype, merge_method, models, out_dtype, output, parameters, seed."
-METHODS = (
-    "Known: adamerging, adamerging_plus, breadcrumbs, breadcrumbs_ties, dare_linear, dare_ties, della, "
-    "della_linear, expert_merging, expert_merging_plus, linear, passthrough, slerp, task_arithmetic, ties."
-)
+METHODS = f"Known: {', '.join(sorted(TABLE))}."
+ANY = f"Known: {', '.join(sorted({each.name for row in TABLE.values() for each in row.parameters}))}."
 OF_TIES = "Known: agg, density, lambda, normalize, rescale, scope, weight."
 
 
@@ -101,8 +99,7 @@ TOP: dict[str, list[str]] = {
         f"merge_method (line 1): no merge method is called 'tie'. Did you mean 'ties'? {METHODS}"
     ],
     "models: [{model: a, parameters: {wieght: .inf, density: 7, t: x}}]": [
-        "models[0].parameters.wieght (line 1): unknown parameter 'wieght'. Did you mean 'weight'? "
-        f"Known: {', '.join(sorted({one.name for row in TABLE.values() for one in row.parameters}))}.",
+        f"models[0].parameters.wieght (line 1): unknown parameter 'wieght'. Did you mean 'weight'? {ANY}",
         "models[0].parameters.t (line 1): expected a number, got 'x'.",
         f"merge_method: the recipe names no merge method. {METHODS}",
     ],

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mixmerge.cli.plan import print_plan
 from mixmerge.cli.show import byte_progress, emit_json, loss_progress, size, warn
+
+if TYPE_CHECKING:
+    from mixmerge.engine.merge import Merged
 
 
 def merge(
@@ -76,22 +79,24 @@ def merge(
             progress=progress,
             learning=learning,
         )
-    noticed = merged.learned.warnings if merged.learned else ()
     if not quiet:
-        warn(noticed)
+        warn(merged.notes)
     if json:
-        emit_json(
-            {
-                "path": str(out),
-                "plan": plan.hash,
-                "seconds": merged.seconds,
-                "bytes_read": plan.bytes_read,
-                "bytes_written": plan.bytes_written,
-                "tensors": len(plan.tasks),
-                "resumed": merged.resumed,
-                "warnings": [*plan.warnings, *noticed],
-            }
-        )
+        emit_json(_facts(merged))
         return
     resumed = f", {merged.resumed} of them by an earlier run" if merged.resumed else ""
     print(f"{out}: {len(plan.tasks)} tensors{resumed}, {size(plan.bytes_written)} in {merged.seconds:.1f} s")
+
+
+def _facts(merged: Merged) -> dict[str, Any]:
+    plan = merged.plan
+    return {
+        "path": str(merged.path),
+        "plan": plan.hash,
+        "seconds": merged.seconds,
+        "bytes_read": plan.bytes_read,
+        "bytes_written": plan.bytes_written,
+        "tensors": len(plan.tasks),
+        "resumed": merged.resumed,
+        "warnings": [*plan.warnings, *merged.notes],
+    }

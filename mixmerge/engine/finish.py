@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from mixmerge import __version__
 from mixmerge.checkpoint.header import read_header
 from mixmerge.checkpoint.identity import content, digest, fingerprint
 from mixmerge.checkpoint.reader import read_json
+from mixmerge.engine.calibrating import Data, card_section, manifest_entry
 from mixmerge.engine.heads import FOLDER as HEADS
 from mixmerge.engine.heads import WEIGHTS
 from mixmerge.engine.output import Output
@@ -33,7 +34,14 @@ _COPIED = (
 _VERSIONED = ("numpy", "numba", "safetensors")
 
 
-def add_files(output: Output, plan: Plan, fingerprints: Mapping[str, Any]) -> None:
+def add_files(
+    output: Output,
+    plan: Plan,
+    fingerprints: Mapping[str, Any],
+    *,
+    data: Data | None = None,
+    notes: Sequence[str] = (),
+) -> None:
     """Config, tokenizer, generation config, index, recipe, manifest and model card."""
     donor = plan.models[plan.donor].path
     output.add("config.json", json.dumps(plan.config, indent=2) + "\n")
@@ -46,8 +54,11 @@ def add_files(output: Output, plan: Plan, fingerprints: Mapping[str, Any]) -> No
         targets = [task.target for task in plan.tasks]
         output.add("model.safetensors.index.json", index_json(targets, list(plan.shards)))
     output.add(RECIPE, plan.text)
-    output.add(MANIFEST, json.dumps(manifest(plan, fingerprints), indent=2, ensure_ascii=False) + "\n")
-    output.add(CARD, card(plan))
+    facts = manifest(plan, fingerprints)
+    if data is not None:
+        facts["calibration"] = manifest_entry(plan, data, notes)
+    output.add(MANIFEST, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+    output.add(CARD, card(plan, data))
 
 
 def manifest(plan: Plan, fingerprints: Mapping[str, Any]) -> dict[str, Any]:
@@ -73,7 +84,7 @@ def manifest(plan: Plan, fingerprints: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def card(plan: Plan) -> str:
+def card(plan: Plan, data: Data | None = None) -> str:
     """A model card: where the model is from, in the hub's front matter and in words."""
     bases = "\n".join(f"- {json.dumps(str(model.ref))}" for model in plan.models)
     listed = "\n".join(f"- `{model.ref}`" for model in plan.models)
@@ -81,6 +92,7 @@ def card(plan: Plan) -> str:
     heads = "".join(f"- `{HEADS}/{head.expert}`: of `{plan.models[head.model].ref}`\n" for head in plan.heads)
     if heads:
         heads = f"\n## Heads\n\nEach expert's own, not merged; a request says which one it is for.\n\n{heads}"
+    shown = "" if data is None else card_section(plan, data)
     return f"""---
 base_model:
 {bases}
@@ -100,7 +112,7 @@ Made by mixmerge {__version__} with **{plan.method.name}**:
 
 Config and tokenizer are those of `{plan.models[plan.donor].ref}`. Fingerprints of the inputs are in
 `{MANIFEST}`.
-{heads}
+{heads}{shown}
 ## Recipe
 
 ```yaml

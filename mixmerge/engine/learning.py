@@ -6,10 +6,10 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mixmerge.checkpoint.files import Files
+from mixmerge.engine.calibrating import Data, experts_of
 from mixmerge.engine.output import Output
 from mixmerge.engine.reading import read_tensor
 from mixmerge.engine.streams import FileDeltas, Thresholds, tensor_cuts
@@ -19,7 +19,6 @@ from mixmerge.methods.coefficients import FILE, Coefficients, read_coefficients
 from mixmerge.plan import Plan, Task
 from mixmerge.plan.replay import weighted
 from mixmerge.plan.report import CHUNK
-from mixmerge.recipe import inputs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,21 +29,9 @@ HEAT_MAP = "mixmerge_coefficients.png"
 LearningProgress = Callable[[int, int, float], None]
 
 
-def needs_learning(plan: Plan) -> bool:
-    """Whether coefficients have to be learned: the method learns, and the recipe names none."""
-    return bool(plan.method.learner) and plan.recipe.coefficients is None
-
-
-def data_stamps(plan: Plan) -> list[tuple[str, int, int]]:
-    """Path, size and time of the files of rows: of other rows, other coefficients are learned."""
-    calibration = plan.recipe.calibration
-    found = [calibration.data, *calibration.per_expert.values()] if calibration else []
-    files = [path for source in found if source and (path := Path(source)).is_file()]
-    return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-
-
 def with_learned(
     plan: Plan,
+    data: Data,
     output: Output,
     files: Files,
     *,
@@ -62,7 +49,7 @@ def with_learned(
     if kept is not None:
         learned = read_coefficients(kept.decode(), where=str(output.partial / FILE))
     else:
-        learned = learn_coefficients(plan, files, device=device, threads=threads, progress=progress)
+        learned = learn_coefficients(plan, data, files, device=device, threads=threads, progress=progress)
         inputs_ = {name: found["fingerprint"] for name, found in fingerprints.items()}
         learned = dataclasses.replace(learned, hashes={"inputs": inputs_, **learned.hashes})
         output.keep(FILE, learned.to_json().encode())
@@ -83,6 +70,7 @@ def draw(output: Output, learned: Coefficients) -> None:
 
 def learn_coefficients(
     plan: Plan,
+    data: Data,
     files: Files,
     *,
     device: str = "cpu",
@@ -92,7 +80,8 @@ def learn_coefficients(
     """Learn the coefficients of a plan.
 
     Args:
-        plan: of a method with a learner, and a recipe with calibration data.
+        plan: of a method with a learner.
+        data: rows of every expert.
         files: open files of the inputs.
         device: where the model is.
         threads: for what is read of the whole model before.
@@ -110,8 +99,8 @@ def learn_coefficients(
     tasks = [task for task in plan.tasks if not task.copied]
     if not tasks:
         raise MethodError(Fault("models", "no tensor is merged, so there is nothing to learn"))
-    experts = [entry.model for entry in inputs(plan.recipe, plan.method)]
-    rows = [_rows(plan, calibration.source(expert), str(expert)) for expert in experts]
+    experts = [plan.models[number].ref for number in experts_of(plan)]
+    rows = [_ordered(data.rows[number], plan.recipe.seed) for number in experts_of(plan)]
     model, tokenizer = _load(plan, device)
     deltas = FileDeltas(tasks, adapters, cuts=_cuts(plan, tasks, files, adapters, threads))
     parameters, same = _parameters(model, tasks)
@@ -177,17 +166,9 @@ def _digest(rows: Sequence[Row]) -> str:
     return hashlib.sha256(json.dumps([row.digest for row in rows]).encode()).hexdigest()
 
 
-def _rows(plan: Plan, source: str | None, expert: str) -> tuple[Row, ...]:
-    """The rows of one expert, in an order drawn by the seed: files are often sorted by class."""
-    from mixmerge.calibrate.rows import read_rows, sample_rows
-
-    calibration = plan.recipe.calibration
-    if calibration is None or source is None:
-        raise MethodError(Fault("calibration", f"{expert} has no data"))
-    rows = sample_rows(
-        read_rows(source, split=calibration.split), calibration.max_examples, seed=plan.recipe.seed
-    )
-    keys = {row: hashlib.sha256(f"order:{plan.recipe.seed}:{row.digest}".encode()).digest() for row in rows}
+def _ordered(rows: Sequence[Row], seed: int) -> tuple[Row, ...]:
+    """Rows in an order drawn by the seed: files are often sorted by class."""
+    keys = {row: hashlib.sha256(f"order:{seed}:{row.digest}".encode()).digest() for row in rows}
     return tuple(sorted(rows, key=keys.__getitem__))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,12 @@ from typing import Any
 from mixmerge import __version__
 from mixmerge.checkpoint.files import Files, opened
 from mixmerge.checkpoint.identity import canonical_hash
+from mixmerge.engine.calibrating import Calibrated, cache_folder, calibrated, forget, read_data
 from mixmerge.engine.copying import copy
 from mixmerge.engine.finish import add_files, input_fingerprints, verify
 from mixmerge.engine.heads import add_heads
 from mixmerge.engine.kernels import Context
-from mixmerge.engine.learning import LearningProgress, data_stamps, draw, needs_learning, with_learned
+from mixmerge.engine.learning import LearningProgress, draw, with_learned
 from mixmerge.engine.output import Output, check_target
 from mixmerge.engine.schedule import Job, Schedule
 from mixmerge.engine.worker import Adapters, Worker, chunk_length
@@ -43,13 +44,15 @@ class Merged:
         plan: what was done.
         seconds: from plan to renamed folder.
         resumed: output tensors an earlier, killed run had finished.
-        learned: the coefficients, if the method learned some in this run.
+        notes: what was found on the way that a person should know.
+        learned: the coefficients, if the method learned some in this run or before it was killed.
     """
 
     path: Path
     plan: Plan
     seconds: float
     resumed: int
+    notes: tuple[str, ...] = ()
     learned: Coefficients | None = None
 
 
@@ -152,34 +155,38 @@ def run(
     check_target(plan, out, overwrite=overwrite)
     stamps = _stamps(plan)
     fingerprints = input_fingerprints(plan, every_byte=verify_inputs)
-    identity = canonical_hash([__version__, plan.hash, plan.text, fingerprints, stamps, device, kernels])
-    if needs_learning(plan):
-        identity = canonical_hash([identity, data_stamps(plan)])
+    data = read_data(plan)
+    rows = [] if data is None else [data.digests]
+    identity = canonical_hash(
+        [__version__, plan.hash, plan.text, fingerprints, stamps, device, kernels, *rows]
+    )
     fused = kernels and device == "cpu" and bool(plan.method.kernel)
     with Output(plan, out, identity=identity, overwrite=overwrite) as output, opened() as files:
         resumed = len(output.finished)
-        learned = None
-        if needs_learning(plan):
+        found, learned = Calibrated(), None
+        if data is not None and plan.method.statistics:
+            found = calibrated(plan, data, cache_folder(out), fingerprints=fingerprints, device=device)
+        if data is not None and plan.method.learner:
             plan, learned = with_learned(
-                plan,
-                output,
-                files,
-                device=device,
-                threads=count,
-                fingerprints=fingerprints,
-                progress=learning,
-            )
+                plan, data, output, files,
+                device=device, threads=count, fingerprints=fingerprints, progress=learning,
+            )  # fmt: skip
+            found.notes.extend(learned.warnings)
         if resumed < len(plan.tasks):
-            _tensors(plan, output, files, fused=fused, device=device, threads=count, progress=progress)
+            _tensors(
+                plan, output, files,
+                fused=fused, device=device, threads=count, statistics=found.statistics, progress=progress,
+            )  # fmt: skip
         output.flush()
         _check_unchanged(stamps, _stamps(plan))
-        add_files(output, plan, fingerprints)
+        add_files(output, plan, fingerprints, data=data, notes=found.notes)
         add_heads(output, plan, files)
         if learned is not None:
             draw(output, learned)
         verify(output.partial, plan)
         output.publish()
-    return Merged(out, plan, time.perf_counter() - began, resumed, learned)
+    forget(out)
+    return Merged(out, plan, time.perf_counter() - began, resumed, tuple(found.notes), learned)
 
 
 def _check_device(device: str) -> None:
@@ -224,7 +231,8 @@ def _tensors(
     fused: bool,
     device: str,
     threads: int,
-    progress: Progress | None,
+    statistics: Callable[[Task], Mapping[str, Sequence[Any]]] | None = None,
+    progress: Progress | None = None,
 ) -> None:
     from mixmerge.engine.group import wide
     from mixmerge.engine.plain import plain
@@ -251,7 +259,7 @@ def _tensors(
 
         passes = load(plan.method.sketch)()
         sketch = sketched(passes, plan, tasks, workers, files=files, adapters=adapters, device=device)
-    context = Context(plan, write, cuts, sketch)
+    context = Context(plan, write, cuts, sketch, statistics)
     written = sum(task.target.nbytes for task in plan.tasks if task.target.name in output.finished)
     total = sum(task.target.nbytes for task in plan.tasks)
 

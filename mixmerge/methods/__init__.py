@@ -6,9 +6,11 @@ the file of rows of its family.
 
 from __future__ import annotations
 
-from mixmerge.methods import rows_learned, rows_plain
+from mixmerge.methods import rows_learned, rows_plain, rows_statistics
 from mixmerge.methods.records import ANY, REQUIRED, Method, Parameter, Role, Value
 
 __all__ = ["ANY", "METHODS", "REQUIRED", "Method", "Parameter", "Role", "Value"]
 
-METHODS: dict[str, Method] = {row.name: row for row in (*rows_plain.ROWS, *rows_learned.ROWS)}
+METHODS: dict[str, Method] = {
+    row.name: row for row in (*rows_plain.ROWS, *rows_statistics.ROWS, *rows_learned.ROWS)
+}

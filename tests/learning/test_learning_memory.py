@@ -16,6 +16,7 @@ LEARN = """
 import json, sys, threading, time
 import torch
 from mixmerge.checkpoint.files import opened
+from mixmerge.engine.calibrating import read_data
 from mixmerge.engine.learning import learn_coefficients
 from mixmerge.plan import make_plan
 import transformers.models.llama.modeling_llama
@@ -39,7 +40,7 @@ thread = threading.Thread(target=watch)
 thread.start()
 plan = make_plan(json.loads(sys.argv[1]))
 with opened() as files:
-    learned = learn_coefficients(plan, files)
+    learned = learn_coefficients(plan, read_data(plan), files)
 going = False
 thread.join()
 print(json.dumps({"before": before, "peak": peak, "losses": learned.losses}))

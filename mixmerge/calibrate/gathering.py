@@ -1,0 +1,321 @@
+"""Running an expert over its rows and adding up what the methods need to know of it.
+
+Padding is never counted, and how rows are put into batches changes nothing but the rounding.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from mixmerge.calibrate.accumulators import Facts, Kind, Statistics, added
+from mixmerge.calibrate.batches import Batch, Task, make_batches
+from mixmerge.calibrate.loading import LoadedExpert
+from mixmerge.calibrate.rows import Row
+from mixmerge.errors import Fault, MixmergeError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_PIECE = 8192  # tokens whose products are added in float32 before the sum in float64 takes them
+
+
+@dataclass(frozen=True)
+class Measure:
+    """How rows are shown to a model; the fields of the recipe's ``calibration`` of the same names."""
+
+    max_tokens: int = 512
+    batch_size: int = 8
+    layout: Literal["padded", "packed"] = "padded"
+    seed: int = 0
+
+    def settings(self, kind: Kind) -> dict[str, Any]:
+        """What decides the share of a row."""
+        shown = {"max_tokens": self.max_tokens, "layout": self.layout}
+        return {**shown, "seed": self.seed} if kind == "fisher" else shown
+
+
+def gather(
+    expert: LoadedExpert,
+    rows: Sequence[Row],
+    kind: Kind,
+    *,
+    fingerprint: str,
+    measure: Measure = Measure(),
+    wanted: Collection[str] | None = None,
+) -> Statistics:
+    """The statistics of an expert on its rows.
+
+    Args:
+        expert: loaded, with its tokenizer.
+        rows: what it is shown. A row that is too short to say anything adds nothing.
+        kind: see ``Facts``. ``gram`` and ``second_moment`` are of the inputs of its linear maps.
+        fingerprint: of the model, to be kept with the sums.
+        measure: how rows are shown.
+        wanted: names of the tensors to gather for; None is all there are.
+
+    Raises:
+        MixmergeError: no tokenizer, no usable row; for ``fisher``, a model without logits that say something; sums
+            that are not finite.
+    """
+    if expert.tokenizer is None:
+        raise MixmergeError(Fault(expert.name, "has no tokenizer, so it cannot be shown text"))
+    if kind == "fisher" and expert.kind == "other":
+        what = f"is a {type(expert.model).__name__}: it predicts neither a token nor a class"
+        raise MixmergeError(Fault(expert.name, what, "A causal language model or a sequence classifier"))
+    task: Task = "causal" if expert.kind == "causal" else "classifier"
+    batches = make_batches(
+        rows,
+        expert.tokenizer,
+        task=task,
+        max_tokens=min(measure.max_tokens, _context(expert.model)),
+        batch_size=1 if kind == "fisher" else measure.batch_size,
+        layout=measure.layout,
+        order="length",
+    )
+    sums = _Sums(wanted)
+    if kind == "fisher":
+        _fisher(expert, batches, rows, measure.seed, sums)
+    else:
+        _activations(expert, batches, kind, sums)
+    wrong = sorted(name for name, value in sums.values.items() if not value.isfinite().all())
+    if wrong:
+        what = f"gives statistics that are not finite, of {wrong[0]} for one"
+        raise MixmergeError(
+            Fault(expert.name, what, run="Check the expert: it has NaN or overflows on this data")
+        )
+    used = tuple(sorted({rows[at].digest for batch in batches for at in batch.rows}))
+    facts = Facts(kind, fingerprint, measure.settings(kind), used, sums.counts, sums.same)
+    return Statistics(facts, sums.values)
+
+
+def extend(
+    statistics: Statistics, expert: LoadedExpert, rows: Sequence[Row], *, measure: Measure = Measure()
+) -> Statistics:
+    """The statistics with the rows that are not in them yet; those that are, are not run again.
+
+    Raises:
+        MixmergeError: as ``gather`` and ``added``.
+    """
+    known = set(statistics.facts.rows)
+    new = [row for row in rows if row.digest not in known]
+    if not new:
+        return statistics
+    facts = statistics.facts
+    wanted = {*facts.counts, *facts.same}
+    more = gather(expert, new, facts.kind, fingerprint=facts.model, measure=measure, wanted=wanted)
+    return added(statistics, more)
+
+
+@dataclass
+class _Sums:
+    """Sums in the making."""
+
+    wanted: Collection[str] | None
+    values: dict[str, Tensor] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+    same: dict[str, str] = field(default_factory=dict)
+
+    def wants(self, name: str) -> bool:
+        return self.wanted is None or name in self.wanted
+
+    def add(self, name: str, value: Tensor, count: int) -> None:
+        if name in self.values:
+            self.values[name] += value
+        else:
+            self.values[name] = value
+        self.counts[name] = self.counts.get(name, 0) + count
+
+
+def _context(model: Any) -> int:
+    """Tokens a model takes at most; positions beyond have no embedding."""
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return int(most) if isinstance(most, int) and most > 0 else 1 << 30
+
+
+def linear_maps(model: Any) -> dict[str, Any]:
+    """The modules that multiply by a matrix, by the name of its tensor; without a head over a vocabulary."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return {
+        f"{name}.weight": module
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear | Conv1D) and module is not head
+    }
+
+
+def real_inputs(value: Tensor, mask: Tensor) -> Tensor | None:
+    """The inputs of a linear map that belong to real tokens, (tokens, n); None if that cannot be told.
+
+    Args:
+        value: (B, L, n), (B x L, n), or (B, n) of one vector for a line, such as a pooler's.
+        mask: (B, L).
+    """
+    lines, length = mask.shape
+    width = value.shape[-1]
+    if value.dim() == 3 and value.shape[:2] == mask.shape:
+        return value[mask.bool()]
+    flat = value.reshape(-1, width)
+    if flat.shape[0] == lines * length and value.dim() == 2:
+        return flat[mask.bool().reshape(-1)]
+    if flat.shape[0] == lines:
+        return flat
+    return flat if bool(mask.all()) else None
+
+
+def _activations(expert: LoadedExpert, batches: Sequence[Batch], kind: Kind, sums: _Sums) -> None:
+    import torch
+
+    model = expert.model
+    maps = {name: module for name, module in linear_maps(model).items() if sums.wants(name)}
+    device = str(next(model.parameters()).device)
+    state = _Watch(kind, sums)
+    with _hooked(maps, state.see), torch.no_grad():
+        for batch in batches:
+            moved = batch.to(device)
+            state.mask, state.last = moved.attention_mask, None
+            model(**moved.inputs())
+            state.first = False
+    for name in state.unclear:
+        # Tokens were mixed up before they came here, and some of them were padding.
+        sums.values.pop(name, None)
+        sums.counts.pop(name, None)
+
+
+@dataclass
+class _Watch:
+    """What is added up each time a linear map is about to work."""
+
+    kind: Kind
+    sums: _Sums
+    mask: Any = None
+    last: tuple[Any, str] | None = None
+    first: bool = True
+    unclear: set[str] = field(default_factory=set)
+
+    def see(self, name: str, value: Tensor) -> None:
+        if self.last is not None and self.last[0] is value:
+            if self.first and name not in self.sums.counts:
+                self.sums.same[name] = self.last[1]
+            if name in self.sums.same:
+                return
+        elif name in self.sums.same:
+            self.unclear.add(name)
+            return
+        self.last = (value, name)
+        inputs = real_inputs(value.detach(), self.mask)
+        if inputs is None:
+            self.unclear.add(name)
+        else:
+            self.sums.add(name, _second(inputs, self.kind), len(inputs))
+
+
+def _second(inputs: Tensor, kind: Kind) -> Tensor:
+    """Sum of x xᵀ, (n, n), or of its diagonal, (n,), in float64; float32 products of a few thousand tokens."""
+    import torch
+
+    width = inputs.shape[-1]
+    shape = (width, width) if kind == "gram" else (width,)
+    total = torch.zeros(shape, dtype=torch.float64, device=inputs.device)
+    for piece in torch.split(inputs, _PIECE):
+        part = piece if piece.dtype == torch.float64 else piece.float()
+        total += part.T @ part if kind == "gram" else part.double().square().sum(0)
+    return total.cpu()
+
+
+@contextmanager
+def _hooked(maps: dict[str, Any], see: Callable[[str, Any], None]) -> Iterator[None]:
+    """Call ``see`` with a name and the input, before each of the modules works."""
+
+    def hook_of(name: str) -> Callable[[Any, tuple[Any, ...]], None]:
+        return lambda module, arguments: see(name, arguments[0])
+
+    handles = [module.register_forward_pre_hook(hook_of(name)) for name, module in maps.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _fisher(
+    expert: LoadedExpert, batches: Sequence[Batch], rows: Sequence[Row], seed: int, sums: _Sums
+) -> None:
+    """Squared gradients of single lines: a sum over lines or classes before the square would keep cross terms."""
+    import torch
+
+    model = expert.model
+    named = {name: value for name, value in model.named_parameters() if sums.wants(name)}
+    device = str(next(model.parameters()).device)
+    for value in named.values():
+        value.requires_grad_(True)
+    try:
+        for batch in batches:
+            moved = batch.to(device)
+            if expert.kind == "causal" and not moved.loss_mask[:, 1:].any():
+                continue  # the answer was cut off
+            logits = model(**moved.inputs()).logits.float()
+            if expert.kind == "causal":
+                generator = _generator(seed, [rows[at].digest for at in batch.rows])
+                terms = [(_drawn(logits, moved.loss_mask, generator), 1.0)]
+            else:
+                terms = _classes(logits[0], model.config)
+            for number, (value, factor) in enumerate(terms):
+                gradients = torch.autograd.grad(
+                    value, list(named.values()), retain_graph=number < len(terms) - 1, allow_unused=True
+                )
+                for name, gradient in zip(named, gradients, strict=True):
+                    if gradient is not None:
+                        sums.add(name, gradient.float().square().mul_(factor).cpu(), 0)
+            for name in named:
+                sums.counts[name] = sums.counts.get(name, 0) + 1
+    finally:
+        model.requires_grad_(False)
+    if not sums.counts:
+        raise MixmergeError(
+            Fault(expert.name, "no row has a token to predict", "Longer max_tokens, or other rows")
+        )
+    for name, value in named.items():
+        sums.values.setdefault(name, torch.zeros(value.shape, dtype=torch.float32))
+
+
+def _generator(seed: int, digests: Sequence[str]) -> Any:
+    """Draws that depend on the seed and the row, not on what else there is."""
+    import torch
+
+    words = hashlib.sha256(f"{seed}:{':'.join(digests)}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(words[:8], "big") >> 1)
+
+
+def _drawn(logits: Tensor, loss_mask: Tensor, generator: Any) -> Tensor:
+    """Log-likelihood of one line whose scored tokens are drawn from the model itself.
+
+    The draws of two places are independent and each has a score of mean zero, so the square of the sum has the
+    expectation of the sum of the squares: one backward pass gives an unbiased Fisher of all places.
+
+    Shapes:
+        logits ``(1, L, vocabulary)``, loss_mask ``(1, L)``.
+    """
+    import torch
+
+    scores = torch.log_softmax(logits[0, :-1][loss_mask[0, 1:]], -1)
+    drawn = torch.multinomial(scores.detach().exp().cpu(), 1, generator=generator).to(scores.device)
+    return scores.gather(1, drawn).sum()
+
+
+def _classes(logits: Tensor, config: Any) -> list[tuple[Tensor, float]]:
+    """(what to differentiate, its factor): the exact expectation over the model's own labels of one line."""
+    import torch
+
+    if getattr(config, "problem_type", None) == "multi_label_classification":
+        chances = torch.sigmoid(logits.detach())
+        return [(logits[k], float(chances[k] * (1 - chances[k]))) for k in range(len(logits))]
+    if len(logits) == 1:  # a regression: a normal variable of variance one around the output
+        return [(logits[0], 1.0)]
+    scores = torch.log_softmax(logits, -1)
+    return [(scores[k], float(scores[k].detach().exp())) for k in range(len(scores))]

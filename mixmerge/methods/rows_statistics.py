@@ -1,0 +1,82 @@
+"""Rows of the closed forms that need statistics of calibration data."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from mixmerge.methods.records import ANY, Method, Parameter
+from mixmerge.methods.rows_plain import ROWS as PLAIN
+
+_WEIGHT = Parameter("weight", "number", "input", 1.0, "how much the expert counts", 0.0)
+_REGMEAN = Method(
+    name="regmean",
+    function="mixmerge.methods.statistics:regmean",
+    takes="experts",
+    parameters=(
+        _WEIGHT,
+        Parameter(
+            "alpha", "number", "merge", 0.9, "factor on what is off a Gram matrix's diagonal", 0.0, 1.0
+        ),
+        Parameter("ridge", "number", "merge", 1e-6, "share of the mean energy added to the diagonal", 0.0),
+    ),
+    base="input",
+    inputs=(1, ANY),
+    summary="linear maps whose outputs are nearest to every expert's on its own data, by least squares",
+    paper="Dataless Knowledge Fusion (RegMean), arXiv:2212.09849",
+    roles=True,
+    statistics="gram",
+    differentiable=False,
+)
+_TIES = next(row for row in PLAIN if row.name == "ties")
+
+ROWS = (
+    Method(
+        name="fisher",
+        function="mixmerge.methods.statistics:fisher",
+        takes="experts",
+        parameters=(
+            _WEIGHT,
+            Parameter(
+                "normalize_fisher", "bool", "merge", True, "divide each Fisher by its norm", constant=True
+            ),
+            Parameter("floor", "number", "merge", 1e-6, "added to every entry of a Fisher", 0.0),
+        ),
+        base="input",
+        inputs=(1, ANY),
+        summary="average of each entry by how much an expert's predictions depend on it",
+        paper="Merging Models with Fisher-Weighted Averaging, arXiv:2111.09832",
+        statistics="fisher",
+        differentiable=False,
+    ),
+    _REGMEAN,
+    Method(
+        name="activation_ties",
+        function="mixmerge.methods.statistics:activation_ties",
+        takes="deltas",
+        parameters=(
+            Parameter("weight", "number", "expert", 1.0, "mixing coefficient"),
+            Parameter("density", "number", "expert", 1.0, "share of each delta that is kept", 0.0, 1.0),
+            Parameter("elect", "bool", "merge", True, "elect a sign for each entry; false: a weighted sum"),
+            *(
+                parameter
+                for name in ("normalize", "agg", "rescale", "lambda")
+                if (parameter := _TIES.parameter(name))
+            ),
+        ),
+        base="required",
+        inputs=(1, ANY),
+        summary="TIES that keeps the entries which change the activations most",
+        paper="ours: the score of Wanda, arXiv:2306.11695, in TIES-Merging, arXiv:2306.01708",
+        roles=True,
+        statistics="second_moment",
+        differentiable=False,
+    ),
+)
+
+REGMEAN_PLUS = replace(
+    _REGMEAN,
+    name="regmean_plus",
+    summary="RegMean, block by block, on the activations of the model merged so far",
+    paper="RegMean++, arXiv:2508.03121",
+    statistics="gram_sequential",
+)
