@@ -67,13 +67,14 @@ class Schedule:
         return found
 
 
-def grouped(parts: Iterator[tuple[Callable[[], Tensor], int]], most: int = TOKENS) -> Iterator[Tensor]:
+def grouped(parts: Iterator[tuple[Callable[[], Tensor], int]], most: int | None = None) -> Iterator[Tensor]:
     """Sums of losses, each of no more than ``most`` tokens unless one part has more.
 
     Args:
         parts: (what computes a loss, its tokens).
-        most: tokens whose activations are there at once.
+        most: tokens whose activations are there at once; ``TOKENS`` without.
     """
+    most = TOKENS if most is None else most
     total: Tensor | None = None
     tokens = 0
     for compute, count in parts:

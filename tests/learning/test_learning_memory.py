@@ -20,6 +20,9 @@ from mixmerge.engine.calibrating import read_data
 from mixmerge.engine.learning import learn_coefficients
 from mixmerge.plan import make_plan
 import transformers.models.llama.modeling_llama
+from mixmerge.calibrate import objectives
+
+objectives.TOKENS = 1  # activations of one expert's batch at a time, however many experts there are
 
 torch.set_num_threads(1)
 torch.ones(8, 8, requires_grad=True).sum().backward()
