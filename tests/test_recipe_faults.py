@@ -15,7 +15,7 @@ models:
   - {model: b, parameters: {weight: 0.5, density: 0.4}}
 """
 LINEAR = "{merge_method: linear, models: [{model: a}, {model: b}], parameters: {weight: 0.5}}"
-KEYS = "Known: base_model, calibration, dtype, merge_method, models, out_dtype, output, parameters, seed."
+KEYS = "Known: base_model, calibration, coefficients, dtype, merge_method, models, out_dtype, output, parameters, seed."
 METHODS = f"Known: {', '.join(sorted(TABLE))}."
 NAMES = sorted({parameter.name for row in TABLE.values() for parameter in row.parameters})
 OF_TIES = "Known: agg, density, lambda, normalize, rescale, scope, weight."

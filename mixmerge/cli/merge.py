@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mixmerge.cli.plan import print_plan
-from mixmerge.cli.show import byte_progress, emit_json, size, warn
+from mixmerge.cli.show import byte_progress, emit_json, loss_progress, size, warn
+
+if TYPE_CHECKING:
+    from mixmerge.engine.merge import Merged
 
 
 def merge(
@@ -61,7 +64,10 @@ def merge(
     if plan.remote:
         with byte_progress("downloading", quiet=quiet) as progress:
             plan = fetch_for(plan, out, overwrite=overwrite, device=device, progress=progress)
-    with byte_progress("merging", quiet=quiet) as progress:
+    with (
+        loss_progress("learning", quiet=quiet) as learning,
+        byte_progress("merging", quiet=quiet) as progress,
+    ):
         merged = run(
             plan,
             out,
@@ -71,22 +77,26 @@ def merge(
             threads=threads,
             verify_inputs=verify,
             progress=progress,
+            learning=learning,
         )
     if not quiet:
         warn(merged.notes)
     if json:
-        emit_json(
-            {
-                "path": str(out),
-                "plan": plan.hash,
-                "seconds": merged.seconds,
-                "bytes_read": plan.bytes_read,
-                "bytes_written": plan.bytes_written,
-                "tensors": len(plan.tasks),
-                "resumed": merged.resumed,
-                "warnings": [*plan.warnings, *merged.notes],
-            }
-        )
+        emit_json(_facts(merged))
         return
     resumed = f", {merged.resumed} of them by an earlier run" if merged.resumed else ""
     print(f"{out}: {len(plan.tasks)} tensors{resumed}, {size(plan.bytes_written)} in {merged.seconds:.1f} s")
+
+
+def _facts(merged: Merged) -> dict[str, Any]:
+    plan = merged.plan
+    return {
+        "path": str(merged.path),
+        "plan": plan.hash,
+        "seconds": merged.seconds,
+        "bytes_read": plan.bytes_read,
+        "bytes_written": plan.bytes_written,
+        "tensors": len(plan.tasks),
+        "resumed": merged.resumed,
+        "warnings": [*plan.warnings, *merged.notes],
+    }

@@ -36,6 +36,33 @@ def size(count: float) -> str:
 
 
 @contextmanager
+def loss_progress(title: str, *, quiet: bool) -> Iterator[Callable[[int, int, float], None] | None]:
+    """A bar with steps, the loss and the time left on stderr, from the first step on; None when nobody is there."""
+    if quiet or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    loss = TextColumn("loss {task.fields[loss]:.4g}")
+    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), loss, TimeRemainingColumn())
+    progress = Progress(*columns, console=Console(stderr=True), transient=True)
+
+    def update(done: int, total: int, now: float) -> None:
+        if not progress.tasks:
+            progress.start()
+            progress.add_task(title, total=total, loss=now)
+        progress.update(progress.task_ids[0], completed=done, total=total, loss=now)
+        if done == total:
+            progress.stop()
+
+    try:
+        yield update
+    finally:
+        progress.stop()
+
+
+@contextmanager
 def byte_progress(title: str, *, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
     """A bar with bytes, rate and time left on stderr; None when nobody is there to see it."""
     if quiet or not sys.stderr.isatty():

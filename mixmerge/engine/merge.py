@@ -17,12 +17,14 @@ from mixmerge.engine.copying import copy
 from mixmerge.engine.finish import add_files, input_fingerprints, verify
 from mixmerge.engine.heads import add_heads
 from mixmerge.engine.kernels import Context
+from mixmerge.engine.learning import LearningProgress, draw, with_learned
 from mixmerge.engine.output import Output, check_target
 from mixmerge.engine.schedule import Job, Schedule
 from mixmerge.engine.worker import Adapters, Worker, chunk_length
 from mixmerge.errors import CheckpointError, DependencyError, Fault, MethodError
 from mixmerge.kernels.layout import WIDTHS
 from mixmerge.machine import cores
+from mixmerge.methods.coefficients import Coefficients
 from mixmerge.plan import Plan, Task, fetch, make_plan
 from mixmerge.plan.report import CHUNK
 from mixmerge.recipe import Recipe
@@ -44,6 +46,7 @@ class Merged:
         seconds: from plan to renamed folder.
         resumed: output tensors an earlier, killed run had finished.
         notes: what was found on the way that a person should know.
+        learned: the coefficients, if the method learned some in this run or before it was killed.
     """
 
     path: Path
@@ -51,6 +54,7 @@ class Merged:
     seconds: float
     resumed: int
     notes: tuple[str, ...] = ()
+    learned: Coefficients | None = None
 
 
 def default_threads() -> int:
@@ -70,6 +74,7 @@ def merge(
     verify_inputs: bool = False,
     progress: Progress | None = None,
     downloading: Progress | None = None,
+    learning: LearningProgress | None = None,
 ) -> Merged:
     """Merge models into a folder that ``from_pretrained`` loads.
 
@@ -86,6 +91,7 @@ def merge(
         progress: called with (bytes written, bytes in all) after every tensor.
         downloading: called with (bytes downloaded, bytes in all), from several threads, where inputs are
             on the Hugging Face hub and not in its cache.
+        learning: called with (steps done, steps in all, loss) where coefficients are learned.
 
     Raises:
         RecipeError: anything wrong with recipe or inputs, all at once, before any weight is read or
@@ -104,6 +110,7 @@ def merge(
         threads=threads,
         verify_inputs=verify_inputs,
         progress=progress,
+        learning=learning,
     )
 
 
@@ -132,6 +139,7 @@ def run(
     threads: int | None = None,
     verify_inputs: bool = False,
     progress: Progress | None = None,
+    learning: LearningProgress | None = None,
 ) -> Merged:
     """Carry a plan out; arguments as in ``merge``."""
     began = time.perf_counter()
@@ -156,9 +164,15 @@ def run(
     fused = kernels and device == "cpu" and bool(plan.method.kernel)
     with Output(plan, out, identity=identity, overwrite=overwrite) as output, opened() as files:
         resumed = len(output.finished)
-        found = Calibrated()
+        found, learned = Calibrated(), None
         if data is not None and plan.method.statistics:
             found = calibrated(plan, data, cache_folder(out), fingerprints=fingerprints, device=device)
+        if data is not None and plan.method.learner:
+            plan, learned = with_learned(
+                plan, data, output, files,
+                device=device, threads=count, fingerprints=fingerprints, progress=learning,
+            )  # fmt: skip
+            found.notes.extend(learned.warnings)
         if resumed < len(plan.tasks):
             _tensors(
                 plan, output, files,
@@ -168,10 +182,12 @@ def run(
         _check_unchanged(stamps, _stamps(plan))
         add_files(output, plan, fingerprints, data=data, notes=found.notes)
         add_heads(output, plan, files)
+        if learned is not None:
+            draw(output, learned)
         verify(output.partial, plan)
         output.publish()
     forget(out)
-    return Merged(out, plan, time.perf_counter() - began, resumed, tuple(found.notes))
+    return Merged(out, plan, time.perf_counter() - began, resumed, tuple(found.notes), learned)
 
 
 def _check_device(device: str) -> None:
@@ -253,7 +269,7 @@ def _tensors(
     def job_of(task: Task) -> Job:
         if task.copied:
             return copy(plan, task, files, output)
-        if kernel is not None and not wide(task):
+        if kernel is not None and not wide(task) and not task.chunks:
             return kernel(context, task)
         return plain(context, task, files=files, adapters=adapters, device=device)
 

@@ -111,6 +111,7 @@ class Output:
         self.partial = self.out.parent / f".{self.out.name}.mixmerge-partial"
         self._old = self.out.parent / f".{self.out.name}.mixmerge-old"
         self.finished: set[str] = set()
+        self._kept: set[str] = set()
         self._folder = -1
         self._shards: list[int] = []
         self._journal = -1
@@ -166,8 +167,8 @@ class Output:
                     with contextlib.suppress(OSError):
                         self._flush()
                 journal = self.partial / _JOURNAL
-                kept = _believed(journal.read_bytes(), self._identity)[0] if journal.exists() else set()
-                if not (resumable and kept):
+                content = journal.read_bytes() if journal.exists() else b""
+                if not (resumable and any(_believed(content, self._identity)[:2])):
                     shutil.rmtree(self.partial)
         self._close()
 
@@ -211,10 +212,10 @@ class Output:
     def _read_journal(self) -> None:
         path = self.partial / _JOURNAL
         content = path.read_bytes() if path.exists() else b""
-        self.finished, length = _believed(content, self._identity)
+        self.finished, self._kept, length = _believed(content, self._identity)
         if not all(_is_whole(self.partial, shard) for shard in self.plan.shards):
-            self.finished = set()
-        if not self.finished:
+            self.finished, self._kept = set(), set()
+        if not self.finished and not self._kept:
             for entry in self.partial.iterdir():
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
             self._check_room()
@@ -298,6 +299,21 @@ class Output:
         except OSError as error:
             raise _fault(self.partial / name, error) from error
 
+    def keep(self, name: str, content: bytes) -> None:
+        """Write a file that took long to make, and note it in the journal: the same merge, killed, has it again."""
+        self.add(name, content)
+        try:
+            _sync(self.partial / name)
+            _sync(self.partial)
+            os.write(self._journal, _line({"file": name}))
+            os.fsync(self._journal)
+        except OSError as error:
+            raise _fault(self.partial / name, error) from error
+
+    def kept(self, name: str) -> bytes | None:
+        """What an earlier run of the same merge kept under this name."""
+        return (self.partial / name).read_bytes() if name in self._kept else None
+
     def flush(self) -> None:
         """Put every byte on the disk and note it in the journal, after the last write."""
         # The kernel reports a failed write-back once: what the other thread was told counts here too.
@@ -345,20 +361,23 @@ def _line(value: object) -> bytes:
     return json.dumps(value).encode() + b"\n"
 
 
-def _believed(journal: bytes, identity: str) -> tuple[set[str], int]:
-    """The tensors a journal vouches for, and how many of its bytes are to be kept; none if it is of another merge."""
+def _believed(journal: bytes, identity: str) -> tuple[set[str], set[str], int]:
+    """The tensors and files a journal vouches for, and how many of its bytes are to be kept: of another merge, none."""
     lines = journal.split(b"\n")[:-1]  # the rest a kill cut short
     if not lines or lines[0] + b"\n" != _line(identity):
-        return set(), 0
+        return set(), set(), 0
     finished: set[str] = set()
+    files: set[str] = set()
     length = len(lines[0]) + 1
     for line in lines[1:]:
         try:
-            finished.update(json.loads(line))
-        except (ValueError, TypeError):  # a power cut can leave anything behind
+            noted = json.loads(line)
+            files.update([noted["file"]] if isinstance(noted, dict) else [])
+            finished.update([] if isinstance(noted, dict) else noted)
+        except (ValueError, TypeError, KeyError):  # a power cut can leave anything behind
             break
         length += len(line) + 1
-    return finished, length
+    return finished, files, length
 
 
 def _is_whole(folder: Path, shard: Shard) -> bool:

@@ -62,7 +62,7 @@ def _merged(context: Context, task: Task, files: Files, adapters: Adapters, devi
         base=inputs.base if method.base == "required" else None,
         parameters=listed(task),
         draw=Draw(plan.recipe.seed, task.target.name) if method.stochastic else None,
-        cuts=None if context.cuts is None else _thresholds(context.cuts[task.target.name]),
+        cuts=None if context.cuts is None else thresholds(context.cuts[task.target.name]),
         role=task.role,
         sketch=context.sketch,
         statistics=context.statistics(task) if context.statistics else None,
@@ -72,12 +72,28 @@ def _merged(context: Context, task: Task, files: Files, adapters: Adapters, devi
 
 def listed(task: Task) -> dict[str, object]:
     """The task's parameters, as the definitions take them."""
-    return {
+    values: dict[str, object] = {
         name: list(value) if isinstance(value, tuple) else value for name, value in task.parameters.items()
     }
+    if task.chunks:
+        values["weight"] = _by_element(task)
+    return values
 
 
-def _thresholds(limits: Sequence[Cut]) -> list[tuple[float, int]]:
+def _by_element(task: Task) -> list[torch.Tensor]:
+    """The weight of each expert at each element, in float64: chunks are slices of the row-major tensor."""
+    import torch
+
+    from mixmerge.methods.coefficients import bounds
+
+    lengths = [stop - start for start, stop in bounds(math.prod(task.target.shape), len(task.chunks))]
+    columns = torch.tensor(task.chunks, dtype=torch.float64).T
+    repeats = torch.tensor(lengths)
+    return [column.repeat_interleave(repeats).reshape(task.target.shape) for column in columns]
+
+
+def thresholds(limits: Sequence[Cut]) -> list[tuple[float, int]]:
+    """Cuts as the definitions take them: keep above the value, or at it before an index."""
     values = np.array([cut.low_bits for cut in limits], np.uint32).view(np.float32)
     return [
         (float(value) if cut.low_bits < 0x7F800000 else float("inf"), cut.low_index + 1)

@@ -6,10 +6,16 @@ the file of rows of its family.
 
 from __future__ import annotations
 
-from mixmerge.methods import rows_masks, rows_plain, rows_spectral, rows_statistics
+from mixmerge.methods import rows_learned, rows_masks, rows_plain, rows_spectral, rows_statistics
 from mixmerge.methods.records import ANY, REQUIRED, Method, Parameter, Role, Value
 
 __all__ = ["ANY", "METHODS", "REQUIRED", "Method", "Parameter", "Role", "Value"]
 
-_FAMILIES = (rows_plain.ROWS, rows_masks.ROWS, rows_spectral.ROWS, rows_statistics.ROWS)
+_FAMILIES = (
+    rows_plain.ROWS,
+    rows_masks.ROWS,
+    rows_spectral.ROWS,
+    rows_statistics.ROWS,
+    rows_learned.ROWS,
+)
 METHODS: dict[str, Method] = {row.name: row for rows in _FAMILIES for row in rows}

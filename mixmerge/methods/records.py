@@ -27,6 +27,7 @@ class Parameter:
         choices: allowed words of a choice.
         constant: the value may not change from tensor to tensor (it steers a whole-model statistic).
         position: the number is the position of one of the experts, from 0.
+        learning: it steers how coefficients are learned; the definition does not take it.
         doc: one line for tables and errors.
     """
 
@@ -40,6 +41,7 @@ class Parameter:
     choices: tuple[str, ...] = ()
     constant: bool = False
     position: bool = False
+    learning: bool = False
 
 
 def misplaced(value: float, count: int) -> str:

@@ -20,6 +20,7 @@ from mixmerge.plan.heads import head_notes, kept_heads, outside_of, trunks
 from mixmerge.plan.layers import depths, layer_of
 from mixmerge.plan.layout import Wanted, lay_out
 from mixmerge.plan.model import Model, Plan, Source, Target, Task
+from mixmerge.plan.replay import replayed
 from mixmerge.recipe import (
     ModelRef,
     Parsed,
@@ -78,6 +79,7 @@ def make_plan(
     targets, shards = lay_out(wanted, recipe.output.shard_size)
     kind = str(models[donor].config.get("model_type", ""))
     tasks = _tasks(recipe, method, groups, targets, kind, faults)
+    tasks = replayed(recipe, method, tasks, faults, warnings)
     _check_scope(tasks, faults)
     if faults:
         raise RecipeError(faults)
@@ -280,6 +282,7 @@ def _hash(plan: Plan) -> str:
                 for source in _inputs_of(task)
             ],
             "parameters": task.parameters,
+            **({"chunks": task.chunks} if task.chunks else {}),
         }
         for task in plan.tasks
     ]  # fmt: skip

@@ -97,6 +97,8 @@ class Task:
         parameters: the method's values for this tensor: one for parameters ``per`` merge, else a tuple with
             one for each source.
         role: what the tensor is for.
+        chunks: weights of several contiguous slices of the row-major tensor, one for each source; empty if the
+            parameter ``weight`` is that of the whole.
     """
 
     target: Target
@@ -105,6 +107,7 @@ class Task:
     copied: bool
     parameters: dict[str, Value | tuple[Value, ...]]
     role: Role = "other"
+    chunks: tuple[tuple[float, ...], ...] = ()
 
 
 @dataclass(frozen=True)

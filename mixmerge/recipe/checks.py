@@ -131,6 +131,8 @@ def _required(draft: Draft, report: Report) -> None:
         name = parameter.name
         if parameter.default != REQUIRED or name in draft.settings:
             continue
+        if name == "weight" and draft.node("coefficients").value is not None:
+            continue
         if parameter.per == "merge":
             what = f"{method.name} needs {name} ({parameter.doc})"
             report.fault(draft.node("parameters", name), what, run=f"Add {name} to the top-level parameters")

@@ -26,6 +26,7 @@ from mixmerge.methods import METHODS, Method, Parameter
 from mixmerge.recipe.calibration import read_calibration
 from mixmerge.recipe.checks import Draft, DraftEntry, check, check_models
 from mixmerge.recipe.references import ModelRef, read_ref
+from mixmerge.recipe.replay import read_replay
 from mixmerge.recipe.schema import (
     DTYPES,
     MAX_SEED,
@@ -49,7 +50,7 @@ RECIPE = Kind(
 )
 _KEYS = [
     *("merge_method", "models", "base_model", "parameters", "dtype", "out_dtype", "seed", "output"),
-    "calibration",
+    *("calibration", "coefficients"),
 ]
 _SHARED_TOKENIZER = "Remove it, and merge experts that share one tokenizer"
 _NOT_YET = {
@@ -134,7 +135,10 @@ def _recipe(top: dict[str, Node], report: Report, refs: list[tuple[str, ModelRef
     draft = Draft(method, base, entries, settings, top) if method else None
     if draft:
         check(draft, report)
-    calibration = read_calibration(top, method, draft.experts() if draft else None, report)
+    coefficients = read_replay(top, method, report)
+    calibration = None
+    if coefficients is None:
+        calibration = read_calibration(top, method, draft.experts() if draft else None, report)
     dtype, out_dtype = _dtype(top, "dtype", report), _dtype(top, "out_dtype", report)
     seed, output = _seed(top, report), _output(top, report)
     if report.faulty:
@@ -154,6 +158,7 @@ def _recipe(top: dict[str, Node], report: Report, refs: list[tuple[str, ModelRef
         seed=seed,
         output=output,
         calibration=calibration,
+        coefficients=coefficients,
     )
 
 

@@ -147,6 +147,8 @@ def _entry_values(
         value = _evaluate(entry.parameters.get(parameter.name), name, position)
         if value is None:
             value = _evaluate(recipe.parameters.get(parameter.name), name, position)
+        if value is None and parameter.name == "weight" and recipe.coefficients is not None:
+            value = 0.0  # the plan puts in what was learned
         if value is None and parameter.default == REQUIRED:
             at = next((at for at, listed in enumerate(recipe.models) if listed.model == entry.model), None)
             where = "base_model" if at is None else f"models[{at}].parameters"

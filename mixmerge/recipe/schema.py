@@ -66,6 +66,7 @@ class Recipe(_Frozen):
     seed: int = Field(default=0, ge=0, le=MAX_SEED)
     output: Output = Output()
     calibration: Calibration | None = None
+    coefficients: str | None = None
 
 
 @dataclass(frozen=True)
@@ -159,6 +160,8 @@ def canonical(recipe: Recipe) -> dict[str, Any]:
     plain["output"] = {"shard_size": recipe.output.shard_size}
     if recipe.calibration is not None:
         plain["calibration"] = recipe.calibration.canonical()
+    if recipe.coefficients is not None:
+        plain["coefficients"] = recipe.coefficients
     return plain
 
 

@@ -1,0 +1,292 @@
+"""The learners by name: from a model, its experts' deltas and their rows of data to coefficients."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from mixmerge.calibrate.batches import Batch, make_batches
+from mixmerge.calibrate.coefficients import CoefficientSpace
+from mixmerge.calibrate.deltas import Deltas, pieces
+from mixmerge.calibrate.learning import Learned, Learning, Objective, Progress, learn
+from mixmerge.calibrate.loading import Kind, kind_of
+from mixmerge.calibrate.mixed import Mixed
+from mixmerge.calibrate.objectives import Alignment, AlignmentOptions, Entropy, Schedule, chunk_counts
+from mixmerge.calibrate.rows import Row
+from mixmerge.calibrate.students import (
+    ClassifierStudent,
+    LanguageStudent,
+    check_language_model,
+    choice_batches,
+    choice_logits,
+    expert_head,
+)
+from mixmerge.calibrate.teachers import Teachers
+from mixmerge.errors import Fault, MethodError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """Everything a learner works on.
+
+    Args:
+        model: of transformers, on its device, in evaluation mode; its weights are overwritten.
+        tokenizer: of the base.
+        parameters: tensors of the model by the names of the deltas.
+        deltas: of the experts.
+        rows: of each expert, in the order they are taken.
+        labels: of the experts, for errors and notes.
+        start: by tensor, the coefficient of each expert before the first step.
+        frozen: tensors that keep it.
+        heads: of each expert, the tensors of its classifier's head, which is not merged.
+        options: the method's values, by their names in a recipe.
+        max_tokens, batch_size, layout: of the data, as in ``make_batches``.
+        seed: of the recipe.
+        gathers: whether single rows of a tensor of this name can be read.
+        scratch: folder for the experts' states; removed by whoever made it. The system's own without.
+    """
+
+    model: Any
+    tokenizer: Any
+    parameters: Mapping[str, Tensor]
+    deltas: Deltas
+    rows: Sequence[Sequence[Row]]
+    labels: Sequence[str]
+    start: Mapping[str, Sequence[float]]
+    frozen: frozenset[str]
+    heads: Sequence[Mapping[str, Tensor]]
+    options: Mapping[str, Any]
+    max_tokens: int = 512
+    batch_size: int = 8
+    layout: Literal["padded", "packed"] = "padded"
+    seed: int = 0
+    gathers: Callable[[str], bool] = lambda name: False
+    scratch: Path | None = None
+
+    def number(self, name: str) -> float:
+        return float(self.options[name])
+
+    @property
+    def kind(self) -> Kind:
+        """What the model's outputs are."""
+        return kind_of(type(self.model).__name__)
+
+
+def _batch_size(lesson: Lesson) -> tuple[int, int]:
+    """Rows of a batch, and batches of each expert in a step."""
+    rows = int(lesson.number("rows"))
+    size = min(lesson.batch_size, rows)
+    return size, -(-rows // size)
+
+
+def _batches(lesson: Lesson, size: int) -> list[tuple[Batch, ...]]:
+    task: Literal["causal", "classifier"] = "classifier" if lesson.kind == "classifier" else "causal"
+    return [
+        make_batches(
+            rows,
+            lesson.tokenizer,
+            task=task,
+            max_tokens=lesson.max_tokens,
+            batch_size=size,
+            layout=lesson.layout,
+        )
+        for rows in lesson.rows
+    ]
+
+
+def _headless(lesson: Lesson, what: str) -> MethodError:
+    name = type(lesson.model).__name__
+    allowed = "A classifier, or a language model and rows with choices"
+    return MethodError(Fault("base_model", f"{name} has no head, and {what}", allowed))
+
+
+def entropy(lesson: Lesson, *, progress: Progress | None = None) -> Learned:
+    """AdaMerging: minimise the entropy of what the merged model predicts on each expert's rows.
+
+    Raises:
+        MethodError: a model without a head, a language model whose rows have no choices, and what ``learn`` raises.
+    """
+    size, each = _batch_size(lesson)
+    if lesson.kind == "causal":
+        found = [
+            choice_batches(rows, lesson.tokenizer, max_tokens=lesson.max_tokens, batch_size=size)
+            for rows in lesson.rows
+        ]
+        shown = [[one.batch for one in choices] for choices in found]
+
+        def predict(expert: int, number: int) -> Tensor:
+            return choice_logits(lesson.model, found[expert][number])
+
+    elif lesson.kind == "classifier":
+        shown = [list(batches) for batches in _batches(lesson, size)]
+        predict = ClassifierStudent(lesson.model, lesson.heads, shown).predict
+    else:
+        raise _headless(lesson, "the entropy is that of its predictions")
+    schedule = Schedule(tuple(map(len, shown)), each, lesson.seed)
+    objective = Entropy(
+        predict, [[batch.tokens for batch in part] for part in shown], schedule, lesson.labels
+    )
+    task = lesson.options["granularity"] == "task"
+    space = CoefficientSpace(
+        granularity="expert" if task else "tensor",
+        start=lesson.start,
+        clamp=lesson.options["clamp"],
+        frozen=_globs(lesson.frozen),
+    )
+    learning = Learning(
+        steps=int(lesson.number("steps")),
+        learning_rate=lesson.number("learning_rate"),
+        seed=lesson.seed % 2**63,
+    )
+    return _learn(lesson, objective, space, learning, shown, progress)
+
+
+def alignment(lesson: Lesson, *, progress: Progress | None = None) -> Learned:
+    """Expert Merging: make the merged model's hidden states and logits those of each expert, on its own rows.
+
+    With the option ``budget``, a second run gives more coefficients to tensors that mattered in the first.
+
+    Raises:
+        MethodError: a model without a head, and what ``learn`` raises.
+        OutputError: no room for the experts' states.
+    """
+    if lesson.kind == "other":
+        raise _headless(lesson, "alignment compares logits")
+    size, each = _batch_size(lesson)
+    shown = _batches(lesson, size)
+    with tempfile.TemporaryDirectory(prefix="mixmerge-teachers-", dir=lesson.scratch) as folder:
+        objective = _alignment(lesson, shown, each, Path(folder))
+        space = CoefficientSpace(transform="sigmoid", start=lesson.start, frozen=_globs(lesson.frozen))
+        learning = Learning(
+            steps=int(lesson.number("steps")),
+            optimiser="adamw",
+            learning_rate=lesson.number("learning_rate"),
+            weight_decay=lesson.number("weight_decay"),
+            schedule="cosine",
+            period=int(lesson.number("period")),
+            clip=lesson.number("clip"),
+            regulariser=lesson.number("regulariser"),
+            seed=lesson.seed % 2**63,
+        )
+        first = _learn(lesson, objective, space, learning, shown, progress)
+        if "budget" not in lesson.options:
+            return first
+        chunks = chunk_counts(
+            l1_norms(lesson.deltas, list(first.layout.rows)),
+            first.weights,
+            budget=lesson.number("budget"),
+            kappa=lesson.number("kappa"),
+            least=int(lesson.number("least_chunks")),
+        )
+        dropped = frozenset(name for name, count in chunks.items() if count < 1)
+        space = dataclasses.replace(
+            space, granularity="chunk", chunks=chunks, frozen=_globs(lesson.frozen | dropped)
+        )
+        return _learn(lesson, objective, space, learning, shown, progress)
+
+
+def _alignment(lesson: Lesson, shown: Sequence[Sequence[Batch]], each: int, folder: Path) -> Alignment:
+    options, model = lesson.options, lesson.model
+    student: LanguageStudent | ClassifierStudent
+    if lesson.kind == "causal":
+        check_language_model(model)
+        student = LanguageStudent(model, shown)
+        weight = model.get_output_embeddings().weight
+        name = next((name for name, value in lesson.parameters.items() if value is weight), None)
+        head = expert_head(model, lesson.deltas, name)
+    else:
+        student = ClassifierStudent(model, lesson.heads, shown)
+        head = student.logits
+    depth = int(model.config.get_text_config().num_hidden_layers)
+    listed = {"all": tuple(range(1, depth + 1)), "last": (depth,), "none": ()}
+    layers = listed[str(options["hidden_layers"])]
+    teachers = Teachers(folder, layers, head)
+    everything = CoefficientSpace(granularity="expert", start=1.0).layout(
+        lesson.deltas.shapes, lesson.deltas.experts
+    )
+    mixed = Mixed(lesson.parameters, lesson.deltas, everything, {})
+    for expert in range(lesson.deltas.experts):
+        mixed.build(_one_hot(expert, lesson.deltas.experts), everything=True)
+        teachers.remember(expert, student, range(len(shown[expert])))
+    return Alignment(
+        student,
+        teachers,
+        [[batch.tokens for batch in part] for part in shown],
+        Schedule(tuple(map(len, shown)), each, lesson.seed),
+        AlignmentOptions(
+            layers=layers,
+            hidden=options["hidden_loss"],
+            hidden_weight=lesson.number("hidden_weight"),
+            logit=options["logit_loss"],
+            logit_weight=lesson.number("logit_weight"),
+            temperature=lesson.number("temperature"),
+            importance=tuple(map(float, options["importance"])),
+        ),
+    )
+
+
+def _one_hot(expert: int, experts: int) -> Tensor:
+    import torch
+
+    return torch.eye(experts, dtype=torch.float64)[expert : expert + 1]
+
+
+def l1_norms(deltas: Deltas, names: Sequence[str]) -> dict[str, list[float]]:
+    """By tensor, the L1 norm of each expert's delta."""
+    import torch
+
+    found = {}
+    for name in names:
+        total = torch.zeros(deltas.experts, dtype=torch.float64)
+        for start, stop in pieces(deltas, name):
+            total += deltas.read(name, start, stop)[1].abs().sum(1).double()
+        found[name] = total.tolist()
+    return found
+
+
+def _globs(names: frozenset[str]) -> tuple[str, ...]:
+    """Names as globs that match nothing else."""
+    return tuple(sorted(name.replace("[", "[[]") for name in names))
+
+
+def _learn(
+    lesson: Lesson,
+    objective: Objective,
+    space: CoefficientSpace,
+    learning: Learning,
+    shown: Sequence[Sequence[Batch]],
+    progress: Progress | None,
+) -> Learned:
+    return learn(
+        lesson.parameters,
+        lesson.deltas,
+        objective,
+        space,
+        learning=learning,
+        labels=lesson.labels,
+        used_rows=_used_rows(lesson, shown),
+        progress=progress,
+    )
+
+
+def _used_rows(lesson: Lesson, shown: Sequence[Sequence[Batch]]) -> dict[str, Tensor]:
+    """The rows of the token embedding that the data look up, if nothing else uses the table."""
+    import torch
+
+    table = lesson.model.get_input_embeddings().weight
+    head = getattr(lesson.model, "get_output_embeddings", lambda: None)()
+    name = next((name for name, value in lesson.parameters.items() if value is table), None)
+    if name is None or not lesson.gathers(name) or (head is not None and head.weight is table):
+        return {}
+    ids = torch.cat([batch.input_ids.reshape(-1) for part in shown for batch in part])
+    return {name: torch.unique(ids)}
+
+
+LEARNERS: dict[str, Callable[..., Learned]] = {"entropy": entropy, "alignment": alignment}

@@ -1,0 +1,279 @@
+"""Learned mixing coefficients: gradients by inner products, on a model that holds the merged weights.
+
+With W = W0 + sum_t a_t D_t, the gradient of a coefficient is the inner product of the weight's gradient with the
+expert's delta: dL/da_t = <dL/dW, D_t>. So autograd never sees an expert. A hook takes the products of a tensor's
+gradient as soon as it is there, streaming the deltas a piece at a time, and frees it: memory is one model, one
+tensor's gradient and one piece of each delta.
+
+After a step the weights are made anew from the base and the deltas as stored, not moved by the change of the
+coefficients: a delta is the difference of two stored tensors, so both read the same bytes, and this one cannot drift.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from mixmerge.calibrate.coefficients import CoefficientSpace, Layout
+from mixmerge.calibrate.deltas import Deltas, check_experts
+from mixmerge.calibrate.mixed import Mixed
+from mixmerge.errors import Fault, MethodError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.optim import Optimizer
+
+Progress = Callable[[int, int, float], None]
+
+
+class Objective(Protocol):
+    """What is minimised: the sum of the losses of a step, each a forward pass of its own."""
+
+    def losses(self, step: int) -> Iterator[Tensor]:
+        """The losses of one step, one at a time: each is sent backward before the next is asked for."""
+        ...
+
+    def notes(self) -> tuple[str, ...]:
+        """What a person should know about what was learned, such as a collapse."""
+        ...
+
+
+@dataclass(frozen=True)
+class Learning:
+    """How coefficients are learned.
+
+    Args:
+        steps: updates of the coefficients, at least 1.
+        optimiser: ``adam`` or ``adamw``; betas .9 and .999.
+        learning_rate: above 0.
+        weight_decay: at least 0.
+        schedule: ``constant``, or ``cosine``: cosine warm restarts, down to 0 over ``period`` steps.
+        period: steps between two restarts.
+        clip: greatest norm of the gradient of all free coefficients; 0 for no limit.
+        regulariser: times the mean distance of all free coefficients from their start.
+        patience: steps in a row without a finite gradient, or with twice the loss of the start, before it stops.
+        seed: of whatever in the model is random.
+    """
+
+    steps: int = 500
+    optimiser: Literal["adam", "adamw"] = "adam"
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.0
+    schedule: Literal["constant", "cosine"] = "constant"
+    period: int = 50
+    clip: float = 0.0
+    regulariser: float = 0.0
+    patience: int = 5
+    seed: int = 0
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step."""
+        if self.schedule == "constant":
+            return self.learning_rate
+        return self.learning_rate * (1 + math.cos(math.pi * (step % self.period) / self.period)) / 2
+
+
+@dataclass(frozen=True)
+class Learned:
+    """Coefficients and how they came to be; fields as in ``mixmerge.methods.coefficients.Coefficients``."""
+
+    weights: dict[str, tuple[tuple[float, ...], ...]]
+    layout: Layout
+    steps: int
+    kept: int
+    losses: tuple[float, ...]
+    skipped: int
+    stopped: str
+    warnings: tuple[str, ...]
+
+
+@dataclass
+class _Course:
+    """How the loss goes: what is best so far, and whether to go on."""
+
+    patience: int
+    losses: list[float]
+    free: Tensor
+    best_free: Tensor
+    best: float = math.inf
+    best_at: int = 0
+    level: float = math.nan
+    high: int = 0
+    skipped: int = 0
+    skipped_now: int = 0
+
+    def saw(self, loss: float, step: int) -> str:
+        """Note a finite loss, of the coefficients before their update; why to stop, or nothing."""
+        self.losses.append(loss)
+        self.level = loss if math.isnan(self.level) else 0.8 * self.level + 0.2 * loss
+        if self.level < self.best:
+            self.best, self.best_at = self.level, step
+            self.best_free.copy_(self.free)
+        self.high = self.high + 1 if self.level > 2 * abs(self.losses[0]) + 1e-6 else 0
+        return (
+            f"the loss rose to twice its start and stayed there ({loss:.4g})"
+            if self.high >= self.patience
+            else ""
+        )
+
+    def skip(self) -> str:
+        """Note a step without an update; why to stop, or nothing."""
+        self.skipped += 1
+        self.skipped_now += 1
+        return (
+            f"{self.skipped_now} steps in a row were not finite" if self.skipped_now >= self.patience else ""
+        )
+
+
+def learn(
+    parameters: Mapping[str, Tensor],
+    deltas: Deltas,
+    objective: Objective,
+    space: CoefficientSpace,
+    *,
+    learning: Learning,
+    labels: Sequence[str] = (),
+    used_rows: Mapping[str, Tensor] | None = None,
+    progress: Progress | None = None,
+) -> Learned:
+    """Learn mixing coefficients by gradient descent on an objective.
+
+    Source: AdaMerging (arXiv:2310.02575), for the parametrisation; the inner products are our own.
+
+    Args:
+        parameters: of the model the objective runs, by the names of the deltas. They are overwritten.
+        deltas: of the experts.
+        objective: what is minimised.
+        space: which coefficients there are, and where they start.
+        learning: how they are learned.
+        labels: of the experts, for errors.
+        used_rows: by name, the rows of embedding tables that the data look up, where nothing else uses the table.
+        progress: called after each step with (steps done, steps in all, loss).
+
+    Returns:
+        The coefficients after the last step. After a stop, or where the loss ended above its start, those with
+        the lowest loss, smoothed over a few steps.
+
+    Raises:
+        MethodError: experts that equal the base or each other, a model that has not every tensor, no step
+            with a finite gradient.
+    """
+    import torch
+
+    names = list(labels) or [f"expert {number + 1}" for number in range(deltas.experts)]
+    lacking = [name for name in deltas.shapes if name not in parameters]
+    if lacking:
+        what = f"has no parameter for {len(lacking)} merged tensors: {', '.join(lacking[:5])}"
+        raise MethodError(Fault("model", what))
+    layout = space.layout(deltas.shapes, deltas.experts)
+    check_experts(deltas, list(layout.rows), names)
+    torch.manual_seed(learning.seed)
+    free = space.free(layout.start).requires_grad_(True)
+    start = space.coefficients(free).detach().clone()
+    mixed = Mixed(parameters, deltas, layout, used_rows or {})
+    mixed.build(start, everything=True)
+    optimiser = _optimiser(free, learning)
+    course = _Course(learning.patience, [], free.detach(), free.detach().clone())
+    stopped, done = "", 0
+    with mixed.watched():
+        for step in range(learning.steps):
+            loss = _backward(objective, mixed, step)
+            stopped = _update(free, mixed, optimiser, course, space, learning, start, loss, step)
+            if stopped:
+                break
+            done = step + 1
+            mixed.build(space.coefficients(free.detach()))
+            if progress is not None:
+                progress(done, learning.steps, loss)
+    return _finish(space, layout, course, free.detach(), stopped, done, objective.notes())
+
+
+def _optimiser(free: Tensor, learning: Learning) -> Optimizer:
+    import torch
+
+    kind = torch.optim.Adam if learning.optimiser == "adam" else torch.optim.AdamW
+    return kind([free], lr=learning.learning_rate, betas=(0.9, 0.999), weight_decay=learning.weight_decay)
+
+
+def _backward(objective: Objective, mixed: Mixed, step: int) -> float:
+    """The loss of a step; its gradient is in ``mixed.gradient``. Not a number as soon as one part is not."""
+    mixed.gradient.zero_()
+    total = 0.0
+    for loss in objective.losses(step):
+        total += float(loss.detach())
+        if not math.isfinite(total):
+            return math.nan
+        loss.backward()  # type: ignore[no-untyped-call]
+    return total
+
+
+def _update(
+    free: Tensor,
+    mixed: Mixed,
+    optimiser: Optimizer,
+    course: _Course,
+    space: CoefficientSpace,
+    learning: Learning,
+    start: Tensor,
+    loss: float,
+    step: int,
+) -> str:
+    """Take one step, if loss and gradient are finite; why to stop, or nothing."""
+    import torch
+
+    if not (math.isfinite(loss) and torch.isfinite(mixed.gradient).all()):
+        return course.skip()
+    course.skipped_now = 0
+    stopped = course.saw(loss, step)
+    if stopped:
+        return stopped
+    values = space.coefficients(free)
+    distance = (values - start).abs().mean()
+    optimiser.zero_grad()
+    ((values * mixed.gradient).sum() + learning.regulariser * distance).backward()  # type: ignore[no-untyped-call]
+    if learning.clip > 0:
+        torch.nn.utils.clip_grad_norm_([free], learning.clip)
+    for group in optimiser.param_groups:
+        group["lr"] = learning.rate(step)
+    optimiser.step()
+    with torch.no_grad():
+        space.project(free)
+    return ""
+
+
+def _finish(
+    space: CoefficientSpace,
+    layout: Layout,
+    course: _Course,
+    free: Tensor,
+    stopped: str,
+    done: int,
+    notes: tuple[str, ...],
+) -> Learned:
+    if not course.losses:
+        what = "no step had a finite loss and gradient"
+        raise MethodError(
+            Fault("learning", what, run="Look at the rows of data, and start with smaller weights")
+        )
+    warnings, kept = list(notes), done
+    if stopped:
+        warnings.append(f"learning stopped after {done} steps: {stopped}; the best coefficients are kept")
+    elif course.level > course.losses[0]:
+        warnings.append("the loss did not fall; the best coefficients are kept")
+    if stopped or course.level > course.losses[0]:
+        free, kept = course.best_free, course.best_at
+    if course.skipped:
+        warnings.append(f"{course.skipped} steps were skipped: their loss or gradient was not finite")
+    values = space.coefficients(free).tolist()
+    return Learned(
+        layout.weights(values),
+        layout,
+        done,
+        kept,
+        tuple(course.losses),
+        course.skipped,
+        stopped,
+        tuple(warnings),
+    )

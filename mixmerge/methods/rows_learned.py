@@ -1,0 +1,134 @@
+"""Rows of the methods whose coefficients are learned from calibration data; their defaults are the published ones."""
+
+from __future__ import annotations
+
+from mixmerge.methods.records import ANY, Method, Parameter, Value
+
+_MANY = 1e6
+
+
+def _number(name: str, default: float, doc: str, low: float = 0.0, high: float = float("inf")) -> Parameter:
+    return Parameter(name, "number", "merge", default, doc, low, high, constant=True, learning=True)
+
+
+def _choice(name: str, default: Value, doc: str, *choices: str) -> Parameter:
+    return Parameter(name, "choice", "merge", default, doc, choices=choices, constant=True, learning=True)
+
+
+def _weight(default: float) -> Parameter:
+    return Parameter("weight", "number", "expert", default, "coefficient before the first step")
+
+
+def _learn(default: str) -> Parameter:
+    doc = "which tensors are learned: all, matrices of linear maps, none; the rest keeps its weight"
+    return Parameter(
+        "learn", "choice", "merge", default, doc, choices=("all", "linear", "none"), learning=True
+    )
+
+
+_IMPORTANCE = Parameter(
+    "importance", "number", "expert", 1.0, "factor on the loss of each expert (beta)", 0.0, learning=True
+)
+_PRECISION = _choice(
+    "precision", "float32", "of the model while it is learned", "float32", "bfloat16", "float16"
+)
+_CLAMP = _choice(
+    "clamp",
+    "project",
+    "keeps coefficients in [0, 1]: after the step, as released (dead: it never comes back), or not at all",
+    *("project", "dead", "none"),
+)
+_GRANULARITY = _choice(
+    "granularity", "layer", "one coefficient per tensor and expert, or per expert", "layer", "task"
+)
+_ADA = (
+    _GRANULARITY,
+    _CLAMP,
+    _learn("all"),
+    _number("steps", 500, "updates of the coefficients", 1, _MANY),
+    _number("rows", 16, "rows of each expert in a step; the released loop takes 32", 1, _MANY),
+    _number("learning_rate", 1e-3, "of Adam, betas .9 and .999"),
+    _PRECISION,
+)
+_EXPERT = (
+    _learn("linear"),
+    _number("steps", 50, "updates of the coefficients; the released run has about 7", 1, _MANY),
+    _number("rows", 8, "rows of each expert in a step", 1, _MANY),
+    _number("learning_rate", 0.5, "of AdamW on the coefficients' logits"),
+    _number("weight_decay", 1e-5, "of AdamW"),
+    _number("period", 50, "steps between cosine warm restarts", 1, _MANY),
+    _number("clip", 1.0, "greatest norm of the gradient; 0 for no limit"),
+    _number("regulariser", 5.0, "times the mean distance of coefficients from their start (gamma)"),
+    _IMPORTANCE,
+    _choice("hidden_layers", "all", "whose hidden states are aligned", "all", "last", "none"),
+    _choice("hidden_loss", "mean", "of squares (released), or their sum (paper)", "mean", "sum"),
+    _number("hidden_weight", 1.0, "factor on the hidden loss"),
+    _choice("logit_loss", "kl", "of the paper, or of the released code: equal gradients", "kl", "soft_ce"),
+    _number("logit_weight", 1.0, "factor on the logit loss"),
+    _number("temperature", 1.0, "of the logit loss", 1e-3, 1e3),
+    _PRECISION,
+)
+_PLUS = (
+    _number("budget", 1.0, "chunks in all, as a multiple of the tensors; paper: .9 to 1.2", 0.0, 1e4),
+    _number("kappa", 1.0, "exponent on a tensor's importance; its value is not published", 0.0, 10.0),
+    _number("least_chunks", 1, "of any tensor; 0 freezes those whose share is none", 0, 1),
+)
+_DENSITY = Parameter("density", "number", "expert", 0.2, "share of each delta that is kept", 0.0, 1.0)
+_SCOPE = Parameter(
+    "scope",
+    "choice",
+    "merge",
+    "model",
+    "where the magnitude threshold is taken: the whole delta (paper) or each tensor",
+    choices=("tensor", "model"),
+    constant=True,
+)
+_ADA_PAPER = "AdaMerging, arXiv:2310.02575"
+_EXPERT_PAPER = "Expert Merging, arXiv:2509.25712"
+
+
+def _row(name: str, *, learner: str, parameters: tuple[Parameter, ...], summary: str, paper: str) -> Method:
+    return Method(
+        name=name,
+        function=f"mixmerge.methods.learned:{name}",
+        takes="deltas",
+        parameters=parameters,
+        base="required",
+        inputs=(1, ANY),
+        summary=summary,
+        paper=paper,
+        kernel="" if name == "adamerging_plus" else "task_vectors",
+        learner=learner,
+    )
+
+
+ROWS = (
+    _row(
+        "adamerging",
+        learner="entropy",
+        parameters=(_weight(0.3), *_ADA),
+        summary="coefficients learned by the entropy of predictions on unlabeled rows",
+        paper=_ADA_PAPER,
+    ),
+    _row(
+        "adamerging_plus",
+        learner="entropy",
+        parameters=(_weight(0.3), _DENSITY, _SCOPE, *_ADA),
+        summary="AdaMerging of deltas trimmed and sign-elected as in TIES",
+        paper=_ADA_PAPER,
+    ),
+    _row(
+        "expert_merging",
+        learner="alignment",
+        parameters=(_weight(0.1), *_EXPERT),
+        summary="coefficients learned so that hidden states and logits follow each expert on its rows",
+        paper=_EXPERT_PAPER,
+    ),
+    _row(
+        "expert_merging_plus",
+        learner="alignment",
+        parameters=(_weight(0.1), *_EXPERT, *_PLUS),
+        summary="Expert Merging with more coefficients, by chunks, where they matter",
+        paper=_EXPERT_PAPER,
+    ),
+)
