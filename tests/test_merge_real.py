@@ -166,9 +166,9 @@ def test_encoders_from_packages_to_table(
     )
     sizes = suites.Sizes({"train": 64, "validation": 8, "test": 12}, 1, {}, (0, 0))
     two = (
-        entries.Entry("average", "linear", "", each={"weight": 1.0}),
+        entries.Entry("average", "linear", each={"weight": 1.0}),
         entries.Entry(
-            "task arithmetic", "task_arithmetic", "", each={"weight": 1.0}, sweep=("weight", (0.2, 0.4))
+            "task arithmetic", "task_arithmetic", each={"weight": 1.0}, sweep=("weight", (0.2, 0.4))
         ),
     )
     monkeypatch.setattr(page, "ENTRIES", two)
@@ -227,7 +227,7 @@ def test_generative_from_base_to_scores(
     suite = suites.make_generative(tmp_path, base, suites.Sizes({}, None, steps, (2, 2)), 0)
     assert suite.experts["words"] == f"{base}+{tmp_path / 'generative' / 'experts' / 'words'}"
     suites.run_experts(suite)
-    suites.run_entry(suite, entries.Entry("task arithmetic", "task_arithmetic", "", each={"weight": 0.5}))
+    suites.run_entry(suite, entries.Entry("task arithmetic", "task_arithmetic", each={"weight": 0.5}))
     found = json.loads((tmp_path / "generative" / "results" / "task-arithmetic-seed0.json").read_text())
     assert {name: len(right) for name, right in found["right"].items()} == dict.fromkeys(steps, 2)
     assert all(len(answers) == 2 for answers in found["answers"].values())

@@ -47,7 +47,7 @@ def write_trunk(beside: Path, tensors: dict[str, Any], out: Path) -> None:
     # Classifiers of other tasks differ in these, trunks do not.
     for key in ("id2label", "label2id", "problem_type", "_name_or_path"):
         config.pop(key, None)
-    config |= {"architectures": ["BertForSequenceClassification"]}
+    config |= {"architectures": ["BertModel"]}
     (out / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
     for name in TOKENIZER:
         if (beside / name).exists():
@@ -153,15 +153,15 @@ def predictions(
 
 
 def trunk_tensors(folder: Path) -> dict[str, Any]:
-    """All ``bert.*`` tensors of a checkpoint folder, in float32 and however many files it has."""
+    """The trunk of a checkpoint folder in float32, named ``bert.*``, whether its names have the prefix or not."""
     from safetensors.torch import load_file
 
     tensors: dict[str, Any] = {}
     for file in sorted(folder.glob("*.safetensors")):
-        tensors |= {
-            name: tensor.float() for name, tensor in load_file(file).items() if name.startswith("bert.")
-        }
-    return tensors
+        tensors |= load_file(file)
+    prefix = "" if any(name.startswith("bert.") for name in tensors) else "bert."
+    named = {f"{prefix}{name}": tensor.float() for name, tensor in tensors.items()}
+    return {name: tensor for name, tensor in named.items() if name.startswith("bert.")}
 
 
 def score(

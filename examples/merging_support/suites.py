@@ -25,6 +25,7 @@ class Suite:
 
     Args:
         experts: task to its expert as a recipe names it.
+        headed: the same for a method that runs the experts: with their heads, where those are left out before.
         data: folder with one folder of JSONL files for each task.
         tries: how many values of a sweep are tried, at most: generating answers is slow.
         identity: of base, experts and data: a merge is done again when it changes.
@@ -34,6 +35,7 @@ class Suite:
     work: Path
     base: Path
     experts: dict[str, str]
+    headed: dict[str, str]
     data: Path
     dtype: str
     tries: int
@@ -96,7 +98,8 @@ def make_encoders(work: Path, base: Path | None, sizes: Sizes, seed: int) -> Sui
         encoders.score(trunks, base, experts, work / "data", split, out)
 
     named = {task: str((folder / "trunk").resolve()) for task, folder in experts.items()}
-    return Suite("encoders", work, base.resolve(), named, work / "data", "float32", 9, made, score)
+    headed = {task: str(folder.resolve()) for task, folder in experts.items()}
+    return Suite("encoders", work, base.resolve(), named, headed, work / "data", "float32", 9, made, score)
 
 
 def make_generative(work: Path, base: Path | None, sizes: Sizes, seed: int) -> Suite:
@@ -137,7 +140,7 @@ def make_generative(work: Path, base: Path | None, sizes: Sizes, seed: int) -> S
         for name, (model, adapter) in experts.items()
     }
     data_at = work / "generative" / "data"
-    return Suite("generative", work, base.resolve(), named, data_at, "bfloat16", 3, made, score)
+    return Suite("generative", work, base.resolve(), named, named, data_at, "bfloat16", 3, made, score)
 
 
 def slug(name: str) -> str:
@@ -154,7 +157,7 @@ def merge_and_score(
     for number, extra in enumerate(top):
         made = entry.recipe(
             str(suite.base),
-            suite.experts,
+            suite.headed if entry.data else suite.experts,
             rows={task: str(file) for task, file in rows.items()},
             dtype=suite.dtype,
             seed=seed,
@@ -192,9 +195,7 @@ def accuracy(found: dict[str, Any]) -> float:
 def run_entry(suite: Suite, entry: Entry) -> None:
     """Tune on validation where the entry says so, then score the test split for every seed."""
     told: dict[str, Any] = {"entry": entry, "inputs": suite.identity}
-    told["entry"] = {
-        key: value for key, value in vars(entry).items() if key not in ("against", "family", "suites")
-    }
+    told["entry"] = {key: value for key, value in vars(entry).items() if key not in ("against", "suites")}
     value = None
     if entry.sweep:
         values = entry.sweep[1]
