@@ -112,7 +112,7 @@ def _adamerging(name: str, data: Data, *, method: str = "adamerging", granularit
         each={"weight": 0.3},
         top={**_STEPS, "granularity": granularity},
         data=data,
-        examples=300,
+        examples=600 if data == "test" else 300,
         calibration=_SHORT,
         seeds=True,
         against=("adamerging", _ADA) if alone else None,
