@@ -242,12 +242,15 @@ def run_theirs(suite: Suite, entry: Entry, python: Path) -> None:
 def run_experts(suite: Suite) -> None:
     """Every expert on its own task, and the base with everybody's head: where the table begins and ends."""
     folders = {task: Path(named.rpartition("+")[2]) for task, named in suite.experts.items()}
-    for split in ("validation", "test"):
-        for name, models in {"experts": folders, "base": dict.fromkeys(folders, suite.base)}.items():
-            build = partial(scored, suite, models, split)
-            stage(suite.work, f"{suite.name}/{split}-{name}.json", {"inputs": suite.identity}, build)
+    for name, models in {"experts": folders, "base": dict.fromkeys(folders, suite.base)}.items():
+        stage(
+            suite.work,
+            f"{suite.name}/test-{name}.json",
+            {"inputs": suite.identity},
+            partial(scored, suite, models),
+        )
 
 
-def scored(suite: Suite, models: dict[str, Path], split: str, out: Path) -> None:
-    suite.score(models, split, out)
+def scored(suite: Suite, models: dict[str, Path], out: Path) -> None:
+    suite.score(models, "test", out)
     write_json(out, flat(read(out)))
