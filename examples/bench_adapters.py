@@ -142,8 +142,8 @@ def show(found: Measured, console: Console) -> None:
 
 
 def smollm2(out: Path) -> Path:
-    """SmolLM2-135M, made by ``real_merge.py`` beside this file."""
-    from real_merge import convert
+    """SmolLM2-135M, made as ``merge_real.py`` beside this file makes it."""
+    from merging_support.generative import convert
 
     convert(out)
     return out

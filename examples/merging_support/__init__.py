@@ -1,0 +1,1 @@
+"""Parts of ``merge_real.py``: data, experts, methods, FusionBench and the table."""
