@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mixmerge.errors import Fault, MixmergeError
+from mixmerge.evaluate.files import Written
 from mixmerge.evaluate.intervals import Comparison, Estimate
 from mixmerge.evaluate.records import plain
 
@@ -115,7 +114,7 @@ class Advice:
 
 
 @dataclass(frozen=True, eq=False)
-class ModelReport:
+class ModelReport(Written):
     """Models on tasks, and what they stand beside.
 
     Args:
@@ -172,25 +171,12 @@ class ModelReport:
                 for at, (score, given) in enumerate(zip(answers.scores, answers.given, strict=True)):
                     yield {"model": row.name, "task": task, "row": at, "score": float(score), "given": given}
 
-    def write_jsonl(self, path: str | Path, *, overwrite: bool = False) -> None:
-        """Write ``records`` to a file, whole or not at all.
+    def page(self, *, title: str | None = None) -> str:
+        """The report with its plots as HTML that needs no other file.
 
         Raises:
-            OutputError: it exists, or cannot be written.
-        """
-        from mixmerge.evaluate.files import write_text
-
-        lines = (json.dumps(record, ensure_ascii=False) for record in self.records())
-        write_text(Path(path), "".join(f"{line}\n" for line in lines), overwrite=overwrite)
-
-    def write_html(self, path: str | Path, *, title: str = "Models", overwrite: bool = False) -> None:
-        """Write the report with its plots as one HTML file that needs no other.
-
-        Raises:
-            OutputError: it exists, or cannot be written.
             DependencyError: matplotlib is not installed.
         """
-        from mixmerge.evaluate.files import write_text
         from mixmerge.evaluate.model_report import to_html
 
-        write_text(Path(path), to_html(self, title=title), overwrite=overwrite)
+        return to_html(self, title=title or "Models")

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +15,7 @@ from mixmerge.evaluate.calibration import Calibration, Reliability
 from mixmerge.evaluate.choices import Optimality
 from mixmerge.evaluate.costs import Hull
 from mixmerge.evaluate.curves import ShareCurve
+from mixmerge.evaluate.files import Written
 from mixmerge.evaluate.intervals import Comparison, Estimate
 
 if TYPE_CHECKING:
@@ -154,7 +153,7 @@ class PairReport:
 
 
 @dataclass(frozen=True, eq=False)
-class RoutingReport:
+class RoutingReport(Written):
     """Routers and what they stand beside, on one table of outcomes.
 
     Args:
@@ -235,28 +234,15 @@ class RoutingReport:
                 "regret": plain(row.detail.regret[i]),
             }
 
-    def write_jsonl(self, path: str | Path, *, overwrite: bool = False) -> None:
-        """Write ``records`` to a file, whole or not at all.
+    def page(self, *, title: str | None = None) -> str:
+        """The report with its plots as HTML that needs no other file.
 
         Raises:
-            OutputError: it exists, or cannot be written.
-        """
-        from mixmerge.evaluate.files import write_text
-
-        lines = (json.dumps(record, ensure_ascii=False) for record in self.records())
-        write_text(Path(path), "".join(f"{line}\n" for line in lines), overwrite=overwrite)
-
-    def write_html(self, path: str | Path, *, title: str = "Routers", overwrite: bool = False) -> None:
-        """Write the report with its plots as one HTML file that needs no other.
-
-        Raises:
-            OutputError: it exists, or cannot be written.
             DependencyError: matplotlib is not installed.
         """
-        from mixmerge.evaluate.files import write_text
         from mixmerge.evaluate.report import to_html
 
-        write_text(Path(path), to_html(self, title=title), overwrite=overwrite)
+        return to_html(self, title=title or "Routers")
 
 
 def plain(value: Any) -> Any:
