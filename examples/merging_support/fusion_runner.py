@@ -156,6 +156,9 @@ class RegMean(RegMeanAlgorithm):  # type: ignore[misc]
 
 
 class AdaMerging(LayerWiseAdaMergingAlgorithm):  # type: ignore[misc]
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: there is no logger, and FusionBench takes it for granted that there is one."""
+
     def on_test_time_adaptation_start(self) -> None:
         job = self.modelpool.job
         self.heads = {task: job.head(task) for task in job.experts}
