@@ -154,6 +154,7 @@ def _entry_by_entry() -> tuple[Entry, ...]:
 
 def _without_data() -> tuple[Entry, ...]:
     scales = ("lambda", (0.7, 1.0, 1.5))
+    wider = ("lambda", (1.0, 1.5, 2.0, 2.5))
     return (
         Entry("MagMax", "magmax", sweep=("lambda", (0.3, 0.5, 0.8))),
         Entry("PCB", "pcb", each={"weight": 1.2}, sweep=("weight", (0.8, 1.2, 1.8))),
@@ -168,6 +169,8 @@ def _without_data() -> tuple[Entry, ...]:
         Entry("WUDI, Adam", "wudi", top={"steps": 300}, against=("wudi", {"iter_num": 300, **_NO_TABLES})),
         Entry("WUDI, closed", "wudi", top={"solver": "closed"}),
         Entry("DOGE-TA", "doge_ta", top={"steps": 400}),
+        Entry("TSV-M, tables too", "tsv_m", top={"tables": "spectral"}, sweep=wider),
+        Entry("WUDI, closed, tables too", "wudi", top={"solver": "closed", "tables": "spectral"}, sweep=wider),
     )
 
 

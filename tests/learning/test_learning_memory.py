@@ -16,7 +16,7 @@ LEARN = """
 import json, sys, threading, time
 import torch
 from mixmerge.checkpoint.files import opened
-from mixmerge.engine.calibrating import read_data
+from mixmerge.engine.calibration_data import read_data
 from mixmerge.engine.learning import learn_coefficients
 from mixmerge.plan import make_plan
 import transformers.models.llama.modeling_llama
