@@ -145,6 +145,18 @@ class Sums:
     def wants(self, name: str) -> bool:
         return self.wanted is None or name in self.wanted
 
+    def add_square(self, name: str, gradient: Tensor, factor: float, rows: Tensor | None) -> None:
+        """Add ``factor * gradient**2``; of a table whose other rows have no gradient, these rows alone."""
+        import torch
+
+        if rows is None:
+            self.add(name, gradient.float().square().mul_(factor).cpu(), 0)
+            return
+        if name not in self.values:
+            self.add(name, torch.zeros(gradient.shape, dtype=torch.float32), 0)
+        squares = gradient[rows].float().square().mul_(factor).cpu()
+        self.values[name].index_add_(0, rows.cpu(), squares)
+
     def add(self, name: str, value: Tensor, count: int) -> None:
         if name in self.values:
             self.values[name] += value
@@ -282,6 +294,7 @@ def _fisher(
     model = expert.model
     named = {name: value for name, value in model.named_parameters() if sums.wants(name)}
     device = str(next(model.parameters()).device)
+    table = _table(model)
     for value in named.values():
         value.requires_grad_(True)
     try:
@@ -295,13 +308,14 @@ def _fisher(
                 terms = [(_drawn(logits, moved.loss_mask, generator), 1.0)]
             else:
                 terms = _classes(logits[0], model.config)
+            looked_up = moved.input_ids.unique()
             for number, (value, factor) in enumerate(terms):
                 gradients = torch.autograd.grad(
                     value, list(named.values()), retain_graph=number < len(terms) - 1, allow_unused=True
                 )
                 for name, gradient in zip(named, gradients, strict=True):
                     if gradient is not None:
-                        sums.add(name, gradient.float().square().mul_(factor).cpu(), 0)
+                        sums.add_square(name, gradient, factor, looked_up if name == table else None)
             for name in named:
                 sums.counts[name] = sums.counts.get(name, 0) + 1
     finally:
@@ -312,6 +326,15 @@ def _fisher(
         )
     for name, value in named.items():
         sums.values.setdefault(name, torch.zeros(value.shape, dtype=torch.float32))
+
+
+def _table(model: Any) -> str:
+    """The name of the embeddings that tokens alone look up; empty if a head has the same weights."""
+    tokens = model.get_input_embeddings().weight
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if head is not None and head.weight is tokens:
+        return ""
+    return next((name for name, value in model.named_parameters() if value is tokens), "")
 
 
 def _generator(seed: int, digests: Sequence[str]) -> Any:
