@@ -170,7 +170,9 @@ def _without_data() -> tuple[Entry, ...]:
         Entry("WUDI, closed", "wudi", top={"solver": "closed"}),
         Entry("DOGE-TA", "doge_ta", top={"steps": 400}),
         Entry("TSV-M, tables too", "tsv_m", top={"tables": "spectral"}, sweep=wider),
-        Entry("WUDI, closed, tables too", "wudi", top={"solver": "closed", "tables": "spectral"}, sweep=wider),
+        Entry(
+            "WUDI, closed, tables too", "wudi", top={"solver": "closed", "tables": "spectral"}, sweep=wider
+        ),
     )
 
 
