@@ -308,7 +308,7 @@ def _fisher(
                 terms = [(_drawn(logits, moved.loss_mask, generator), 1.0)]
             else:
                 terms = _classes(logits[0], model.config)
-            looked_up = moved.input_ids.unique()
+            looked_up = torch.unique(moved.input_ids)
             for number, (value, factor) in enumerate(terms):
                 gradients = torch.autograd.grad(
                     value, list(named.values()), retain_graph=number < len(terms) - 1, allow_unused=True
