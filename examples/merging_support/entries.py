@@ -169,6 +169,9 @@ def _without_data() -> tuple[Entry, ...]:
         Entry("WUDI, Adam", "wudi", top={"steps": 300}, against=("wudi", {"iter_num": 300, **_NO_TABLES})),
         Entry("WUDI, closed", "wudi", top={"solver": "closed"}),
         Entry("DOGE-TA", "doge_ta", top={"steps": 400}),
+        Entry(
+            "Iso-CTS, tables too", "iso_cts", top={"tables": "spectral"}, sweep=("lambda", (1.5, 2.0, 2.5))
+        ),
         Entry("TSV-M, tables too", "tsv_m", top={"tables": "spectral"}, sweep=wider),
         Entry(
             "WUDI, closed, tables too", "wudi", top={"solver": "closed", "tables": "spectral"}, sweep=wider
