@@ -96,5 +96,8 @@ def test_memory_does_not_grow_with_the_experts(tmp_path: Path, tokenizer: Any) -
         (two, added_two), (eight, added_eight) = peak(2, method), peak(8, method)
         assert added_two > 4 * elements  # the model is in it: what is measured is not nothing
         assert abs(eight - two) < 0.1 * two
-        # six more deltas as stored would be 12 bytes an element; pieces of them are all that is added
-        assert added_eight - added_two < 3.0 * elements
+        # eight deltas in float32 would be 16 bytes an element and more; pieces of them are all that is added. What
+        # else the machine does can only raise a peak, so of two measurements the lower one counts.
+        if added_eight - added_two >= elements:
+            added_eight = min(added_eight, peak(8, method)[1])
+        assert added_eight - added_two < 1.0 * elements
