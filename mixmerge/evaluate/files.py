@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
+from mixmerge.errors import Fault, MixmergeError
 from mixmerge.outcomes.whole import whole_file
 
 
@@ -19,6 +20,28 @@ def write_text(path: Path, text: str, *, overwrite: bool) -> None:
     """
     with whole_file(path, overwrite=overwrite) as file:
         file.write(text.encode("utf-8", errors="replace"))
+
+
+class Named(Protocol):
+    """A row of a report."""
+
+    @property
+    def name(self) -> str: ...
+
+
+R = TypeVar("R", bound=Named)
+
+
+def row_of(rows: Iterable[R], name: str) -> R:
+    """The row of that name.
+
+    Raises:
+        MixmergeError: there is none.
+    """
+    known = {row.name: row for row in rows}
+    if name not in known:
+        raise MixmergeError(Fault("report", f"has no row {name!r}", ", ".join(known)))
+    return known[name]
 
 
 class Written(ABC):

@@ -6,8 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from mixmerge.errors import Fault, MixmergeError
-from mixmerge.evaluate.files import Written
+from mixmerge.evaluate.files import Written, row_of
 from mixmerge.evaluate.intervals import Comparison, Estimate
 from mixmerge.evaluate.records import plain
 
@@ -147,10 +146,7 @@ class ModelReport(Written):
         Raises:
             MixmergeError: there is none.
         """
-        for row in self.rows:
-            if row.name == name:
-                return row
-        raise MixmergeError(Fault("report", f"has no row {name!r}", ", ".join(row.name for row in self.rows)))
+        return row_of(self.rows, name)
 
     def as_dict(self) -> dict[str, Any]:
         """JSON values, without the single rows; null stands for what is not known."""

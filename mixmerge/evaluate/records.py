@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mixmerge.errors import Fault, MixmergeError
 from mixmerge.evaluate.calibration import Calibration, Reliability
 from mixmerge.evaluate.choices import Optimality
 from mixmerge.evaluate.costs import Hull
 from mixmerge.evaluate.curves import ShareCurve
-from mixmerge.evaluate.files import Written
+from mixmerge.evaluate.files import Written, row_of
 from mixmerge.evaluate.intervals import Comparison, Estimate
 
 if TYPE_CHECKING:
@@ -198,10 +197,7 @@ class RoutingReport(Written):
         Raises:
             MixmergeError: there is none.
         """
-        for row in self.rows:
-            if row.name == name:
-                return row
-        raise MixmergeError(Fault("report", f"has no row {name!r}", ", ".join(row.name for row in self.rows)))
+        return row_of(self.rows, name)
 
     def as_dict(self) -> dict[str, Any]:
         """JSON values, without the single queries; null stands for what is not known."""
