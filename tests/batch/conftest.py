@@ -195,7 +195,9 @@ def session() -> Iterator[Path]:
         patch.setenv("PYTHONPATH", os.pathsep.join(map(str, [*STANDINS, ROOT])))
         patch.setenv("RAY_AUTH_TOKEN", TOKEN)  # or Ray would write one into the user's home
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        patch.setenv("RAY_worker_niceness", "0")  # by default any other test would have a worker wait for minutes
+        patch.setenv(
+            "RAY_worker_niceness", "0"
+        )  # by default any other test would have a worker wait for minutes
         ray.init(
             address="local",
             num_cpus=2,
