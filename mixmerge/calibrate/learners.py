@@ -185,6 +185,9 @@ def alignment(lesson: Lesson, *, progress: Progress | None = None) -> Learned:
             kappa=lesson.number("kappa"),
             least=int(lesson.number("least_chunks")),
         )
+        if set(chunks.values()) == {1}:  # a second run would be the first again
+            said = "no tensor's share of the chunks reaches 2: as expert_merging; raise budget, or kappa"
+            return dataclasses.replace(first, warnings=(*first.warnings, said))
         dropped = frozenset(name for name, count in chunks.items() if count < 1)
         space = dataclasses.replace(
             space, granularity="chunk", chunks=chunks, frozen=_globs(lesson.frozen | dropped)

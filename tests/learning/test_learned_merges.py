@@ -222,6 +222,22 @@ def test_expert_merging_comes_nearer_to_the_experts(
         assert same_weights(tmp_path / "again", tmp_path / "out")
 
 
+def test_chunks_that_nobody_gets_are_said(family: Any, tmp_path: Path) -> None:
+    made = family("llama", experts=2, dtype="float32")
+    data = write_rows(tmp_path / "rows.jsonl", [{"text": f"{a} and {b}"} for a in WORDS for b in WORDS])
+    recipe = {
+        "merge_method": "expert_merging_plus",
+        "base_model": str(made.base),
+        "models": [{"model": str(expert)} for expert in made.experts],
+        "calibration": {"data": str(data), "max_examples": 8},
+        "parameters": {"steps": 2, "budget": 1.0, "kappa": 0.0},
+    }
+    learned = merge(recipe, tmp_path / "out").learned
+    assert learned is not None
+    assert {len(chunks) for chunks in learned.weights.values()} == {1}
+    assert any("no tensor's share of the chunks reaches 2" in said for said in learned.warnings)
+
+
 def test_a_language_model_with_choices(family: Any, tmp_path: Path) -> None:
     made = family("qwen3", experts=2, dtype="bfloat16")
     rows = [
