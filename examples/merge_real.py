@@ -33,6 +33,7 @@ import typer
 from merging_support.entries import available
 from merging_support.fusion import make_environment
 from merging_support.page import put, report_text
+from merging_support.searched import run_search
 from merging_support.stages import say, stage
 from merging_support.suites import (
     FULL,
@@ -51,6 +52,7 @@ Work = Annotated[Path, typer.Option(help="Folder for data, models, recipes and s
 Name = Annotated[str, typer.Argument(help="encoders or generative.")]
 Only = Annotated[list[str] | None, typer.Option(help="Names of rows of the table; the default is all.")]
 HERE = Path("merge-real")
+BUDGET = 50  # merges that a search scores
 MAKERS: dict[str, Callable[..., Suite]] = {"encoders": make_encoders, "generative": make_generative}
 
 
@@ -79,7 +81,10 @@ def methods(suite: Name, work: Work = HERE, only: Only = None) -> None:
     for entry in available(suite):
         if not only or entry.name in only or entry.method in only:
             try:
-                run_entry(opened, entry)
+                if entry.search:
+                    run_search(opened, entry, BUDGET)
+                else:
+                    run_entry(opened, entry)
             except (
                 MixmergeError,
                 RuntimeError,

@@ -235,6 +235,13 @@ def test_generative_from_base_to_scores(
     assert len(rows) == 3
     assert "Reverse this list of words:" in rows[0]["messages"][0]["content"]
     assert "task arithmetic" in page.report_text(tmp_path, "generative")
+    searched = next(entry for entry in entries.ENTRIES if entry.search)
+    part("searched").run_search(suite, searched, 2)
+    found = json.loads(
+        (tmp_path / "generative" / "results" / f"{suites.slug(searched.name)}-seed0.json").read_text()
+    )
+    assert {name: len(right) for name, right in found["right"].items()} == dict.fromkeys(steps, 2)
+    assert f"{searched.name} (2 merges, validation " in page.report_text(tmp_path, "generative")
     capsys.readouterr()
 
 

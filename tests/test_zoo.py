@@ -311,6 +311,17 @@ def test_questions_on_disk(tiny: Zoo) -> None:
 # --- commands
 
 
+def test_choices_on_disk(tiny: Zoo) -> None:
+    for task in tiny.tasks:
+        lines = (tiny.folder / "questions" / f"{task}.choices.jsonl").read_text().splitlines()
+        rows = [json.loads(line) for line in lines]
+        answers = {question.prompt: question.answer for question in tiny.questions(task, "train")}
+        assert len(rows) > 0.9 * min(200, len(answers))
+        assert all(row["choices"][row["label"]] == answers[row["prompt"]] for row in rows)
+        assert all(2 <= len(set(row["choices"])) == len(row["choices"]) <= 4 for row in rows)
+        assert len({row["label"] for row in rows}) > 2, "the right one is anywhere"
+
+
 def test_build_command(run: Callable[..., Result], tiny: Zoo, tmp_path: Path) -> None:
     options = ("--tasks", "reverse,sort", "--effort", 0.01)
     assert run("path", *options).stdout == f"{tiny.folder}\n"

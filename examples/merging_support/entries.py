@@ -30,6 +30,7 @@ class Entry:
         calibration: more keys of the recipe's calibration block.
         seeds: it draws or learns, so it is run three times.
         per_task: its result is one trunk for each task; ``top`` gets this parameter with the expert's number.
+        search: what a search may change, as in a space of ``mixmerge search``; starts from the recipe.
         against: (FusionBench's method, its settings).
         suites: where it is run.
     """
@@ -44,6 +45,7 @@ class Entry:
     calibration: dict[str, Any] = field(default_factory=dict)
     seeds: bool = False
     per_task: str = ""
+    search: dict[str, Any] = field(default_factory=dict)
     against: tuple[str, dict[str, Any]] | None = None
     suites: tuple[str, ...] = ("encoders", "generative")
 
@@ -218,7 +220,21 @@ def _learned() -> tuple[Entry, ...]:
     )
 
 
-ENTRIES = (*_entry_by_entry(), *_without_data(), *_with_statistics(), *_learned())
+def _searched() -> tuple[Entry, ...]:
+    """Rows whose candidates answer the validation questions: few enough only where a merge is scored in a minute."""
+    anywhere = {"low": 0.0, "high": 1.0, "per": "expert", "anchors": 3}
+    return (
+        Entry(
+            "search, weights by expert and depth",
+            "task_arithmetic",
+            each={"weight": 0.4},
+            search={"weight": anywhere},
+            suites=("generative",),
+        ),
+    )
+
+
+ENTRIES = (*_entry_by_entry(), *_without_data(), *_with_statistics(), *_learned(), *_searched())
 
 
 def available(suite: str) -> tuple[Entry, ...]:

@@ -18,6 +18,7 @@ from typing import Any
 
 from mixmerge.errors import Fault, OutputError
 from mixmerge.machine import cores
+from mixmerge.zoo.choices import with_choices, write_choices
 from mixmerge.zoo.spec import MANIFEST, Spec, Zoo, cache_folder, key, versions, write_questions
 from mixmerge.zoo.tasks import TASKS
 
@@ -25,6 +26,7 @@ Progress = Callable[[str, int, int], None]  # (part, steps done, steps in all)
 Right = dict[str, dict[str, str]]  # model -> task -> for each held-out question 1 if it was answered right
 _TRAIN = 12_000
 _HELD_OUT = 250
+_CHOICES = 200
 # One thread each, whatever the machine: a second one would change how sums are split, and so the bytes.
 _ONE_THREAD = {
     "OMP_NUM_THREADS": "1",
@@ -116,6 +118,7 @@ def _fill(folder: Path, spec: Spec, progress: Progress) -> None:
             raise RuntimeError(f"{task}: {len(both)} held-out questions would be trained on")
         write_questions(folder, task, "train", train)
         write_questions(folder, task, "heldout", held_out)
+        write_choices(folder, task, with_choices(TASKS[task], train[:_CHOICES], spec.seed))
     (folder / "spec.json").write_text(json.dumps(asdict(spec)), encoding="utf-8")
     right = _train(folder, spec, progress)
     (folder / "spec.json").unlink()

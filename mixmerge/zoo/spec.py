@@ -110,7 +110,8 @@ class Zoo:
     """A built zoo on disk.
 
     ``base/``, ``experts/NAME/`` are models that ``from_pretrained`` loads, ``adapters/NAME/`` the same experts
-    as PEFT adapters of the base, ``questions/NAME.{train,heldout}.jsonl`` what they learned and are asked.
+    as PEFT adapters of the base, ``questions/NAME.{train,heldout}.jsonl`` what they learned and are asked, and
+    ``questions/NAME.choices.jsonl`` the first that they learned with answers to choose from.
     """
 
     folder: Path
