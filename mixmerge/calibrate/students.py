@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from mixmerge.calibrate.attention import quick_attention
 from mixmerge.calibrate.batches import Batch, make_batches
 from mixmerge.calibrate.deltas import Deltas, pieces
 from mixmerge.calibrate.rows import Row
@@ -35,7 +36,8 @@ class LanguageStudent:
     def see(self, expert: int, number: int, layers: Sequence[int]) -> tuple[Tensor, dict[int, Tensor]]:
         """Final states (N, H), and those of the layers."""
         batch = self.batches[expert][number].to(str(self.model.device))
-        out = self.model.base_model(**batch.inputs(), output_hidden_states=bool(layers), use_cache=False)
+        with quick_attention(self.model, batch.input_ids.shape[1]):
+            out = self.model.base_model(**batch.inputs(), output_hidden_states=bool(layers), use_cache=False)
         keep = batch.attention_mask.bool()
         hidden = {layer: out.hidden_states[layer][keep] for layer in layers}
         return out.last_hidden_state[keep], hidden
@@ -151,7 +153,9 @@ def choice_logits(model: Any, choices: Choices) -> Tensor:
     batch = choices.batch.to(str(model.device))
     # A token is predicted by the state before it.
     wanted = batch.loss_mask[:, 1:]
-    final = model.base_model(**batch.inputs(), use_cache=False).last_hidden_state[:, :-1][wanted]
+    with quick_attention(model, batch.input_ids.shape[1]):
+        states = model.base_model(**batch.inputs(), use_cache=False).last_hidden_state
+    final = states[:, :-1][wanted]
     logits = capped(model.config, model.get_output_embeddings()(final)).float()
     tokens = batch.input_ids[:, 1:][wanted]
     chosen = torch.log_softmax(logits, -1).gather(-1, tokens[:, None])[:, 0]
@@ -187,7 +191,8 @@ class ClassifierStudent:
 
         batch = self.batches[expert][number].to(str(self.model.device))
         options = {**batch.inputs(), "output_hidden_states": bool(layers)}
-        return functional_call(self.model, dict(self.heads[expert]), kwargs=options)
+        with quick_attention(self.model, batch.input_ids.shape[1]):
+            return functional_call(self.model, dict(self.heads[expert]), kwargs=options)
 
     def see(self, expert: int, number: int, layers: Sequence[int]) -> tuple[Tensor, dict[int, Tensor]]:
         """Logits (B, C), and the states of the layers at attended positions."""
