@@ -41,6 +41,14 @@ class Deltas(Protocol):
         """The rows of these numbers of a tensor of two dimensions."""
         ...
 
+    def products(self, name: str, start: int, gradient: Tensor) -> Tensor:
+        """Inner products (T,), float64 on the CPU, of a gradient (n,) with every delta from ``start`` on."""
+        ...
+
+    def mix(self, name: str, start: int, coefficients: Tensor, out: Tensor) -> None:
+        """Fill ``out`` (n,) with the base and coefficients (T,), float32 on the CPU, times deltas from ``start`` on."""
+        ...
+
 
 @dataclass(frozen=True)
 class MemoryDeltas:
@@ -74,6 +82,31 @@ class MemoryDeltas:
 
         base = self.base[name].detach()[rows].float()
         return base, torch.stack([state[name].detach()[rows].float() for state in self.state_dicts]) - base
+
+    def products(self, name: str, start: int, gradient: Tensor) -> Tensor:
+        return plain_products(self, name, start, gradient)
+
+    def mix(self, name: str, start: int, coefficients: Tensor, out: Tensor) -> None:
+        plain_mix(self, name, start, coefficients, out)
+
+
+def plain_products(deltas: Deltas, name: str, start: int, gradient: Tensor) -> Tensor:
+    """``Deltas.products`` by what is read, a piece at a time, on the gradient's device."""
+    import torch
+
+    total = torch.zeros(deltas.experts, dtype=torch.float64)
+    for first, last in pieces(deltas, name, start, start + gradient.numel()):
+        _, delta = deltas.read(name, first, last)
+        part = gradient[first - start : last - start]
+        total += (delta.to(part.device) @ part.float()).double().cpu()
+    return total
+
+
+def plain_mix(deltas: Deltas, name: str, start: int, coefficients: Tensor, out: Tensor) -> None:
+    """``Deltas.mix`` by what is read, a piece at a time."""
+    for first, last in pieces(deltas, name, start, start + out.numel()):
+        base, delta = deltas.read(name, first, last)
+        out[first - start : last - start] = base + coefficients @ delta
 
 
 def pieces(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mixmerge.calibrate.coefficients import Layout
-from mixmerge.calibrate.deltas import PIECE, Deltas, pieces
+from mixmerge.calibrate.deltas import PIECE, Deltas
 from mixmerge.methods.coefficients import bounds
 
 if TYPE_CHECKING:
@@ -83,9 +83,7 @@ class Mixed:
             return
         flat = gradient.reshape(-1)
         for row, (first, last) in zip(rows, bounds(flat.numel(), len(rows)), strict=True):
-            for start, stop in pieces(self.deltas, name, first, last):
-                _, delta = self.deltas.read(name, start, stop)
-                self.gradient[row] += (delta.to(flat.device) @ flat[start:stop].float()).double().cpu()
+            self.gradient[row] += self.deltas.products(name, first, flat[first:last])
 
     def build(self, values: Tensor, *, everything: bool = False) -> None:
         """Put the merged weights into the parameters.
@@ -115,8 +113,6 @@ class Mixed:
         whole = target.data if target.is_contiguous() else target.data.contiguous()
         flat = whole.view(-1)
         for row, (first, last) in zip(coefficients, bounds(flat.numel(), len(coefficients)), strict=True):
-            for start, stop in pieces(self.deltas, name, first, last):
-                base, delta = self.deltas.read(name, start, stop)
-                flat[start:stop] = base + row @ delta
+            self.deltas.mix(name, first, row, flat[first:last])
         if whole is not target.data:
             target.data.copy_(whole)

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mixmerge.engine.mixing import Inputs, code_of
 from mixmerge.engine.reading import TORCH
 from mixmerge.engine.worker import Adapters
 from mixmerge.errors import CheckpointError, Fault
@@ -39,6 +41,8 @@ class FileDeltas:
         self._adapters, self.cuts = adapters, cuts
         self._files: dict[Path, NDArray[np.uint8]] = {}
         self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._pool: ThreadPoolExecutor | None = None
+        self._pool_size = 1
 
     @property
     def experts(self) -> int:
@@ -79,6 +83,46 @@ class FileDeltas:
         base = self._stored(task.base).reshape(task.target.shape)[rows].float()
         experts = [self._stored(source).reshape(task.target.shape)[rows].float() for source in task.sources]
         return base, torch.stack(experts).sub_(base)
+
+    def products(self, name: str, start: int, gradient: torch.Tensor) -> torch.Tensor:
+        """Inner products (T,), float64, of a gradient (n,) with every delta from ``start`` on."""
+        import torch
+
+        from mixmerge.calibrate.deltas import pieces, plain_products
+
+        inputs, code = self._inputs(name), code_of(gradient)
+        if inputs is None or code is None:
+            return plain_products(self, name, start, gradient)
+        parts = pieces(self, name, start, start + gradient.numel())
+        return torch.from_numpy(inputs.products(parts, gradient, code, self._threads()))
+
+    def mix(self, name: str, start: int, coefficients: torch.Tensor, out: torch.Tensor) -> None:
+        """Fill ``out`` (n,) with the base and coefficients (T,) times deltas from ``start`` on."""
+        from mixmerge.calibrate.deltas import pieces, plain_mix
+
+        inputs, code = self._inputs(name), code_of(out)
+        if inputs is None or code is None:
+            plain_mix(self, name, start, coefficients, out)
+            return
+        factors = np.ascontiguousarray(coefficients.detach().numpy(), np.float32)
+        parts = pieces(self, name, start, start + out.numel())
+        inputs.mix(parts, factors, out, code, self._threads())
+
+    def _inputs(self, name: str) -> Inputs | None:
+        """Where a tensor's inputs are mapped; None if the loops cannot mix what is stored there as it is."""
+        task = self._tasks[name]
+        if task.base is None or not self.gathers(name):
+            return None
+        return Inputs.of([self._stored(source) for source in (task.base, *task.sources)])
+
+    def _threads(self) -> ThreadPoolExecutor | None:
+        """As many threads as torch has; None for one."""
+        import torch
+
+        if self._pool_size != torch.get_num_threads():
+            self._pool_size = torch.get_num_threads()
+            self._pool = ThreadPoolExecutor(self._pool_size) if self._pool_size > 1 else None
+        return self._pool
 
     def _room(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         import torch
