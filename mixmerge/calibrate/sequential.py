@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from mixmerge.calibrate.accumulators import Statistics
 from mixmerge.calibrate.batches import Batch
-from mixmerge.calibrate.gathering import Measure, Sums, batches_for, finished, linear_maps, watching
+from mixmerge.calibrate.gathering import Measure, Sums, Told, batches_for, finished, linear_maps, watching
 from mixmerge.calibrate.loading import LoadedExpert
 from mixmerge.calibrate.rows import Row
 from mixmerge.errors import Fault, MixmergeError
@@ -46,6 +46,7 @@ def gather_sequential(
     *,
     fingerprint: str,
     measure: Measure = Measure(),
+    progress: Told | None = None,
 ) -> Iterator[list[Statistics]]:
     """For each block of layers, then for what is outside of them, the Gram statistics of every expert.
 
@@ -59,6 +60,7 @@ def gather_sequential(
         combine: merges one tensor; the name is the parameter's in the first expert.
         fingerprint: of all the experts, to be kept with the sums.
         measure: how rows are shown.
+        progress: called with (blocks done, blocks in all) after every block and what is outside of them.
 
     Raises:
         MixmergeError: a model without one stack of layers; as ``gather``.
@@ -100,10 +102,13 @@ def gather_sequential(
             for each in (each for flow in flows for each in flow):
                 arguments, options = each.given[number]
                 each.hidden = _first(block(each.hidden, *arguments, **options))
+        if progress is not None:
+            progress(number + 1, len(result) + 1)
         yield made
-    yield statistics(
-        [_of_rest(expert, merged, flow, inside) for expert, flow in zip(experts, flows, strict=True)]
-    )
+    rest = [_of_rest(expert, merged, flow, inside) for expert, flow in zip(experts, flows, strict=True)]
+    if progress is not None:
+        progress(len(result) + 1, len(result) + 1)
+    yield statistics(rest)
 
 
 def _stack(model: Any, name: str) -> str:

@@ -20,7 +20,7 @@ from mixmerge.errors import Fault, MethodError, MixmergeError, RecipeError
 from mixmerge.plan import Model, Plan, Task
 
 if TYPE_CHECKING:
-    from mixmerge.calibrate.gathering import Measure
+    from mixmerge.calibrate.gathering import Measure, Told
     from mixmerge.calibrate.loading import LoadedExpert
     from mixmerge.calibrate.sequential import Combine
 
@@ -30,6 +30,8 @@ _SHOWN = 3
 SEQUENTIAL = "gram_sequential"  # Gram matrices that need the layers merged so far
 
 Found = Mapping[str, Sequence[Any]]
+# Whose turn it is, steps done, steps in all: rows of every expert, or blocks where all experts go together.
+GatheringProgress = Callable[[str, int, int], None]
 
 
 @dataclass
@@ -57,7 +59,13 @@ def forget(out: Path) -> None:
 
 
 def calibrated(
-    plan: Plan, data: Data, cache: Path, *, fingerprints: Mapping[str, Any], device: str
+    plan: Plan,
+    data: Data,
+    cache: Path,
+    *,
+    fingerprints: Mapping[str, Any],
+    device: str,
+    progress: GatheringProgress | None = None,
 ) -> Calibrated:
     """Gather the statistics a plan's method takes.
 
@@ -67,16 +75,21 @@ def calibrated(
         cache: folder for finished statistics; those in it that fit are not gathered again.
         fingerprints: of the inputs, by reference.
         device: a torch device.
+        progress: called with (expert, rows done, rows in all) after every batch; of a method that goes through the
+            model block by block, with ("all experts", blocks done, blocks in all).
 
     Raises:
         MixmergeError: an expert cannot be run, or its rows say too little.
     """
     gathered = [_Expert(plan, number, data.rows[number]) for number in experts_of(plan)]
     if plan.method.statistics == SEQUENTIAL:
-        _in_order(plan, gathered, cache, fingerprints, device)
+        _in_order(plan, gathered, cache, fingerprints, device, progress)
     else:
+        passes = len(_parts(plan, _name(plan)))
+        total, before = passes * sum(len(expert.rows) for expert in gathered), 0
         for expert in gathered:
-            expert.gather(cache, fingerprints, device)
+            expert.gather(cache, fingerprints, device, _counted(progress, expert, before, total))
+            before += passes * len(expert.rows)
     notes = _check(plan, gathered)
     norms = [expert.norm() for expert in gathered] if plan.method.statistics == "fisher" else []
 
@@ -85,6 +98,14 @@ def calibrated(
         return {**found, "norm": norms} if norms else found
 
     return Calibrated(statistics, notes)
+
+
+def _counted(progress: GatheringProgress | None, expert: _Expert, before: int, total: int) -> Told:
+    def tell(done: int, _: int) -> None:
+        if progress is not None:
+            progress(str(expert.model.ref), before + done, total)
+
+    return tell
 
 
 def _name(plan: Plan) -> Kind:
@@ -102,14 +123,18 @@ class _Expert:
         # A parameter's name, whole or without its first part -> where its statistic is.
         self._found: dict[str, tuple[Path, Facts, str]] = {}
 
-    def gather(self, cache: Path, fingerprints: Mapping[str, Any], device: str) -> None:
+    def gather(self, cache: Path, fingerprints: Mapping[str, Any], device: str, tell: Told) -> None:
+        """Gather, or find, all parts; ``tell`` is called with (rows done in all parts, rows in all)."""
         from mixmerge.calibrate.gathering import gather
         from mixmerge.calibrate.loading import load_expert
 
         kind, measure = _name(self.plan), _measure(self.plan)
         fingerprint = canonical_hash(fingerprints[str(self.model.ref)])
         loaded: LoadedExpert | None = None
-        for tasks in _parts(self.plan, kind):
+        parts = _parts(self.plan, kind)
+        total = len(parts) * len(self.rows)
+        for number, tasks in enumerate(parts):
+            before = number * len(self.rows)
             stored = [task.sources[self.place].tensor.name for task in tasks]
             key = canonical_hash(
                 [kind, fingerprint, measure.settings(kind), [row.digest for row in self.rows], stored]
@@ -119,12 +144,18 @@ class _Expert:
             if facts is None:
                 loaded = loaded or load_expert(self.model.path, adapter=self.model.adapter, device=device)
                 wanted = set(_parameters(loaded, stored).values())
+
+                def told(done: int, _: int, before: int = before) -> None:
+                    tell(before + done, total)
+
                 found = gather(
-                    loaded, self.rows, kind, fingerprint=fingerprint, measure=measure, wanted=wanted
-                )
+                    loaded, self.rows, kind,
+                    fingerprint=fingerprint, measure=measure, wanted=wanted, progress=told,
+                )  # fmt: skip
                 save_statistics(found, folder)
                 facts = read_facts(folder)
             self.take(folder, facts)
+            tell(before + len(self.rows), total)
 
     def take(self, folder: Path, facts: Facts) -> None:
         """Use what is in a folder."""
@@ -165,6 +196,7 @@ def _in_order(
     cache: Path,
     fingerprints: Mapping[str, Any],
     device: str,
+    progress: GatheringProgress | None,
 ) -> None:
     """Gather block by block, on the model merged so far; needs every expert and the merged model in memory."""
     from mixmerge.calibrate.loading import load_expert
@@ -182,7 +214,14 @@ def _in_order(
             load_expert(each.model.path, adapter=each.model.adapter, device=device) for each in gathered
         ]
         rows = [expert.rows for expert in gathered]
-        found = gather_sequential(experts, rows, _combine(plan), fingerprint=key, measure=measure)
+
+        def tell(blocks: int, total: int) -> None:
+            if progress is not None:
+                progress("all experts", blocks, total)
+
+        found = gather_sequential(
+            experts, rows, _combine(plan), fingerprint=key, measure=measure, progress=tell
+        )
         for steps, made in enumerate(found, 1):
             for place, statistics in enumerate(made):
                 save_statistics(statistics, cache / f"{key}-{steps - 1}-{place}")
