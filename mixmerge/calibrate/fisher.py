@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from mixmerge.calibrate.anatomy import Anatomy, Need, Shown
 from mixmerge.calibrate.batches import Batch
 from mixmerge.calibrate.loading import LoadedExpert
 from mixmerge.calibrate.rows import Row
@@ -58,6 +59,25 @@ def add_fisher(
         )
     for name, value in named.items():
         sums.values.setdefault(name, torch.zeros(value.shape, dtype=torch.float32))
+
+
+def fisher_need(anatomy: Anatomy, shown: Shown) -> Need:
+    """What ``add_fisher`` takes: the sum of squares is an array as large as each parameter, and so are the gradients.
+
+    The sum is there twice while it is written. Logits are there as such, as log-likelihoods, as chances and as
+    gradients of these.
+    """
+    model = 4 * anatomy.elements
+    logits = 4 * 5 * shown.places * anatomy.vocabulary
+    squares = 2 * 4 * anatomy.largest  # of one tensor, before they are added up
+    return Need(
+        {
+            "expert": anatomy.loading,
+            "squared gradients": 2 * model,
+            "gradients": model + squares,
+            "activations": anatomy.backward(shown) + logits,
+        }
+    )
 
 
 def _table(model: Any) -> str:

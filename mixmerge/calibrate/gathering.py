@@ -11,8 +11,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from mixmerge.calibrate.accumulators import Facts, Kind, Statistics, added
+from mixmerge.calibrate.anatomy import Anatomy, Need, Shown
 from mixmerge.calibrate.batches import Batch, Task, make_batches
-from mixmerge.calibrate.fisher import add_fisher
+from mixmerge.calibrate.fisher import add_fisher, fisher_need
+from mixmerge.calibrate.loading import Kind as Outputs
 from mixmerge.calibrate.loading import LoadedExpert
 from mixmerge.calibrate.rows import Row
 from mixmerge.errors import Fault, MixmergeError
@@ -65,10 +67,7 @@ def gather(
         MixmergeError: no tokenizer, no usable row; for ``fisher``, a model without logits that say something; sums
             that are not finite.
     """
-    if kind == "fisher" and expert.kind == "other":
-        what = f"is a {type(expert.model).__name__}: it predicts neither a token nor a class"
-        raise MixmergeError(Fault(expert.name, what, "A causal language model or a sequence classifier"))
-    batches = batches_for(expert, rows, measure, batch_size=1 if kind == "fisher" else measure.batch_size)
+    batches = Reader.of(expert).batches(rows, kind, measure)
     sums = Sums(wanted)
     shown = told(batches, progress)
     if kind == "fisher":
@@ -105,29 +104,84 @@ def finished(
     return Statistics(facts, sums.values)
 
 
-def batches_for(
-    expert: LoadedExpert, rows: Sequence[Row], measure: Measure, *, batch_size: int
-) -> tuple[Batch, ...]:
-    """The rows as this expert reads them, none longer than it can.
+@dataclass(frozen=True)
+class Reader:
+    """How an expert reads rows: known before any of its weights is.
 
-    Raises:
-        MixmergeError: it has no tokenizer; as ``make_batches``.
+    Args:
+        name: for messages.
+        architecture: its class in transformers.
+        kind: what its logits are.
+        config: of transformers.
+        tokenizer: of transformers, or None.
     """
-    if expert.tokenizer is None:
-        raise MixmergeError(Fault(expert.name, "has no tokenizer, so it cannot be shown text"))
-    if getattr(expert.model.config, "is_encoder_decoder", False) and expert.kind == "other":
-        what = f"is a {type(expert.model).__name__}: an encoder with a decoder is not run over data yet"
-        raise MixmergeError(Fault(expert.name, what, "An encoder, or a causal language model"))
-    task: Task = "causal" if expert.kind == "causal" else "classifier"
-    return make_batches(
-        rows,
-        expert.tokenizer,
-        task=task,
-        max_tokens=min(measure.max_tokens, context_of(expert)),
-        batch_size=batch_size,
-        layout=measure.layout,
-        order="length",
-    )
+
+    name: str
+    architecture: str
+    kind: Outputs
+    config: Any
+    tokenizer: Any
+
+    @classmethod
+    def of(cls, expert: LoadedExpert) -> Reader:
+        model = expert.model
+        return cls(expert.name, type(model).__name__, expert.kind, model.config, expert.tokenizer)
+
+    @property
+    def context(self) -> int:
+        """Tokens it takes at most, as its config and tokenizer say; positions beyond have no embedding."""
+        said = (
+            getattr(self.config.get_text_config(), "max_position_embeddings", None),
+            getattr(self.tokenizer, "model_max_length", None),
+        )
+        return min([int(most) for most in said if isinstance(most, int) and most > 0], default=1 << 30)
+
+    def batches(self, rows: Sequence[Row], kind: Kind, measure: Measure) -> tuple[Batch, ...]:
+        """The rows as this expert reads them for a statistic, none longer than it can.
+
+        Raises:
+            MixmergeError: it has no tokenizer, or not the logits it takes; as ``make_batches``.
+        """
+        if kind == "fisher" and self.kind == "other":
+            what = f"is a {self.architecture}: it predicts neither a token nor a class"
+            raise MixmergeError(Fault(self.name, what, "A causal language model or a sequence classifier"))
+        if self.tokenizer is None:
+            raise MixmergeError(Fault(self.name, "has no tokenizer, so it cannot be shown text"))
+        if getattr(self.config, "is_encoder_decoder", False) and self.kind == "other":
+            what = f"is a {self.architecture}: an encoder with a decoder is not run over data yet"
+            raise MixmergeError(Fault(self.name, what, "An encoder, or a causal language model"))
+        task: Task = "causal" if self.kind == "causal" else "classifier"
+        return make_batches(
+            rows,
+            self.tokenizer,
+            task=task,
+            max_tokens=min(measure.max_tokens, self.context),
+            batch_size=1 if kind == "fisher" else measure.batch_size,
+            layout=measure.layout,
+            order="length",
+        )
+
+
+def gathering_need(anatomy: Anatomy, kind: Kind, widths: Sequence[int], shown: Shown) -> Need:
+    """What ``gather`` takes.
+
+    A sum of Gram matrices is 8 n² bytes of every map of n inputs, fewer where maps share an input; one map at a time
+    makes its share, in float64 and in float32. Second moments are vectors of 8 n bytes.
+
+    Args:
+        anatomy: of the expert.
+        kind: of statistics.
+        widths: inputs of the linear maps that are gathered in one pass.
+        shown: its largest batch.
+    """
+    if kind == "fisher":
+        return fisher_need(anatomy, shown)
+    expert, widest = {"expert": anatomy.loading}, max(widths, default=0)
+    if kind == "gram":
+        sums = {"Gram matrices": 8 * sum(width**2 for width in widths), "one at work": 20 * widest**2}
+    else:
+        sums = {"second moments": 8 * sum(widths), "one at work": 12 * widest * shown.places}
+    return Need({**expert, **sums, "activations": anatomy.forward(shown)})
 
 
 def extend(
@@ -178,15 +232,6 @@ class Sums:
         else:
             self.values[name] = value
         self.counts[name] = self.counts.get(name, 0) + count
-
-
-def context_of(expert: LoadedExpert) -> int:
-    """Tokens an expert takes at most, as its config and its tokenizer say; positions beyond have no embedding."""
-    said = (
-        getattr(expert.model.config.get_text_config(), "max_position_embeddings", None),
-        getattr(expert.tokenizer, "model_max_length", None),
-    )
-    return min([int(most) for most in said if isinstance(most, int) and most > 0], default=1 << 30)
 
 
 def linear_maps(model: Any) -> dict[str, Any]:
