@@ -165,7 +165,7 @@ def _outlook(
 
 def _where(fault: Fault, model: Model, source: str) -> str:
     """A fault of the rows is told with their source, one of the model with its name."""
-    return f"{source} for {model.ref}" if fault.where.startswith("calibration") else fault.where
+    return f"{source} for {model.ref}" if fault.where == "calibration" else fault.where
 
 
 def _notes(asked: Calibration, seen: Seen) -> list[str]:
@@ -251,8 +251,8 @@ def _anatomy(model: Model, reader: Reader) -> Anatomy:
     return Anatomy(
         shapes,
         maps,
-        layers=int(config.num_hidden_layers),
-        hidden=int(config.hidden_size),
+        layers=int(getattr(config, "num_hidden_layers", 1)),
+        hidden=int(getattr(config, "hidden_size", 0)),
         heads=int(getattr(config, "num_attention_heads", 1)),
         vocabulary=int(config.vocab_size) if reader.kind == "causal" else 0,
     )
