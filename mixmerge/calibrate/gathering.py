@@ -5,14 +5,16 @@ Padding is never counted, and how rows are put into batches changes nothing but 
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from mixmerge.calibrate.accumulators import Facts, Kind, Statistics, added
+from mixmerge.calibrate.anatomy import Anatomy, Need, Shown
 from mixmerge.calibrate.batches import Batch, Task, make_batches
+from mixmerge.calibrate.fisher import add_fisher, fisher_need
+from mixmerge.calibrate.loading import Kind as Outputs
 from mixmerge.calibrate.loading import LoadedExpert
 from mixmerge.calibrate.rows import Row
 from mixmerge.errors import Fault, MixmergeError
@@ -20,6 +22,8 @@ from mixmerge.errors import Fault, MixmergeError
 if TYPE_CHECKING:
     from torch import Tensor
 
+# Rows done, rows in all.
+Told = Callable[[int, int], None]
 _PIECE = 8192  # tokens whose products are added in float32 before the sum in float64 takes them
 
 
@@ -46,6 +50,7 @@ def gather(
     fingerprint: str,
     measure: Measure = Measure(),
     wanted: Collection[str] | None = None,
+    progress: Told | None = None,
 ) -> Statistics:
     """The statistics of an expert on its rows.
 
@@ -56,22 +61,31 @@ def gather(
         fingerprint: of the model, to be kept with the sums.
         measure: how rows are shown.
         wanted: names of the tensors to gather for; None is all there are.
+        progress: called with (rows done, rows in all) after every batch.
 
     Raises:
         MixmergeError: no tokenizer, no usable row; for ``fisher``, a model without logits that say something; sums
             that are not finite.
     """
-    if kind == "fisher" and expert.kind == "other":
-        what = f"is a {type(expert.model).__name__}: it predicts neither a token nor a class"
-        raise MixmergeError(Fault(expert.name, what, "A causal language model or a sequence classifier"))
-    batches = batches_for(expert, rows, measure, batch_size=1 if kind == "fisher" else measure.batch_size)
+    batches = Reader.of(expert).batches(rows, kind, measure)
     sums = Sums(wanted)
+    shown = told(batches, progress)
     if kind == "fisher":
-        _fisher(expert, batches, rows, measure.seed, sums)
+        add_fisher(expert, shown, rows, measure.seed, sums)
     else:
-        _activations(expert, batches, kind, sums)
+        _activations(expert, shown, kind, sums)
     used = {rows[at].digest for batch in batches for at in batch.rows}
     return finished(sums, kind, expert.name, fingerprint, measure.settings(kind), used)
+
+
+def told(batches: Sequence[Batch], progress: Told | None) -> Iterator[Batch]:
+    """The batches; whoever listens is told of each when it has been used."""
+    total, done = sum(len(batch.rows) for batch in batches), 0
+    for batch in batches:
+        yield batch
+        done += len(batch.rows)
+        if progress is not None:
+            progress(done, total)
 
 
 def finished(
@@ -90,29 +104,84 @@ def finished(
     return Statistics(facts, sums.values)
 
 
-def batches_for(
-    expert: LoadedExpert, rows: Sequence[Row], measure: Measure, *, batch_size: int
-) -> tuple[Batch, ...]:
-    """The rows as this expert reads them, none longer than it can.
+@dataclass(frozen=True)
+class Reader:
+    """How an expert reads rows: known before any of its weights is.
 
-    Raises:
-        MixmergeError: it has no tokenizer; as ``make_batches``.
+    Args:
+        name: for messages.
+        architecture: its class in transformers.
+        kind: what its logits are.
+        config: of transformers.
+        tokenizer: of transformers, or None.
     """
-    if expert.tokenizer is None:
-        raise MixmergeError(Fault(expert.name, "has no tokenizer, so it cannot be shown text"))
-    if getattr(expert.model.config, "is_encoder_decoder", False) and expert.kind == "other":
-        what = f"is a {type(expert.model).__name__}: an encoder with a decoder is not run over data yet"
-        raise MixmergeError(Fault(expert.name, what, "An encoder, or a causal language model"))
-    task: Task = "causal" if expert.kind == "causal" else "classifier"
-    return make_batches(
-        rows,
-        expert.tokenizer,
-        task=task,
-        max_tokens=min(measure.max_tokens, context_of(expert)),
-        batch_size=batch_size,
-        layout=measure.layout,
-        order="length",
-    )
+
+    name: str
+    architecture: str
+    kind: Outputs
+    config: Any
+    tokenizer: Any
+
+    @classmethod
+    def of(cls, expert: LoadedExpert) -> Reader:
+        model = expert.model
+        return cls(expert.name, type(model).__name__, expert.kind, model.config, expert.tokenizer)
+
+    @property
+    def context(self) -> int:
+        """Tokens it takes at most, as its config and tokenizer say; positions beyond have no embedding."""
+        said = (
+            getattr(self.config.get_text_config(), "max_position_embeddings", None),
+            getattr(self.tokenizer, "model_max_length", None),
+        )
+        return min([int(most) for most in said if isinstance(most, int) and most > 0], default=1 << 30)
+
+    def batches(self, rows: Sequence[Row], kind: Kind, measure: Measure) -> tuple[Batch, ...]:
+        """The rows as this expert reads them for a statistic, none longer than it can.
+
+        Raises:
+            MixmergeError: it has no tokenizer, or not the logits it takes; as ``make_batches``.
+        """
+        if kind == "fisher" and self.kind == "other":
+            what = f"is a {self.architecture}: it predicts neither a token nor a class"
+            raise MixmergeError(Fault(self.name, what, "A causal language model or a sequence classifier"))
+        if self.tokenizer is None:
+            raise MixmergeError(Fault(self.name, "has no tokenizer, so it cannot be shown text"))
+        if getattr(self.config, "is_encoder_decoder", False) and self.kind == "other":
+            what = f"is a {self.architecture}: an encoder with a decoder is not run over data yet"
+            raise MixmergeError(Fault(self.name, what, "An encoder, or a causal language model"))
+        task: Task = "causal" if self.kind == "causal" else "classifier"
+        return make_batches(
+            rows,
+            self.tokenizer,
+            task=task,
+            max_tokens=min(measure.max_tokens, self.context),
+            batch_size=1 if kind == "fisher" else measure.batch_size,
+            layout=measure.layout,
+            order="length",
+        )
+
+
+def gathering_need(anatomy: Anatomy, kind: Kind, widths: Sequence[int], shown: Shown) -> Need:
+    """What ``gather`` takes.
+
+    A sum of Gram matrices is 8 n² bytes of every map of n inputs, fewer where maps share an input; one map at a time
+    makes its share, in float64 and in float32. Second moments are vectors of 8 n bytes.
+
+    Args:
+        anatomy: of the expert.
+        kind: of statistics.
+        widths: inputs of the linear maps that are gathered in one pass.
+        shown: its largest batch.
+    """
+    if kind == "fisher":
+        return fisher_need(anatomy, shown)
+    expert, widest = {"expert": anatomy.loading}, max(widths, default=0)
+    if kind == "gram":
+        sums = {"Gram matrices": 8 * sum(width**2 for width in widths), "one at work": 20 * widest**2}
+    else:
+        sums = {"second moments": 8 * sum(widths), "one at work": 12 * widest * shown.places}
+    return Need({**expert, **sums, "activations": anatomy.forward(shown)})
 
 
 def extend(
@@ -165,15 +234,6 @@ class Sums:
         self.counts[name] = self.counts.get(name, 0) + count
 
 
-def context_of(expert: LoadedExpert) -> int:
-    """Tokens an expert takes at most, as its config and its tokenizer say; positions beyond have no embedding."""
-    said = (
-        getattr(expert.model.config.get_text_config(), "max_position_embeddings", None),
-        getattr(expert.tokenizer, "model_max_length", None),
-    )
-    return min([int(most) for most in said if isinstance(most, int) and most > 0], default=1 << 30)
-
-
 def linear_maps(model: Any) -> dict[str, Any]:
     """The modules that multiply by a matrix, by the name of its tensor; without a head over a vocabulary."""
     import torch
@@ -206,7 +266,7 @@ def real_inputs(value: Tensor, mask: Tensor) -> Tensor | None:
     return flat if bool(mask.all()) else None
 
 
-def _activations(expert: LoadedExpert, batches: Sequence[Batch], kind: Kind, sums: Sums) -> None:
+def _activations(expert: LoadedExpert, batches: Iterable[Batch], kind: Kind, sums: Sums) -> None:
     import torch
 
     model = expert.model
@@ -283,92 +343,3 @@ def watching(maps: dict[str, Any], kind: Kind, sums: Sums) -> Iterator[Watch]:
         # Tokens were mixed up before they came here, and some of them were padding.
         sums.values.pop(name, None)
         sums.counts.pop(name, None)
-
-
-def _fisher(
-    expert: LoadedExpert, batches: Sequence[Batch], rows: Sequence[Row], seed: int, sums: Sums
-) -> None:
-    """Squared gradients of single lines: a sum over lines or classes before the square would keep cross terms."""
-    import torch
-
-    model = expert.model
-    named = {name: value for name, value in model.named_parameters() if sums.wants(name)}
-    device = str(next(model.parameters()).device)
-    table = _table(model)
-    for value in named.values():
-        value.requires_grad_(True)
-    try:
-        for batch in batches:
-            moved = batch.to(device)
-            if expert.kind == "causal" and not moved.loss_mask[:, 1:].any():
-                continue  # the answer was cut off
-            logits = model(**moved.inputs()).logits.float()
-            if expert.kind == "causal":
-                generator = _generator(seed, [rows[at].digest for at in batch.rows])
-                terms = [(_drawn(logits, moved.loss_mask, generator), 1.0)]
-            else:
-                terms = _classes(logits[0], model.config)
-            looked_up = torch.unique(moved.input_ids)
-            for number, (value, factor) in enumerate(terms):
-                gradients = torch.autograd.grad(
-                    value, list(named.values()), retain_graph=number < len(terms) - 1, allow_unused=True
-                )
-                for name, gradient in zip(named, gradients, strict=True):
-                    if gradient is not None:
-                        sums.add_square(name, gradient, factor, looked_up if name == table else None)
-            for name in named:
-                sums.counts[name] = sums.counts.get(name, 0) + 1
-    finally:
-        model.requires_grad_(False)
-    if not sums.counts:
-        raise MixmergeError(
-            Fault(expert.name, "no row has a token to predict", "Longer max_tokens, or other rows")
-        )
-    for name, value in named.items():
-        sums.values.setdefault(name, torch.zeros(value.shape, dtype=torch.float32))
-
-
-def _table(model: Any) -> str:
-    """The name of the embeddings that tokens alone look up; empty if a head has the same weights."""
-    tokens = model.get_input_embeddings().weight
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    if head is not None and head.weight is tokens:
-        return ""
-    return next((name for name, value in model.named_parameters() if value is tokens), "")
-
-
-def _generator(seed: int, digests: Sequence[str]) -> Any:
-    """Draws that depend on the seed and the row, not on what else there is."""
-    import torch
-
-    words = hashlib.sha256(f"{seed}:{':'.join(digests)}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(words[:8], "big") >> 1)
-
-
-def _drawn(logits: Tensor, loss_mask: Tensor, generator: Any) -> Tensor:
-    """Log-likelihood of one line whose scored tokens are drawn from the model itself.
-
-    The draws of two places are independent and each has a score of mean zero, so the square of the sum has the
-    expectation of the sum of the squares: one backward pass gives an unbiased Fisher of all places.
-
-    Shapes:
-        logits ``(1, L, vocabulary)``, loss_mask ``(1, L)``.
-    """
-    import torch
-
-    scores = torch.log_softmax(logits[0, :-1][loss_mask[0, 1:]], -1)
-    drawn = torch.multinomial(scores.detach().exp().cpu(), 1, generator=generator).to(scores.device)
-    return scores.gather(1, drawn).sum()
-
-
-def _classes(logits: Tensor, config: Any) -> list[tuple[Tensor, float]]:
-    """(what to differentiate, its factor): the exact expectation over the model's own labels of one line."""
-    import torch
-
-    if getattr(config, "problem_type", None) == "multi_label_classification":
-        chances = torch.sigmoid(logits.detach())
-        return [(logits[k], float(chances[k] * (1 - chances[k]))) for k in range(len(logits))]
-    if len(logits) == 1:  # a regression: a normal variable of variance one around the output
-        return [(logits[0], 1.0)]
-    scores = torch.log_softmax(logits, -1)
-    return [(scores[k], float(scores[k].detach().exp())) for k in range(len(scores))]

@@ -9,13 +9,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from mixmerge.calibrate.anatomy import Anatomy, Need, Shown
 from mixmerge.calibrate.batches import Batch, make_batches
 from mixmerge.calibrate.coefficients import CoefficientSpace
-from mixmerge.calibrate.deltas import Deltas, pieces
+from mixmerge.calibrate.deltas import PIECE, Deltas, pieces
 from mixmerge.calibrate.learning import Learned, Learning, Objective, Progress, learn
 from mixmerge.calibrate.loading import Kind, kind_of
 from mixmerge.calibrate.mixed import Mixed
-from mixmerge.calibrate.objectives import Alignment, AlignmentOptions, Entropy, Schedule, chunk_counts
+from mixmerge.calibrate.objectives import (
+    POSITIONS,
+    TOKENS,
+    Alignment,
+    AlignmentOptions,
+    Entropy,
+    Schedule,
+    chunk_counts,
+)
 from mixmerge.calibrate.rows import Row
 from mixmerge.calibrate.students import (
     ClassifierStudent,
@@ -30,6 +39,9 @@ from mixmerge.errors import Fault, MethodError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+_COMPARES = {"entropy": "the entropy is that of its predictions", "alignment": "alignment compares logits"}
 
 
 @dataclass(frozen=True)
@@ -79,32 +91,104 @@ class Lesson:
         return kind_of(type(self.model).__name__)
 
 
-def _batch_size(lesson: Lesson) -> tuple[int, int]:
-    """Rows of a batch, and batches of each expert in a step."""
-    rows = int(lesson.number("rows"))
-    size = min(lesson.batch_size, rows)
+def step_sizes(rows: int, batch_size: int) -> tuple[int, int]:
+    """Rows of a batch, and batches of each expert in a step that takes so many rows of each."""
+    size = min(batch_size, rows)
     return size, -(-rows // size)
 
 
-def _batches(lesson: Lesson, size: int) -> list[tuple[Batch, ...]]:
-    task: Literal["causal", "classifier"] = "classifier" if lesson.kind == "classifier" else "causal"
+def batches_of(
+    learner: str,
+    kind: Kind,
+    rows: Sequence[Row],
+    tokenizer: Any,
+    *,
+    max_tokens: int,
+    batch_size: int,
+    layout: Literal["padded", "packed"],
+) -> tuple[Batch, ...]:
+    """One expert's rows as a learner shows them to a model with such outputs.
+
+    Raises:
+        MethodError: the entropy of a language model, and no row has choices.
+        MixmergeError: as ``make_batches``.
+    """
+    if learner == "entropy" and kind == "causal":
+        found = choice_batches(rows, tokenizer, max_tokens=max_tokens, batch_size=batch_size)
+        return tuple(choices.batch for choices in found)
+    task: Literal["causal", "classifier"] = "classifier" if kind == "classifier" else "causal"
+    return make_batches(
+        rows, tokenizer, task=task, max_tokens=max_tokens, batch_size=batch_size, layout=layout
+    )
+
+
+def _batches(lesson: Lesson, size: int, learner: str) -> list[tuple[Batch, ...]]:
     return [
-        make_batches(
-            rows,
-            lesson.tokenizer,
-            task=task,
-            max_tokens=lesson.max_tokens,
-            batch_size=size,
-            layout=lesson.layout,
+        batches_of(
+            learner, lesson.kind, rows, lesson.tokenizer,
+            max_tokens=lesson.max_tokens, batch_size=size, layout=lesson.layout,
         )
         for rows in lesson.rows
-    ]
+    ]  # fmt: skip
 
 
-def _headless(lesson: Lesson, what: str) -> MethodError:
-    name = type(lesson.model).__name__
-    allowed = "A classifier, or a language model and rows with choices"
-    return MethodError(Fault("base_model", f"{name} has no head, and {what}", allowed))
+def check_outputs(learner: str, kind: Kind, architecture: str) -> None:
+    """Raise unless a model's outputs are what a learner compares.
+
+    Raises:
+        MethodError: it has no head.
+    """
+    if kind == "other":
+        what = _COMPARES[learner]
+        allowed = "A classifier, or a language model and rows with choices"
+        raise MethodError(Fault("base_model", f"{architecture} has no head, and {what}", allowed))
+
+
+def learning_need(
+    learner: str,
+    anatomy: Anatomy,
+    shown: Sequence[Shown],
+    *,
+    kind: Kind,
+    rows: int,
+    batch_size: int,
+    layers: int = 0,
+    width: int = 4,
+) -> Need:
+    """What a learner takes in memory: one model and the gradient of one tensor; of deltas only pieces.
+
+    Losses go backward together until they hold ``TOKENS`` tokens, so no more activations are there at once, unless
+    one batch has more. States of the experts come from the disk for the batches under way.
+
+    Args:
+        learner: one of ``LEARNERS``.
+        anatomy: of the model.
+        shown: of each expert, its largest batch.
+        kind: what the model's outputs are.
+        rows, batch_size: of each expert in a step; of a batch.
+        layers: whose hidden states are compared.
+        width: bytes of an element of the model.
+    """
+    _, each = step_sizes(rows, batch_size)
+    padding = max(one.places / (one.tokens or one.places) for one in shown)
+    most = max(max(one.places for one in shown), int(TOKENS * padding))
+    places = min(each * sum(one.places for one in shown), most)
+    longest = max(one.length for one in shown)
+    once = Shown(-(-places // longest), longest)
+    memory = {
+        "model": 2 * width * anatomy.elements,
+        "gradient of a tensor": 2 * width * anatomy.largest,
+        "pieces of deltas": 4 * PIECE * (2 * len(shown) + 4),
+        "activations": anatomy.backward(once, width=width),
+    }
+    if learner == "alignment":
+        memory["states of the experts"] = 2 * 4 * places * anatomy.hidden * (1 + layers)
+    if kind == "causal":
+        # Those of the expert and of the model: as such, as log-likelihoods and chances, and their gradients.
+        share = max((one.places if one.scored is None else one.scored) / one.places for one in shown)
+        scored = min(places, POSITIONS) if learner == "alignment" else int(places * share)
+        memory["logits"] = 4 * scored * anatomy.vocabulary * (10 if learner == "alignment" else 4)
+    return Need(memory)
 
 
 def entropy(lesson: Lesson, *, progress: Progress | None = None) -> Learned:
@@ -113,7 +197,8 @@ def entropy(lesson: Lesson, *, progress: Progress | None = None) -> Learned:
     Raises:
         MethodError: a model without a head, a language model whose rows have no choices, and what ``learn`` raises.
     """
-    size, each = _batch_size(lesson)
+    check_outputs("entropy", lesson.kind, type(lesson.model).__name__)
+    size, each = step_sizes(int(lesson.number("rows")), lesson.batch_size)
     if lesson.kind == "causal":
         found = [
             choice_batches(rows, lesson.tokenizer, max_tokens=lesson.max_tokens, batch_size=size)
@@ -124,11 +209,9 @@ def entropy(lesson: Lesson, *, progress: Progress | None = None) -> Learned:
         def predict(expert: int, number: int) -> Tensor:
             return choice_logits(lesson.model, found[expert][number])
 
-    elif lesson.kind == "classifier":
-        shown = [list(batches) for batches in _batches(lesson, size)]
-        predict = ClassifierStudent(lesson.model, lesson.heads, shown).predict
     else:
-        raise _headless(lesson, "the entropy is that of its predictions")
+        shown = [list(batches) for batches in _batches(lesson, size, "entropy")]
+        predict = ClassifierStudent(lesson.model, lesson.heads, shown).predict
     schedule = Schedule(tuple(map(len, shown)), each, lesson.seed)
     objective = Entropy(
         predict, [[batch.tokens for batch in part] for part in shown], schedule, lesson.labels
@@ -157,10 +240,9 @@ def alignment(lesson: Lesson, *, progress: Progress | None = None) -> Learned:
         MethodError: a model without a head, and what ``learn`` raises.
         OutputError: no room for the experts' states.
     """
-    if lesson.kind == "other":
-        raise _headless(lesson, "alignment compares logits")
-    size, each = _batch_size(lesson)
-    shown = _batches(lesson, size)
+    check_outputs("alignment", lesson.kind, type(lesson.model).__name__)
+    size, each = step_sizes(int(lesson.number("rows")), lesson.batch_size)
+    shown = _batches(lesson, size, "alignment")
     with tempfile.TemporaryDirectory(prefix="mixmerge-teachers-", dir=lesson.scratch) as folder:
         objective = _alignment(lesson, shown, each, Path(folder))
         space = CoefficientSpace(transform="sigmoid", start=lesson.start, frozen=_globs(lesson.frozen))
@@ -207,9 +289,7 @@ def _alignment(lesson: Lesson, shown: Sequence[Sequence[Batch]], each: int, fold
     else:
         student = ClassifierStudent(model, lesson.heads, shown)
         head = student.logits
-    depth = int(model.config.get_text_config().num_hidden_layers)
-    listed = {"all": tuple(range(1, depth + 1)), "last": (depth,), "none": ()}
-    layers = listed[str(options["hidden_layers"])]
+    layers = layers_of(str(options["hidden_layers"]), int(model.config.get_text_config().num_hidden_layers))
     teachers = Teachers(folder, layers, head)
     everything = CoefficientSpace(granularity="expert", start=1.0).layout(
         lesson.deltas.shapes, lesson.deltas.experts
@@ -233,6 +313,11 @@ def _alignment(lesson: Lesson, shown: Sequence[Sequence[Batch]], each: int, fold
             importance=tuple(map(float, options["importance"])),
         ),
     )
+
+
+def layers_of(asked: str, depth: int) -> tuple[int, ...]:
+    """Whose hidden states are aligned, of a model of so many layers."""
+    return {"all": tuple(range(1, depth + 1)), "last": (depth,), "none": ()}[asked]
 
 
 def _one_hot(expert: int, experts: int) -> Tensor:

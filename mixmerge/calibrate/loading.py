@@ -130,6 +130,27 @@ def load_with_head(
     return _ready(found, _tokenizer(folder, None, name), device, name)
 
 
+def read_config(folder: Path, name: str) -> Any:
+    """The config of transformers in a folder.
+
+    Raises:
+        MixmergeError: transformers does not know such a model.
+    """
+    from transformers import AutoConfig
+
+    with _reading(name):
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+
+
+def read_tokenizer(folder: Path, name: str) -> Any:
+    """The tokenizer in a folder; None if there is none.
+
+    Raises:
+        MixmergeError: it cannot be read.
+    """
+    return _tokenizer(folder, None, name)
+
+
 def heads_of(folder: str | Path) -> tuple[str, ...]:
     """The names of the heads a merged folder keeps, sorted."""
     return tuple(sorted(path.parent.name for path in Path(folder).glob(f"{HEADS}/*/{HEAD_WEIGHTS}")))

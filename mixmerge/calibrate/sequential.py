@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mixmerge.calibrate.accumulators import Statistics
+from mixmerge.calibrate.anatomy import Anatomy, Need, Shown
 from mixmerge.calibrate.batches import Batch
-from mixmerge.calibrate.gathering import Measure, Sums, batches_for, finished, linear_maps, watching
+from mixmerge.calibrate.gathering import Measure, Reader, Sums, Told, finished, linear_maps, watching
 from mixmerge.calibrate.loading import LoadedExpert
 from mixmerge.calibrate.rows import Row
 from mixmerge.errors import Fault, MixmergeError
@@ -46,6 +47,7 @@ def gather_sequential(
     *,
     fingerprint: str,
     measure: Measure = Measure(),
+    progress: Told | None = None,
 ) -> Iterator[list[Statistics]]:
     """For each block of layers, then for what is outside of them, the Gram statistics of every expert.
 
@@ -59,6 +61,7 @@ def gather_sequential(
         combine: merges one tensor; the name is the parameter's in the first expert.
         fingerprint: of all the experts, to be kept with the sums.
         measure: how rows are shown.
+        progress: called with (blocks done, blocks in all) after every block and what is outside of them.
 
     Raises:
         MixmergeError: a model without one stack of layers; as ``gather``.
@@ -76,7 +79,7 @@ def gather_sequential(
     flows = []
     used = []
     for expert, own in zip(experts, rows, strict=True):
-        batches = batches_for(expert, own, measure, batch_size=measure.batch_size)
+        batches = Reader.of(expert).batches(own, "gram", measure)
         flows.append([_begin(merged, result, batch) for batch in batches])
         used.append({own[at].digest for batch in batches for at in batch.rows})
     settings = {**measure.settings("gram"), "sequential": True}
@@ -100,9 +103,44 @@ def gather_sequential(
             for each in (each for flow in flows for each in flow):
                 arguments, options = each.given[number]
                 each.hidden = _first(block(each.hidden, *arguments, **options))
+        if progress is not None:
+            progress(number + 1, len(result) + 1)
         yield made
-    yield statistics(
-        [_of_rest(expert, merged, flow, inside) for expert, flow in zip(experts, flows, strict=True)]
+    rest = [_of_rest(expert, merged, flow, inside) for expert, flow in zip(experts, flows, strict=True)]
+    if progress is not None:
+        progress(len(result) + 1, len(result) + 1)
+    yield statistics(rest)
+
+
+def sequential_need(
+    anatomy: Anatomy, blocks: Sequence[Sequence[int]], shown: Shown, *, experts: int, places: int
+) -> Need:
+    """What ``gather_sequential`` takes.
+
+    Args:
+        anatomy: of one expert; all are in memory, and the merged model too.
+        blocks: of every block, and of what is outside of them, the inputs of the linear maps.
+        shown: the largest batch of any expert.
+        experts: their number.
+        places: of all batches of all experts, tokens with padding: their states stay from block to block, with what
+            else a block is given (places by rotations, masks), while one batch is seen by every block.
+    """
+    block = max((sum(width**2 for width in widths) for widths in blocks), default=0)
+    widest = max((width for widths in blocks for width in widths), default=0)
+    rotations = 2 * anatomy.hidden // max(anatomy.heads, 1)
+    flows = (
+        places * (anatomy.hidden + rotations + shown.length) + shown.places * anatomy.layers * anatomy.hidden
+    )
+    return Need(
+        {
+            "experts": 4 * anatomy.elements * experts,
+            "merged model": anatomy.loading,
+            # sums of a block and their means, and those of the block before, which are being kept
+            "Gram matrices of a block": 8 * 3 * experts * block,
+            "one at work": 20 * widest**2 + 8 * (experts + 2) * widest**2,
+            "states of all rows": 4 * flows,
+            "activations": anatomy.forward(shown),
+        }
     )
 
 

@@ -60,6 +60,12 @@ def found_rows(source: str | Path, *, split: str | None) -> Iterator[Found]:
     return _hub(name, split or "train")
 
 
+def is_of_hub(source: str) -> bool:
+    """Whether ``found_rows`` would ask the hub for a source: nothing of this name is here, and one could be there."""
+    here = source.startswith(BUILTIN) or Path(source).expanduser().exists()
+    return not here and _may_be_hub(source)
+
+
 def _may_be_hub(name: str) -> bool:
     return bool(_HUB.fullmatch(name)) and not name.lower().endswith((*_SUFFIXES, ".json", ".csv", ".gz"))
 

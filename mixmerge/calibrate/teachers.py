@@ -62,6 +62,11 @@ class Teachers:
                 Fault(str(self.folder), f"the experts' states cannot be kept: {error.strerror}")
             ) from error
 
+    @staticmethod
+    def bytes_of(places: int, hidden: int, layers: int) -> int:
+        """What ``remember`` writes of so many places: float32, final states and those of so many layers."""
+        return 4 * places * hidden * (1 + layers)
+
     def _check_room(self, needed: int) -> None:
         free = shutil.disk_usage(self.folder).free
         if free < 2 * needed:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mixmerge.cli.plan import print_plan
-from mixmerge.cli.show import byte_progress, emit_json, loss_progress, size, warn
+from mixmerge.cli.show import byte_progress, emit_json, loss_progress, part_progress, size, warn
 
 if TYPE_CHECKING:
     from mixmerge.engine.merge import Merged
@@ -65,6 +65,7 @@ def merge(
         with byte_progress("downloading", quiet=quiet) as progress:
             plan = fetch_for(plan, out, overwrite=overwrite, device=device, progress=progress)
     with (
+        part_progress("gathering", quiet=quiet) as gathering,
         loss_progress("learning", quiet=quiet) as learning,
         byte_progress("merging", quiet=quiet) as progress,
     ):
@@ -78,6 +79,7 @@ def merge(
             verify_inputs=verify,
             progress=progress,
             learning=learning,
+            gathering=gathering,
         )
     if not quiet:
         warn(merged.notes)

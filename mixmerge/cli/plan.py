@@ -44,12 +44,17 @@ def print_plan(
 ) -> None:
     """Make a plan and print it."""
     from mixmerge.engine.merge import default_threads
-    from mixmerge.plan import as_json, make_plan
+    from mixmerge.engine.outlook import plan_with_data
+    from mixmerge.plan import as_json
 
-    made = make_plan(recipe, allow_tokenizer_mismatch=allow_tokenizer_mismatch)
+    made, outlook = plan_with_data(recipe, allow_tokenizer_mismatch=allow_tokenizer_mismatch)
     if not quiet:
         warn(made.warnings)
+        warn(outlook.notes if outlook else ())
     report = as_json(made, threads=threads or default_threads())
+    if outlook is not None:
+        report["calibration"] = outlook.as_json()
+        report["peak_memory"] = max(report["peak_memory"], outlook.peak_memory)
     if json:
         emit_json(report)
         return
@@ -81,6 +86,26 @@ def _values(parameters: dict[str, Any]) -> str:
     )
 
 
+def _of_data(calibration: dict[str, Any] | None) -> list[tuple[str, str]]:
+    """Rows of the summary: what gathering or learning takes."""
+    if calibration is None:
+        return []
+    parts = ", ".join(f"{what} {size(count)}" for what, count in calibration["memory"].items() if count)
+    work = calibration["work"]
+    disk = [(f"on disk while {work}", size(calibration["disk"]))] if calibration["disk"] else []
+    return [(f"memory for {work}", f"{size(sum(calibration['memory'].values()))}: {parts}"), *disk]
+
+
+def _print_data(experts: list[dict[str, Any]]) -> None:
+    rows = []
+    for seen in experts:
+        known = seen["rows"] is not None
+        used = f"{seen['rows']} of {seen['there']}" if known else "read at merge time"
+        tokens = str(seen["tokens"]) if seen["tokens"] is not None else "not counted"
+        rows.append((seen["expert"], seen["source"], used, tokens if known else ""))
+    table("calibration data", ("expert", "data", "rows", "tokens"), rows, text=(0, 1))
+
+
 def _print_summary(report: dict[str, Any]) -> None:
     actions = [tensor["action"] for tensor in report["tensors"]]
     models = [
@@ -88,6 +113,8 @@ def _print_summary(report: dict[str, Any]) -> None:
         for model in report["models"]
     ]
     table(report["method"], ("model", "tensors", "adapted"), models)
+    if "calibration" in report:
+        _print_data(report["calibration"]["experts"])
     merged, copied = actions.count("merged"), actions.count("copied")
     rows = [
         (
@@ -99,6 +126,7 @@ def _print_summary(report: dict[str, Any]) -> None:
         ("to read", size(report["bytes_read"])),
         ("to write", f"{size(report['bytes_written'])} in {len(report['shards'])} file(s)"),
         ("peak memory", size(report["peak_memory"])),
+        *_of_data(report.get("calibration")),
         ("plan hash", report["hash"]),
     ]
     table("plan", ("what", "how much"), rows)

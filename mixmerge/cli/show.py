@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mixmerge.errors import MixmergeError
+
+if TYPE_CHECKING:
+    from rich.progress import ProgressColumn
 
 
 def fail(error: MixmergeError) -> None:
@@ -35,57 +39,89 @@ def size(count: float) -> str:
     raise AssertionError("unreachable")
 
 
+class _Bar:
+    """One bar on stderr that is there from the first news to the last, so that stages can come one after the other."""
+
+    def __init__(self, columns: Sequence[ProgressColumn]) -> None:
+        from rich.console import Console
+        from rich.progress import Progress
+
+        self._progress = Progress(*columns, console=Console(stderr=True), transient=True)
+        self._lock = threading.Lock()  # news may come from several threads
+
+    def show(self, done: int, total: int, fields: Mapping[str, Any]) -> None:
+        progress = self._progress
+        with self._lock:
+            if not progress.tasks:
+                progress.add_task("", total=total, **fields)
+            progress.start()
+            progress.update(progress.task_ids[0], completed=done, total=total, **fields)
+            if done == total:
+                progress.stop()
+
+    def stop(self) -> None:
+        self._progress.stop()
+
+
 @contextmanager
-def loss_progress(title: str, *, quiet: bool) -> Iterator[Callable[[int, int, float], None] | None]:
-    """A bar with steps, the loss and the time left on stderr, from the first step on; None when nobody is there."""
+def _bar(columns: Callable[[], Sequence[ProgressColumn]], *, quiet: bool) -> Iterator[_Bar | None]:
+    """None when nobody is there to see it."""
     if quiet or not sys.stderr.isatty():
         yield None
         return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    loss = TextColumn("loss {task.fields[loss]:.4g}")
-    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), loss, TimeRemainingColumn())
-    progress = Progress(*columns, console=Console(stderr=True), transient=True)
-
-    def update(done: int, total: int, now: float) -> None:
-        if not progress.tasks:
-            progress.start()
-            progress.add_task(title, total=total, loss=now)
-        progress.update(progress.task_ids[0], completed=done, total=total, loss=now)
-        if done == total:
-            progress.stop()
-
+    bar = _Bar(columns())
     try:
-        yield update
+        yield bar
     finally:
-        progress.stop()
+        bar.stop()
+
+
+@contextmanager
+def loss_progress(title: str, *, quiet: bool) -> Iterator[Callable[[int, int, float], None] | None]:
+    """A bar with steps, the loss and the time left on stderr, from the first step on; None when nobody is there."""
+
+    def columns() -> list[ProgressColumn]:
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+
+        loss = TextColumn("loss {task.fields[loss]:.4g}")
+        return [TextColumn(title), BarColumn(), MofNCompleteColumn(), loss, TimeRemainingColumn()]
+
+    with _bar(columns, quiet=quiet) as bar:
+        yield None if bar is None else lambda done, total, loss: bar.show(done, total, {"loss": loss})
+
+
+@contextmanager
+def part_progress(title: str, *, quiet: bool) -> Iterator[Callable[[str, int, int], None] | None]:
+    """A bar over all parts on stderr, with the one under way, from the first news on; None when nobody is there."""
+
+    def columns() -> list[ProgressColumn]:
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+
+        part = TextColumn("{task.fields[part]}", markup=False)
+        return [TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), part]
+
+    with _bar(columns, quiet=quiet) as bar:
+        yield None if bar is None else lambda part, done, total: bar.show(done, total, {"part": part})
 
 
 @contextmanager
 def byte_progress(title: str, *, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
-    """A bar with bytes, rate and time left on stderr; None when nobody is there to see it."""
-    if quiet or not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
+    """A bar with bytes, rate and time left on stderr, from the first byte on; None when nobody is there to see it."""
 
-    columns = (TextColumn(title), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(title, total=None)
+    def columns() -> list[ProgressColumn]:
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            TextColumn,
+            TimeRemainingColumn,
+            TransferSpeedColumn,
+        )
 
-        def update(done: int, total: int) -> None:
-            progress.update(task, completed=done, total=total)
+        rate = TransferSpeedColumn()
+        return [TextColumn(title), BarColumn(), DownloadColumn(), rate, TimeRemainingColumn()]
 
-        yield update
+    with _bar(columns, quiet=quiet) as bar:
+        yield None if bar is None else lambda done, total: bar.show(done, total, {})
 
 
 @contextmanager

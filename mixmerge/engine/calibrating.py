@@ -5,6 +5,7 @@ Statistics are kept in a hidden folder beside the output until that is whole, so
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,15 +13,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from mixmerge.calibrate.accumulators import Facts, Kind, read_facts, save_statistics, saved_mean
+from mixmerge.calibrate.anatomy import Anatomy, Need, Shown
 from mixmerge.calibrate.rows import Row
 from mixmerge.checkpoint.identity import canonical_hash
 from mixmerge.engine.calibration_data import Data, experts_of
+from mixmerge.engine.maps import is_map, singular, width
 from mixmerge.engine.plain import listed
-from mixmerge.errors import Fault, MethodError, MixmergeError, RecipeError
+from mixmerge.errors import Fault, MixmergeError, RecipeError
 from mixmerge.plan import Model, Plan, Task
+from mixmerge.plan.layers import layer_of
 
 if TYPE_CHECKING:
-    from mixmerge.calibrate.gathering import Measure
+    from mixmerge.calibrate.gathering import Measure, Told
     from mixmerge.calibrate.loading import LoadedExpert
     from mixmerge.calibrate.sequential import Combine
 
@@ -30,6 +34,8 @@ _SHOWN = 3
 SEQUENTIAL = "gram_sequential"  # Gram matrices that need the layers merged so far
 
 Found = Mapping[str, Sequence[Any]]
+# Whose turn it is, steps done, steps in all: rows of every expert, or blocks where all experts go together.
+GatheringProgress = Callable[[str, int, int], None]
 
 
 @dataclass
@@ -57,7 +63,13 @@ def forget(out: Path) -> None:
 
 
 def calibrated(
-    plan: Plan, data: Data, cache: Path, *, fingerprints: Mapping[str, Any], device: str
+    plan: Plan,
+    data: Data,
+    cache: Path,
+    *,
+    fingerprints: Mapping[str, Any],
+    device: str,
+    progress: GatheringProgress | None = None,
 ) -> Calibrated:
     """Gather the statistics a plan's method takes.
 
@@ -67,27 +79,40 @@ def calibrated(
         cache: folder for finished statistics; those in it that fit are not gathered again.
         fingerprints: of the inputs, by reference.
         device: a torch device.
+        progress: called with (expert, rows done, rows in all) after every batch; of a method that goes through the
+            model block by block, with ("all experts", blocks done, blocks in all).
 
     Raises:
         MixmergeError: an expert cannot be run, or its rows say too little.
     """
     gathered = [_Expert(plan, number, data.rows[number]) for number in experts_of(plan)]
     if plan.method.statistics == SEQUENTIAL:
-        _in_order(plan, gathered, cache, fingerprints, device)
+        _in_order(plan, gathered, cache, fingerprints, device, progress)
     else:
+        passes = len(_parts(plan, statistic_of(plan)))
+        total, before = passes * sum(len(expert.rows) for expert in gathered), 0
         for expert in gathered:
-            expert.gather(cache, fingerprints, device)
+            expert.gather(cache, fingerprints, device, _counted(progress, expert, before, total))
+            before += passes * len(expert.rows)
     notes = _check(plan, gathered)
     norms = [expert.norm() for expert in gathered] if plan.method.statistics == "fisher" else []
 
     def statistics(task: Task) -> Found:
-        found: dict[str, Sequence[Any]] = {_name(plan): [expert.mean(task) for expert in gathered]}
+        found: dict[str, Sequence[Any]] = {statistic_of(plan): [expert.mean(task) for expert in gathered]}
         return {**found, "norm": norms} if norms else found
 
     return Calibrated(statistics, notes)
 
 
-def _name(plan: Plan) -> Kind:
+def _counted(progress: GatheringProgress | None, expert: _Expert, before: int, total: int) -> Told:
+    def tell(done: int, _: int) -> None:
+        if progress is not None:
+            progress(str(expert.model.ref), before + done, total)
+
+    return tell
+
+
+def statistic_of(plan: Plan) -> Kind:
     """The statistic a method takes, by the name its definition knows."""
     return "gram" if plan.method.statistics == SEQUENTIAL else cast(Kind, plan.method.statistics)
 
@@ -102,14 +127,18 @@ class _Expert:
         # A parameter's name, whole or without its first part -> where its statistic is.
         self._found: dict[str, tuple[Path, Facts, str]] = {}
 
-    def gather(self, cache: Path, fingerprints: Mapping[str, Any], device: str) -> None:
+    def gather(self, cache: Path, fingerprints: Mapping[str, Any], device: str, tell: Told) -> None:
+        """Gather, or find, all parts; ``tell`` is called with (rows done in all parts, rows in all)."""
         from mixmerge.calibrate.gathering import gather
         from mixmerge.calibrate.loading import load_expert
 
-        kind, measure = _name(self.plan), _measure(self.plan)
+        kind, measure = statistic_of(self.plan), measure_of(self.plan)
         fingerprint = canonical_hash(fingerprints[str(self.model.ref)])
         loaded: LoadedExpert | None = None
-        for tasks in _parts(self.plan, kind):
+        parts = _parts(self.plan, kind)
+        total = len(parts) * len(self.rows)
+        for number, tasks in enumerate(parts):
+            before = number * len(self.rows)
             stored = [task.sources[self.place].tensor.name for task in tasks]
             key = canonical_hash(
                 [kind, fingerprint, measure.settings(kind), [row.digest for row in self.rows], stored]
@@ -119,12 +148,18 @@ class _Expert:
             if facts is None:
                 loaded = loaded or load_expert(self.model.path, adapter=self.model.adapter, device=device)
                 wanted = set(_parameters(loaded, stored).values())
+
+                def told(done: int, _: int, before: int = before) -> None:
+                    tell(before + done, total)
+
                 found = gather(
-                    loaded, self.rows, kind, fingerprint=fingerprint, measure=measure, wanted=wanted
-                )
+                    loaded, self.rows, kind,
+                    fingerprint=fingerprint, measure=measure, wanted=wanted, progress=told,
+                )  # fmt: skip
                 save_statistics(found, folder)
                 facts = read_facts(folder)
             self.take(folder, facts)
+            tell(before + len(self.rows), total)
 
     def take(self, folder: Path, facts: Facts) -> None:
         """Use what is in a folder."""
@@ -165,12 +200,13 @@ def _in_order(
     cache: Path,
     fingerprints: Mapping[str, Any],
     device: str,
+    progress: GatheringProgress | None,
 ) -> None:
     """Gather block by block, on the model merged so far; needs every expert and the merged model in memory."""
     from mixmerge.calibrate.loading import load_expert
     from mixmerge.calibrate.sequential import gather_sequential
 
-    measure = _measure(plan)
+    measure = measure_of(plan)
     models = [canonical_hash(fingerprints[str(expert.model.ref)]) for expert in gathered]
     digests = [[row.digest for row in expert.rows] for expert in gathered]
     parameters = [task.parameters for task in plan.tasks]
@@ -182,7 +218,14 @@ def _in_order(
             load_expert(each.model.path, adapter=each.model.adapter, device=device) for each in gathered
         ]
         rows = [expert.rows for expert in gathered]
-        found = gather_sequential(experts, rows, _combine(plan), fingerprint=key, measure=measure)
+
+        def tell(blocks: int, total: int) -> None:
+            if progress is not None:
+                progress("all experts", blocks, total)
+
+        found = gather_sequential(
+            experts, rows, _combine(plan), fingerprint=key, measure=measure, progress=tell
+        )
         for steps, made in enumerate(found, 1):
             for place, statistics in enumerate(made):
                 save_statistics(statistics, cache / f"{key}-{steps - 1}-{place}")
@@ -217,6 +260,50 @@ def _combine(plan: Plan) -> Combine:
     return combine
 
 
+def gathering(plan: Plan, anatomies: Sequence[Anatomy], shown: Sequence[Shown], places: int) -> list[Need]:
+    """What ``calibrated`` takes, one stage after the other: the experts on their rows, then the means while merging.
+
+    Args:
+        plan: of a method with ``statistics``.
+        anatomies: of the experts.
+        shown: of each expert, its largest batch.
+        places: tokens of all batches of all experts, padding included.
+    """
+    from mixmerge.calibrate.gathering import gathering_need
+    from mixmerge.calibrate.sequential import sequential_need
+
+    kind = statistic_of(plan)
+    parts = [[width(task) for task in tasks if is_map(task)] for tasks in _parts(plan, kind)]
+    flat = [each for part in parts for each in part]
+    if plan.method.statistics == SEQUENTIAL:
+        blocks: dict[tuple[str, int] | None, list[int]] = {}
+        for task in (task for task in plan.tasks if is_map(task)):
+            blocks.setdefault(layer_of(task.target.name), []).append(width(task))
+        largest = max(shown, key=lambda one: one.places)
+        stages = [
+            sequential_need(
+                anatomies[0], list(blocks.values()), largest, experts=len(anatomies), places=places
+            )
+        ]
+    else:
+        stages = [
+            gathering_need(anatomy, kind, part, one)
+            for anatomy, one in zip(anatomies, shown, strict=True)
+            for part in parts
+        ]
+    squares = max((each**2 for each in flat), default=0)
+    element = max((math.prod(task.target.shape) for task in plan.tasks if not task.copied), default=0)
+    one = {"gram": 8 * squares, "fisher": 4 * element, "second_moment": 8 * max(flat, default=0)}[kind]
+    kept = {"gram": 8 * sum(each**2 for each in flat), "second_moment": 8 * sum(flat)}
+    disk = len(anatomies) * kept.get(kind, 4 * anatomies[0].elements)
+    # Means of one tensor for each expert and their weighted sum, beside the tensor of each in float32 or float64.
+    merging = {
+        "means of a tensor": (len(anatomies) + 3) * one,
+        "a tensor": 8 * (len(anatomies) + 2) * element,
+    }
+    return [Need(stage.memory, disk) for stage in (*stages, Need(merging))]
+
+
 def _kept(folder: Path) -> Facts | None:
     """The facts of statistics an earlier run finished, unless they are damaged."""
     try:
@@ -225,7 +312,7 @@ def _kept(folder: Path) -> Facts | None:
         return None  # gathered anew
 
 
-def _measure(plan: Plan) -> Measure:
+def measure_of(plan: Plan) -> Measure:
     from mixmerge.calibrate.gathering import Measure
 
     asked = plan.recipe.calibration
@@ -234,20 +321,11 @@ def _measure(plan: Plan) -> Measure:
     return Measure(asked.max_tokens, asked.batch_size, asked.layout, plan.recipe.seed)
 
 
-def _of_maps(task: Task) -> bool:
-    return not task.copied and task.role in ("linear", "transposed")
-
-
-def width(task: Task) -> int:
-    """Inputs of a linear map."""
-    return task.target.shape[1] if task.role == "linear" else task.target.shape[0]
-
-
 def _parts(plan: Plan, kind: Kind) -> list[list[Task]]:
     """The tasks there are statistics for, in groups that fit in memory."""
     if kind == "fisher":
         return [[task for task in plan.tasks if not task.copied]]
-    tasks = [task for task in plan.tasks if _of_maps(task)]
+    tasks = [task for task in plan.tasks if is_map(task)]
     if kind != "gram":
         return [tasks]
     parts: list[list[Task]] = [[]]
@@ -282,11 +360,11 @@ def _tail(name: str) -> str:
 
 def _check(plan: Plan, gathered: Sequence[_Expert]) -> list[str]:
     """What there is too little of: a fault where the method cannot do without, else a note."""
-    kind, notes = _name(plan), []
+    kind, notes = statistic_of(plan), []
     lacking = [
         task.target.name
         for task in plan.tasks
-        if (_of_maps(task) or (kind == "fisher" and not task.copied))
+        if (is_map(task) or (kind == "fisher" and not task.copied))
         and any(expert.found(task) is None for expert in gathered)
     ]
     if lacking:
@@ -297,23 +375,6 @@ def _check(plan: Plan, gathered: Sequence[_Expert]) -> list[str]:
     short = [
         (task, min(expert.tokens(task) for expert in gathered))
         for task in plan.tasks
-        if _of_maps(task) and task.target.name not in lacking
+        if is_map(task) and task.target.name not in lacking
     ]
-    short = [(task, tokens) for task, tokens in short if tokens < width(task)]
-    if not short:
-        return notes
-    task, tokens = max(short, key=lambda each: width(each[0]))
-    what = f"{tokens} tokens for the {width(task)} inputs of {task.target.name}: its Gram matrix is singular"
-    if any(task.parameters["alpha"] == 1 and task.parameters["ridge"] == 0 for task, _ in short):
-        raise MethodError(
-            Fault(
-                "calibration",
-                what,
-                "alpha below 1 or ridge above 0 can do with fewer",
-                "Give more or longer rows",
-            )
-        )
-    return [
-        *notes,
-        f"{what} without alpha and ridge, for {len(short)} tensors; more or longer rows are better",
-    ]
+    return [*notes, *singular(short)]

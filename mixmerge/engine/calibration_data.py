@@ -7,8 +7,25 @@ from dataclasses import dataclass
 from typing import Any
 
 from mixmerge.calibrate.rows import Row, read_rows, sample_rows
+from mixmerge.calibrate.sources import is_of_hub
 from mixmerge.errors import Fault, MixmergeError, RecipeError
 from mixmerge.plan import Plan
+from mixmerge.recipe import Calibration, ModelRef
+
+
+@dataclass(frozen=True)
+class Part:
+    """One expert's rows.
+
+    Args:
+        source: where they are from.
+        rows: that are used.
+        there: how many the source has, with those that come twice.
+    """
+
+    source: str
+    rows: tuple[Row, ...]
+    there: int
 
 
 @dataclass(frozen=True)
@@ -39,28 +56,48 @@ def read_data(plan: Plan) -> Data | None:
     asked = plan.recipe.calibration
     if asked is None or not plan.method.needs_data:
         return None
-    rows: dict[int, tuple[Row, ...]] = {}
-    sources: dict[int, str] = {}
     faults: list[Fault] = []
-    read: dict[str, tuple[Row, ...]] = {}
-    for number in experts_of(plan):
-        ref = plan.models[number].ref
-        source = asked.source(ref)
-        if source is None:
-            faults.append(
-                Fault("calibration", f"{ref} has no data", run="Add it to per_expert, or add data: PATH")
-            )
-            continue
-        try:
-            if source not in read:
-                read[source] = read_rows(source, split=asked.split)
-            rows[number] = sample_rows(read[source], asked.max_examples, seed=plan.recipe.seed)
-            sources[number] = source
-        except MixmergeError as error:
-            faults.extend(fault for fault in error.faults if fault not in faults)
+    refs = {number: plan.models[number].ref for number in experts_of(plan)}
+    found = read_parts(asked, list(refs.values()), plan.recipe.seed, faults)
     if faults:
         raise RecipeError(faults)
-    return Data(rows, sources, asked.transductive)
+    parts = {number: found[ref] for number, ref in refs.items()}
+    rows = {number: part.rows for number, part in parts.items()}
+    return Data(rows, {number: part.source for number, part in parts.items()}, asked.transductive)
+
+
+def read_parts(
+    asked: Calibration, experts: Sequence[ModelRef], seed: int, faults: list[Fault], *, hub: bool = True
+) -> dict[ModelRef, Part]:
+    """The rows of each expert that has some.
+
+    Args:
+        asked: the block of the recipe.
+        experts: of the merge.
+        seed: of the recipe.
+        faults: gets what is wrong with any of them, each once.
+        hub: read data sets of the hub; without, experts that have theirs there are left out.
+    """
+    read: dict[str, tuple[Row, ...] | None] = {}
+    parts: dict[ModelRef, Part] = {}
+    for ref in experts:
+        source = asked.source(ref)
+        if source is None:
+            run = "Add it to per_expert, or add data: PATH"
+            faults.append(Fault("calibration", f"{ref} has no data", run=run))
+            continue
+        if not hub and is_of_hub(source):
+            continue
+        if source not in read:
+            read[source] = None
+            try:
+                read[source] = read_rows(source, split=asked.split)
+            except MixmergeError as error:
+                faults.extend(fault for fault in error.faults if fault not in faults)
+        rows = read[source]
+        if rows is not None:
+            parts[ref] = Part(source, sample_rows(rows, asked.max_examples, seed=seed), len(rows))
+    return parts
 
 
 def experts_of(plan: Plan) -> list[int]:

@@ -11,7 +11,7 @@ from typing import Any
 from mixmerge import __version__
 from mixmerge.checkpoint.files import Files, opened
 from mixmerge.checkpoint.identity import canonical_hash
-from mixmerge.engine.calibrating import Calibrated, cache_folder, calibrated, forget
+from mixmerge.engine.calibrating import Calibrated, GatheringProgress, cache_folder, calibrated, forget
 from mixmerge.engine.calibration_data import read_data
 from mixmerge.engine.copying import copy
 from mixmerge.engine.finish import add_files, input_fingerprints, verify
@@ -75,6 +75,7 @@ def merge(
     progress: Progress | None = None,
     downloading: Progress | None = None,
     learning: LearningProgress | None = None,
+    gathering: GatheringProgress | None = None,
 ) -> Merged:
     """Merge models into a folder that ``from_pretrained`` loads.
 
@@ -92,6 +93,7 @@ def merge(
         downloading: called with (bytes downloaded, bytes in all), from several threads, where inputs are
             on the Hugging Face hub and not in its cache.
         learning: called with (steps done, steps in all, loss) where coefficients are learned.
+        gathering: called with (expert, rows done, rows in all) where statistics of data are gathered.
 
     Raises:
         RecipeError: anything wrong with recipe or inputs, all at once, before any weight is read or
@@ -111,6 +113,7 @@ def merge(
         verify_inputs=verify_inputs,
         progress=progress,
         learning=learning,
+        gathering=gathering,
     )
 
 
@@ -140,6 +143,7 @@ def run(
     verify_inputs: bool = False,
     progress: Progress | None = None,
     learning: LearningProgress | None = None,
+    gathering: GatheringProgress | None = None,
 ) -> Merged:
     """Carry a plan out; arguments as in ``merge``."""
     began = time.perf_counter()
@@ -166,7 +170,10 @@ def run(
         resumed = len(output.finished)
         found, learned = Calibrated(), None
         if data is not None and plan.method.statistics:
-            found = calibrated(plan, data, cache_folder(out), fingerprints=fingerprints, device=device)
+            found = calibrated(
+                plan, data, cache_folder(out),
+                fingerprints=fingerprints, device=device, progress=gathering,
+            )  # fmt: skip
         if data is not None and plan.method.learner:
             plan, learned = with_learned(
                 plan, data, output, files,

@@ -16,8 +16,13 @@ from mixmerge.registry import choices
 LAYOUTS = ("padded", "packed")
 _DATA = "A file of rows, a data set of the hub, or builtin:NAME"
 _ADD = "Add calibration: {data: PATH}"
+DEFAULT_EXAMPLES = 256
 # name -> (default, largest, smallest)
-_AMOUNTS = {"max_examples": (256, 10**7, 1), "max_tokens": (512, 10**6, 2), "batch_size": (8, 10**4, 1)}
+_AMOUNTS = {
+    "max_examples": (DEFAULT_EXAMPLES, 10**7, 1),
+    "max_tokens": (512, 10**6, 2),
+    "batch_size": (8, 10**4, 1),
+}
 
 
 class Calibration(BaseModel):
@@ -38,7 +43,7 @@ class Calibration(BaseModel):
 
     data: str | None = None
     per_expert: dict[str, str] = Field(default_factory=dict)
-    max_examples: int = Field(default=256, ge=1, le=10**7)
+    max_examples: int = Field(default=DEFAULT_EXAMPLES, ge=1, le=10**7)
     max_tokens: int = Field(default=512, ge=2, le=10**6)
     split: str | None = None
     layout: Literal["padded", "packed"] = "padded"

@@ -23,7 +23,7 @@ from mixmerge.document import (
     unknown_keys,
 )
 from mixmerge.methods import METHODS, Method, Parameter
-from mixmerge.recipe.calibration import read_calibration
+from mixmerge.recipe.calibration import Calibration, read_calibration
 from mixmerge.recipe.checks import Draft, DraftEntry, check, check_models
 from mixmerge.recipe.references import ModelRef, read_ref
 from mixmerge.recipe.replay import read_replay
@@ -108,15 +108,20 @@ def _spelled(value: Any) -> Any:
 
 def _parsed(root: Node | None, text: str, where: str, report: Report) -> Parsed:
     refs: list[tuple[str, ModelRef]] = []
+    blocks: list[Calibration] = []
     recipe: Recipe | None = None
     if root is not None and isinstance(root.value, dict):
-        recipe = _recipe(root.value, report, refs)
+        recipe = _recipe(root.value, report, refs, blocks)
     elif root is not None:
         report.fault(root, f"a recipe is a mapping, got {show(root.value)}", RECIPE.needs)
-    return Parsed(recipe, report.faults(where), report.warnings(), text, tuple(refs))
+    return Parsed(
+        recipe, report.faults(where), report.warnings(), text, tuple(refs), next(iter(blocks), None)
+    )
 
 
-def _recipe(top: dict[str, Node], report: Report, refs: list[tuple[str, ModelRef]]) -> Recipe | None:
+def _recipe(
+    top: dict[str, Node], report: Report, refs: list[tuple[str, ModelRef]], blocks: list[Calibration]
+) -> Recipe | None:
     asked = top.get("merge_method")
     built_in = asked is not None and isinstance(asked.value, str) and asked.value in METHODS
     rows = METHODS if built_in else table("method")  # looking for plug-ins takes 10 ms
@@ -139,6 +144,7 @@ def _recipe(top: dict[str, Node], report: Report, refs: list[tuple[str, ModelRef
     calibration = None
     if coefficients is None:
         calibration = read_calibration(top, method, draft.experts() if draft else None, report)
+        blocks += [calibration] if calibration is not None else []
     dtype, out_dtype = _dtype(top, "dtype", report), _dtype(top, "out_dtype", report)
     seed, output = _seed(top, report), _output(top, report)
     if report.faulty:

@@ -79,6 +79,7 @@ class Parsed:
         warnings: what has no effect, one line each.
         text: the source, verbatim.
         refs: (path in the YAML, model) for every reference that could be read, faults or not.
+        calibration: the block, faults or not; None if there is none, or the method does not use it.
     """
 
     recipe: Recipe | None
@@ -86,6 +87,7 @@ class Parsed:
     warnings: tuple[str, ...]
     text: str
     refs: tuple[tuple[str, ModelRef], ...]
+    calibration: Calibration | None = None
 
     def require(self) -> Recipe:
         """The recipe.

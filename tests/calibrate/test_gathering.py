@@ -149,12 +149,12 @@ def test_other_labels() -> None:
     import torch
     from transformers import BertConfig
 
-    from mixmerge.calibrate.gathering import _classes
+    from mixmerge.calibrate.fisher import expectation
 
     logits = torch.tensor([0.0, 2.0])
-    several = _classes(logits, BertConfig(problem_type="multi_label_classification"))
+    several = expectation(logits, BertConfig(problem_type="multi_label_classification"))
     assert [factor for _, factor in several] == pytest.approx([0.25, 0.10499358])
-    assert _classes(logits[1:], BertConfig(num_labels=1)) == [(logits[1], 1.0)]
+    assert expectation(logits[1:], BertConfig(num_labels=1)) == [(logits[1], 1.0)]
 
 
 def test_real_inputs_of_every_shape() -> None:

@@ -15,6 +15,7 @@ import yaml
 import mixmerge
 from mixmerge.engine import learning as engine_learning
 from mixmerge.engine.merge import merge
+from mixmerge.engine.outlook import plan_with_data
 from mixmerge.errors import CheckpointError, MethodError, MixmergeError, RecipeError
 from mixmerge.methods.coefficients import FILE, Coefficients, read_coefficients
 
@@ -272,6 +273,15 @@ def test_a_model_without_a_head_is_refused(family: Any, tmp_path: Path) -> None:
         }
         with pytest.raises(MethodError, match="BertModel has no head"):
             merge(recipe, tmp_path / "out")
+
+
+@pytest.mark.parametrize("method", ["adamerging", "expert_merging_plus"])
+def test_the_plan_of_experts_with_heads(classifiers: Made, method: str) -> None:
+    _, outlook = plan_with_data(recipe_of(classifiers, method))
+    assert outlook is not None
+    assert outlook.work == "learning"
+    assert all(seen.rows and seen.tokens and seen.tokens > seen.rows for seen in outlook.experts)
+    assert (outlook.need.disk > 0) == (method == "expert_merging_plus")
 
 
 def test_experts_that_cannot_be_told_apart(classifiers: Made, tmp_path: Path) -> None:

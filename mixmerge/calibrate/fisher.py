@@ -1,0 +1,126 @@
+"""The diagonal of an expert's Fisher information: squared gradients of its own predictions, row by row."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from mixmerge.calibrate.anatomy import Anatomy, Need, Shown
+from mixmerge.calibrate.batches import Batch
+from mixmerge.calibrate.loading import LoadedExpert
+from mixmerge.calibrate.rows import Row
+from mixmerge.errors import Fault, MixmergeError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mixmerge.calibrate.gathering import Sums
+
+
+def add_fisher(
+    expert: LoadedExpert, batches: Iterable[Batch], rows: Sequence[Row], seed: int, sums: Sums
+) -> None:
+    """Squared gradients of single lines: a sum over lines or classes before the square would keep cross terms."""
+    import torch
+
+    model = expert.model
+    named = {name: value for name, value in model.named_parameters() if sums.wants(name)}
+    device = str(next(model.parameters()).device)
+    table = _table(model)
+    for value in named.values():
+        value.requires_grad_(True)
+    try:
+        for batch in batches:
+            moved = batch.to(device)
+            if expert.kind == "causal" and not moved.loss_mask[:, 1:].any():
+                continue  # the answer was cut off
+            logits = model(**moved.inputs()).logits.float()
+            if expert.kind == "causal":
+                generator = _generator(seed, [rows[at].digest for at in batch.rows])
+                terms = [(_drawn(logits, moved.loss_mask, generator), 1.0)]
+            else:
+                terms = expectation(logits[0], model.config)
+            looked_up = torch.unique(moved.input_ids)
+            for number, (value, factor) in enumerate(terms):
+                gradients = torch.autograd.grad(
+                    value, list(named.values()), retain_graph=number < len(terms) - 1, allow_unused=True
+                )
+                for name, gradient in zip(named, gradients, strict=True):
+                    if gradient is not None:
+                        sums.add_square(name, gradient, factor, looked_up if name == table else None)
+            for name in named:
+                sums.counts[name] = sums.counts.get(name, 0) + 1
+    finally:
+        model.requires_grad_(False)
+    if not sums.counts:
+        raise MixmergeError(
+            Fault(expert.name, "no row has a token to predict", "Longer max_tokens, or other rows")
+        )
+    for name, value in named.items():
+        sums.values.setdefault(name, torch.zeros(value.shape, dtype=torch.float32))
+
+
+def fisher_need(anatomy: Anatomy, shown: Shown) -> Need:
+    """What ``add_fisher`` takes: the sum of squares is an array as large as each parameter, and so are the gradients.
+
+    The sum is there twice while it is written. Logits are there as such, as log-likelihoods, as chances and as
+    gradients of these.
+    """
+    model = 4 * anatomy.elements
+    logits = 4 * 5 * shown.places * anatomy.vocabulary
+    squares = 2 * 4 * anatomy.largest  # of one tensor, before they are added up
+    return Need(
+        {
+            "expert": anatomy.loading,
+            "squared gradients": 2 * model,
+            "gradients": model + squares,
+            "activations": anatomy.backward(shown) + logits,
+        }
+    )
+
+
+def _table(model: Any) -> str:
+    """The name of the embeddings that tokens alone look up; empty if a head has the same weights."""
+    tokens = model.get_input_embeddings().weight
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if head is not None and head.weight is tokens:
+        return ""
+    return next((name for name, value in model.named_parameters() if value is tokens), "")
+
+
+def _generator(seed: int, digests: Sequence[str]) -> Any:
+    """Draws that depend on the seed and the row, not on what else there is."""
+    import torch
+
+    words = hashlib.sha256(f"{seed}:{':'.join(digests)}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(words[:8], "big") >> 1)
+
+
+def _drawn(logits: Tensor, loss_mask: Tensor, generator: Any) -> Tensor:
+    """Log-likelihood of one line whose scored tokens are drawn from the model itself.
+
+    The draws of two places are independent and each has a score of mean zero, so the square of the sum has the
+    expectation of the sum of the squares: one backward pass gives an unbiased Fisher of all places.
+
+    Shapes:
+        logits ``(1, L, vocabulary)``, loss_mask ``(1, L)``.
+    """
+    import torch
+
+    scores = torch.log_softmax(logits[0, :-1][loss_mask[0, 1:]], -1)
+    drawn = torch.multinomial(scores.detach().exp().cpu(), 1, generator=generator).to(scores.device)
+    return scores.gather(1, drawn).sum()
+
+
+def expectation(logits: Tensor, config: Any) -> list[tuple[Tensor, float]]:
+    """(what to differentiate, its factor): the exact expectation over the model's own labels of one line."""
+    import torch
+
+    if getattr(config, "problem_type", None) == "multi_label_classification":
+        chances = torch.sigmoid(logits.detach())
+        return [(logits[k], float(chances[k] * (1 - chances[k]))) for k in range(len(logits))]
+    if len(logits) == 1:  # a regression: a normal variable of variance one around the output
+        return [(logits[0], 1.0)]
+    scores = torch.log_softmax(logits, -1)
+    return [(scores[k], float(scores[k].detach().exp())) for k in range(len(scores))]
