@@ -366,6 +366,8 @@ def test_figures_of_the_table(part: Any) -> None:
     assert len(row) == 3
     assert row[2].startswith("| m | 40.0% | 45.0% | -5.0% |")
     assert row[2].endswith("| yes | 2 / 4 s = 0.50 | 1 / 4 GB = 0.25 |")
+    recalls = table.recall_table([start, best], "a", [0] * 4 + [1] * 6, ["no", "yes"]).splitlines()
+    assert recalls[2:] == ["| start | 100% | 17% |", "| best | 100% | 67% |"]
     worse = table.Result("w", (answers(0, 0),), against=answers(9, 9))
     assert "| NO |" in table.against_table([worse]).upper()
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from merging_support.entries import ENTRIES, SEEDS, Entry
 from merging_support.fusion import read
 from merging_support.suites import slug
-from merging_support.table import Result, against_table, recovery, result_from, scores_table
+from merging_support.table import Result, against_table, recall_table, recovery, result_from, scores_table
 
 START = "task arithmetic"  # the row that the gap is measured from
+BY_ENTROPY = ("task arithmetic, 0.3", "AdaMerging, layers", "AdaMerging, layers, transductive")
+FEW = 4  # classes of a task whose recalls are shown
 
 
 def results_of(folder: Path, entry: Entry) -> Result | None:
@@ -44,7 +47,18 @@ def report_text(work: Path, suite: str) -> str:
     if any(result.against for result in results):
         lines.append(against_table(results))
     lines.append(order_text(by_name, start, ceiling))
+    shown = [by_name[name] for name in BY_ENTROPY if name in by_name]
+    lines += [recalls_text(work / "data" / task, task, shown) for task in experts if len(shown) > 1]
     return "\n".join(lines)
+
+
+def recalls_text(data: Path, task: str, results: list[Result]) -> str:
+    """What learning by entropy does to each class, where there are few: it confirms what the merge says already."""
+    classes = read(data / "classes.json")
+    if len(classes) > FEW:
+        return ""
+    rows = (data / "test.jsonl").read_text(encoding="utf-8").splitlines()
+    return recall_table(results, task, [json.loads(row)["label"] for row in rows], classes)
 
 
 def order_text(results: dict[str, Result], start: float, ceiling: float) -> str:

@@ -118,6 +118,17 @@ def against_table(results: list[Result]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def recall_table(results: list[Result], task: str, labels: list[int], classes: list[str]) -> str:
+    """Markdown: of each class of a task, the share of its rows that a merge gets right (its first seed)."""
+    lines = [f"| {task} | {' | '.join(classes)} |", f"|---|{'--:|' * len(classes)}"]
+    wanted = np.asarray(labels)
+    for result in results:
+        right = np.asarray(result.seeds[0][task], np.float64)
+        shares = [f"{right[wanted == number].mean():.0%}" for number in range(len(classes))]
+        lines.append(f"| {result.name} | {' | '.join(shares)} |")
+    return "\n".join(lines) + "\n"
+
+
 def ratio(result: Result, key: str, unit: str, size: float) -> str:
     if not result.ours or not result.theirs:
         return ""
