@@ -36,6 +36,9 @@ def test_fisher_by_hand() -> None:
     assert fisher(experts, statistics=found, normalize_fisher=False)[0].item() == pytest.approx(1.5, abs=1e-4)
     # a floor far above: only the norms are left, (1 / 6 + 3 / 2) / (2 / 3)
     assert fisher(experts, statistics=found, floor=1e9)[0].item() == pytest.approx(2.5, abs=1e-4)
+    # a share of each norm: the plain average
+    even = fisher(experts, statistics=found, floor=1e9, relative_floor=True)
+    assert even[0].item() == pytest.approx(2.0, abs=1e-4)
 
 
 def test_regmean_by_hand() -> None:

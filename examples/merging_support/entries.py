@@ -190,6 +190,14 @@ def _with_statistics() -> tuple[Entry, ...]:
     return (
         Entry("Fisher", "fisher", data="train", calibration=_SHORT, against=("fisher", _FISHER)),
         Entry(
+            "Fisher, floors by norm",
+            "fisher",
+            top={"relative_floor": True},
+            data="train",
+            calibration=_SHORT,
+            against=("fisher", _FISHER),
+        ),
+        Entry(
             "RegMean",
             "regmean",
             top={"alpha": 0.9},

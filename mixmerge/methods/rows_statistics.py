@@ -40,6 +40,14 @@ ROWS = (
                 "normalize_fisher", "bool", "merge", True, "divide each Fisher by its norm", constant=True
             ),
             Parameter("floor", "number", "merge", 1e-6, "added to every entry of a Fisher", 0.0),
+            Parameter(
+                "relative_floor",
+                "bool",
+                "merge",
+                False,
+                "the floor is a share of each Fisher's norm; false, as released: the smallest norm wins",
+                constant=True,
+            ),
         ),
         base="input",
         inputs=(1, ANY),

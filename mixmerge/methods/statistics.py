@@ -37,6 +37,7 @@ def fisher(
     weight: Sequence[float] | None = None,
     normalize_fisher: bool = True,
     floor: float = 1e-6,
+    relative_floor: bool = False,
     statistics: Found = None,
 ) -> Tensor:
     """Average of every entry by how much each expert's predictions depend on it: ``sum_t c_t F_t x_t / sum_t c_t F_t``.
@@ -52,7 +53,10 @@ def fisher(
         experts: ``S`` each.
         weight: one number from 0 for each; None is 1.
         normalize_fisher: experts whose gradients are larger everywhere do not win for that.
-        floor: added to every ``F_t``; where all are far below it, the result is the average.
+        floor: added to every ``F_t``; where all are far below it, the norms alone decide: the expert with the
+            smallest wins.
+        relative_floor: the floor of each expert is that share of its norm, if ``normalize_fisher``: where all are
+            far below, the result is the average.
         statistics: ``fisher``: ``S`` each; ``norm``: of the whole model's Fisher, a number each.
 
     Shapes:
@@ -69,16 +73,19 @@ def fisher(
     found = _of_all(statistics, "fisher")
     if found is None:
         return linear(experts, weight=coefficients)
+    floors = [floor] * len(experts)
     if normalize_fisher:
         norms = [float(norm) for norm in _of_all(statistics, "norm") or [torch.ones(())] * len(experts)]
         if min(norms) <= 0:
             what = f"expert {norms.index(min(norms))} has a Fisher of zero everywhere"
             raise MethodError(Fault("fisher", what, run="Give it other data, or set normalize_fisher: false"))
         coefficients = [share / norm for share, norm in zip(coefficients, norms, strict=True)]
+        if relative_floor:
+            floors = [floor * norm for norm in norms]
     total = sum(coefficients)
     above, below = torch.zeros_like(experts[0]), torch.zeros_like(experts[0])
-    for expert, each, coefficient in zip(experts, found, coefficients, strict=True):
-        share = (each.to(expert) + floor) * (coefficient / total)
+    for expert, each, coefficient, least in zip(experts, found, coefficients, floors, strict=True):
+        share = (each.to(expert) + least) * (coefficient / total)
         above, below = above + share * expert, below + share
     if not bool((below > 0).all()):
         run = "Set floor above 0"
