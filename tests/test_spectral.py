@@ -227,6 +227,14 @@ def test_what_is_no_matrix(name: str) -> None:
         close(merged[at], run(name, [delta[at] for delta in stack], base[at], **given), 1e-6)
 
 
+def test_iso_cts_without_own_directions_is_iso_c_and_alone_is_one_spectrum() -> None:
+    deltas, base = experts(3, 10, 14), draw(10, 14, seed=7)
+    close(iso_cts(deltas, base=base, common_fraction=1.0), iso_c(deltas, base=base))
+    u, s, vt = torch.linalg.svd(deltas[0], full_matrices=False)
+    for method in (iso_c, iso_cts):
+        close(method(deltas[:1], base=base), base + s.mean() * u @ vt)
+
+
 # --- edges
 
 
@@ -313,6 +321,17 @@ def test_factors_are_the_matrix_and_never_made_one(name: str, role: str, shape: 
         seen.append(counts)
     if name != "doge_ta" and role != "table":  # DOGE and the mean add experts to a sum, some rows at a time
         assert all(few == many for few, many in seen)
+
+
+@pytest.mark.parametrize(
+    ("tolerance", "dtype"), [(0.0, torch.float32), (None, torch.float64), (None, torch.float32)]
+)
+def test_a_few_triplets_hold_no_more_memory_than_they_have_entries(
+    tolerance: float | None, dtype: torch.dtype
+) -> None:
+    found = triplets(draw(40, 60, dtype=dtype), tolerance=tolerance, count=2)
+    for part, entries in ((found.u, 80), (found.s, 60), (found.v, 120)):
+        assert part.untyped_storage().nbytes() <= entries * part.element_size()
 
 
 class Counted(Sequence[Tensor]):

@@ -34,7 +34,8 @@ def iso_c(
         lambda_: the paper's alpha, which it tunes on validation data; 1 by default.
         tables: ``mean`` or ``spectral``: embeddings and heads over a vocabulary.
         tolerance: singular values below this share of the largest are left out, 0 to 0.99; by default float32's
-            rounding times the longer side. 0 keeps all k, as published.
+            rounding times the longer side. 0 keeps all k, as published; of factors whose ranks add up to no more
+            than k, as many as the rank of their sum.
         role: what the tensor is for. Three dimensions are a stack of matrices.
 
     Shapes:

@@ -152,7 +152,8 @@ def triplets(
     elif limit < _SVD_BELOW or delta.dtype == torch.float64:
         u, s, vt = torch.linalg.svd(delta, full_matrices=False)
         kept = _kept(s, limit, count, scale)
-        u, v = u[:, :kept], vt[:kept].mT
+        # Copies: a part that is a view would keep all k vectors in memory, for each expert of a stack.
+        u, v = u[:, :kept].clone(), vt[:kept].mT.clone()
     else:
         x = delta.double()
         tall = x.shape[0] >= x.shape[1]
