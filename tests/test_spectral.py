@@ -220,6 +220,7 @@ def test_what_is_no_matrix(name: str) -> None:
     )
     assert is_matrix((3, 5, 4), "other", "mean")
     assert not is_matrix((6, 5, 4), "other", "mean")
+    assert not is_matrix((1, 5, 4), "other", "spectral")  # positions of a vision model, its class token
     stack, base = experts(2, 3, 5, 4), draw(3, 5, 4, seed=7)
     merged = run(name, stack, base, "other", **({"density": [1.0, 1.0]} if name == "doge_ta" else {}))
     for at in range(3):

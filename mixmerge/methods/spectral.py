@@ -71,13 +71,14 @@ class View(Sequence[Delta]):
 def is_matrix(shape: Sequence[int], role: Role, tables: Tables) -> bool:
     """Whether a tensor is a matrix, or a stack of them, to a spectral method.
 
-    Three dimensions are a stack of matrices (the experts of an MoE layer) if there are no more of them than each
-    has rows and columns; else they are the kernel of a convolution, and of the rest.
+    Three dimensions are a stack of matrices (the experts of an MoE layer) if there are two or more, and no more of
+    them than each has rows and columns; else they are the kernel of a convolution or the positions of a vision model,
+    and of the rest.
     """
     if 0 in shape or len(shape) not in (2, 3):
         return False
     if len(shape) == 3:
-        return shape[0] <= min(shape[1:])
+        return 1 < shape[0] <= min(shape[1:])
     return role in ("linear", "transposed") or (role == "table" and tables == "spectral")
 
 
