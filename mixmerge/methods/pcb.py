@@ -74,7 +74,8 @@ def pcb(
     """``base + sum_t b_t * w_t * delta_t / sum_t b_t``, with weights ``b_t`` for every entry.
 
     ``b_t = intra_t * inter_t`` over expert t's whole delta. In the authors' code (``inter`` prod, norm, pairwise):
-    magnitudes are clamped to their quantiles ``clamp`` and ``1 - clamp``, and ``m_t`` is them on a scale from 0 to 1;
+    magnitudes are clamped to their quantiles ``clamp`` and ``1 - clamp``, also those that are averaged, but not those
+    ``inter_t`` multiplies, and ``m_t`` is them on a scale from 0 to 1;
     ``intra_t = exp(T * m_t ** 2)``; the scores below their quantile ``1 - density`` are raised to it, and the result is
     put on a scale from 0 to 1: so they count 0, as do entries the other experts oppose. With s_t = sign * m_t:
 
@@ -176,14 +177,15 @@ def _competed(
 def _softmax(delta: Tensor, others: Sequence[Tensor], at: int, sketch: Balance) -> Tensor:
     """The scores of the paper, times d squared, which cancels in the end: ``(n,)`` each."""
     order = {pair: number for number, pair in enumerate(pairs(len(others)))}
-    agreed = torch.zeros_like(delta)
+    own, agreed = order[at, at], torch.zeros_like(delta)
+    if sketch.high[own] == 0:
+        return agreed  # the base: all its entries would score alike, and every one of them would count
     for number, other in enumerate(others):
         pair = order[min(at, number), max(at, number)]
         agreed = (
             agreed
             + torch.exp(minmax(delta * other, sketch.low[pair], sketch.high[pair])) / sketch.means[pair]
         )
-    own = order[at, at]
     intra = torch.exp(len(others) * minmax(delta * delta, sketch.low[own], sketch.high[own]))
     return intra / sketch.means[len(order) + at] * agreed
 
