@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mixmerge.methods import METHODS
+from mixmerge.methods.doge import Thresholds, doge_ta
 from mixmerge.methods.isotropic import iso_c, iso_cts, own_directions
 from mixmerge.methods.lowrank import LowRank, total
 from mixmerge.methods.memory import apply, merge_state_dicts
@@ -292,17 +293,24 @@ def test_pieces() -> None:
 
 
 class Sizes(TorchDispatchMode):
-    """How many results of operations have at least so many entries."""
+    """How many results of operations have at least so many entries, and how many of them are new memory."""
 
     def __init__(self, entries: int) -> None:
         super().__init__()
         self.entries, self.seen = entries, 0
+        self.storages: list[torch.UntypedStorage] = []  # held, so that none is the place of another again
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
         outs = found if isinstance(found, tuple | list) else [found]
-        self.seen += sum(isinstance(out, Tensor) and out.numel() >= self.entries for out in outs)
+        large = [out for out in outs if isinstance(out, Tensor) and out.numel() >= self.entries]
+        self.seen += len(large)
+        self.storages += [out.untyped_storage() for out in large]
         return found
+
+    @property
+    def made(self) -> int:
+        return len({storage.data_ptr() for storage in self.storages})
 
 
 @pytest.mark.parametrize("shape", [(40, 64), (64, 40)], ids=str)
@@ -367,6 +375,16 @@ def test_experts_are_asked_for_one_at_a_time(name: str, role: str) -> None:
     run(name, counted, draw(16, 24), role, **({"common_fraction": 0.2} if name == "iso_cts" else {}))
     assert counted.most <= 2  # the last is let go when the next is there
     assert counted.asked == (18 if name == "iso_cts" and role == "linear" else 9)
+
+
+def test_doge_holds_the_experts_once() -> None:
+    """Every step needs all of them: they are copied into one tensor as they come, and nothing else has its size."""
+    counted = Counted(9)
+    gc.collect()
+    with Sizes(9 * 16 * 24) as sizes:
+        doge_ta(counted, base=draw(16, 24), steps=3, sketch=Thresholds((), (0.1,) * 9))
+    assert counted.most <= 2
+    assert sizes.made == 1
 
 
 def test_state_dicts_in_memory() -> None:

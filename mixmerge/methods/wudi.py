@@ -48,7 +48,8 @@ def wudi(
         weight: a factor on each delta; 1 by default (the paper has none).
         lambda_: factor on D; 1 in the paper, which needs none.
         solver: ``adam`` (the paper) or ``closed``.
-        steps: of Adam, 0 or more: 300 in the paper, 400 in FusionBench's configuration. 0 is the sum.
+        steps: of Adam, 0 or more: 300 in the paper, 400 in FusionBench's configuration. 0 is the sum; a
+            fraction is dropped.
         lr: of Adam (its betas 0.9 and 0.999, its epsilon 1e-8).
         tables: ``mean`` or ``spectral``: embeddings and heads over a vocabulary.
         tolerance: of ``closed``, the share of the largest singular value of the experts side by side below which a
