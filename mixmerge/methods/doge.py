@@ -22,8 +22,8 @@ from mixmerge.methods.quantiles import (
     from_top,
     locate,
     lower_counts,
-    places,
     upper_counts,
+    values,
 )
 from mixmerge.methods.records import Role
 from mixmerge.methods.sketch import Group, Totals
@@ -89,10 +89,10 @@ class LargestEntries:
             ]
             return Thresholds(locate(totals["counts"], wanted), (float("inf"),) * len(sizes))
         sought = (state or Thresholds()).sought
-        values = [float("inf")] * len(totals["wanted"])
-        for one, place in zip(sought, places(totals["counts"], sought), strict=True):
-            values[one.row] = place.value
-        return Thresholds(sought, tuple(values))
+        found = [float("inf")] * len(totals["wanted"])
+        for one, value in zip(sought, values(totals["counts"], sought), strict=True):
+            found[one.row] = value
+        return Thresholds(sought, tuple(found))
 
 
 def doge_ta(

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mixmerge.errors import Fault, MethodError
 from mixmerge.methods.average import scalar
-from mixmerge.methods.quantiles import BINS, Counts, blocks, locate, lower_counts, places, upper_counts
+from mixmerge.methods.quantiles import BINS, Counts, blocks, locate, lower_counts, upper_counts, values
 from mixmerge.methods.sketch import Group, Totals
 from mixmerge.methods.sums import total
 
@@ -55,10 +55,10 @@ def pairs(count: int) -> list[tuple[int, int]]:
     return [(one, other) for one in range(count) for other in range(one, count)]
 
 
-def minmax(values: Tensor, low: float, high: float) -> Tensor:
+def minmax(raw: Tensor, low: float, high: float) -> Tensor:
     """``S`` values from [low, high] to [0, 1]; where low is high, 1 for those above 0."""
     spread = high - low
-    return ((values - low) / spread).clamp(0, 1) if spread > 0 else (values > 0).to(values.dtype)
+    return ((raw - low) / spread).clamp(0, 1) if spread > 0 else (raw > 0).to(raw.dtype)
 
 
 def pcb(
@@ -234,11 +234,10 @@ class PcbSketch:
             return replace(before, means=tuple((totals["sums"] / totals["size"]).tolist()))
         # Every tensor knows the ranks, from the recipe; their sums over the tensors bring them here.
         ranks = (totals["ranks"] // totals["groups"]).tolist()
-        found = places(totals["lower"], locate(before.counts, _wanted(ranks)))
-        values = tuple(place.value for place in found)
+        found = values(totals["lower"], locate(before.counts, _wanted(ranks)))
         if number == 1:
-            return replace(before, low=values[::2], high=values[1::2])
-        return replace(before, cut=values[::2], top=values[1::2])
+            return replace(before, low=found[::2], high=found[1::2])
+        return replace(before, cut=found[::2], top=found[1::2])
 
 
 def _rows(group: Group) -> Iterator[Tensor]:
