@@ -124,7 +124,7 @@ def doge_ta(
     the row-wise objective and the defaults are those of the authors' code in FusionBench.
 
     Args:
-        deltas, base: one tensor group; a delta may be low-rank factors, multiplied out only some rows at a time.
+        deltas, base, tables, tolerance, role: as in ``mixmerge.methods.spectral``.
         weight: a factor on each ``l_i``; 1 by default (the paper has none).
         density: of each expert, the share of entries kept, 0 to 1; 0.3 in the code. Obeyed by ``LargestEntries``.
         lambda_: factor on what is added; 1 in the paper.
@@ -133,14 +133,7 @@ def doge_ta(
         steps, lr: of Adam; 400 and 1e-4 in the code. Of steps and subspace a fraction is dropped.
         projection: ``gradient`` is the code's: Adam is given projected gradients, and as it scales each entry by
             itself, D does not stay outside the subspace. ``step`` projects D after every step as well, so it does.
-        tables: ``base`` or ``spectral``: embeddings and heads over a vocabulary.
-        tolerance: singular values below this share of the largest have no vectors, 0 to 0.99; by default float32's
-            rounding times the longer side. 0 keeps all k, as published.
-        role: what the tensor is for; of a Conv1D the columns are the outputs. Three dimensions are a stack.
         sketch: of ``LargestEntries``; without it, this tensor alone is the model.
-
-    Shapes:
-        deltas, base and result ``S``.
 
     Memory:
         beyond base and result, T deltas of one matrix, or the factors, one delta and its SVD, the stack of

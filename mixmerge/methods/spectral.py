@@ -5,7 +5,17 @@ Legend: m rows (outputs) and n columns (inputs) of a matrix, k = min(m, n), T ex
 Decompositions are those of the smaller Gram matrix in float64, which of float32 values are as accurate as a float32
 SVD down to singular values of 1e-7 of the largest, and several times as fast. Singular values below
 ``tolerance`` times the largest are no directions but rounding: they are left out. ``tolerance: 0`` keeps all k of
-them, as the published programs do, by an SVD. No gradients are taken.
+them, as the published programs do, by an SVD; of factors, as many as their rank. No gradients are taken.
+
+Arguments of all methods that use it, ``S`` the shape of the tensor, as is that of the result:
+
+    deltas, base: one tensor group, ``S`` each; a delta may be low-rank factors, which are never multiplied out whole.
+    lambda_: factor on what is merged.
+    tables: ``mean`` (for ``doge_ta`` ``base``) or ``spectral``: what embeddings and heads over a vocabulary get, the
+        same as other tensors that are no matrices, or the method.
+    tolerance: 0 to 0.99; by default float32's rounding times the longer side.
+    role: what the tensor is for. Inputs are the columns, of a Conv1D (``transposed``) the rows. Three dimensions are a
+        stack of matrices, outputs x inputs (``is_matrix``).
 """
 
 from __future__ import annotations
