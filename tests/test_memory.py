@@ -55,6 +55,56 @@ def test_every_method_merges_each_tensor_by_its_definition(row: Method) -> None:
         assert torch.equal(merged[name], alone)
 
 
+@pytest.mark.parametrize("method", ["wudi", "doge_ta", "iso_cts"])
+def test_conv1d_matrices_are_turned_where_the_type_says_so(method: str) -> None:
+    """A GPT-2's are inputs x outputs; the same names in a Llama are not."""
+    given = {"steps": 5, "lr": 0.01} if method != "iso_cts" else {"common_fraction": 0.5}
+    generator = torch.Generator().manual_seed(4)
+    made = [{"h.0.mlp.c_fc.weight": torch.randn(6, 9, generator=generator)} for _ in range(3)]
+    turned = [{name: x.T.contiguous() for name, x in state.items()} for state in made]
+    linear, conv1d, unsaid = (
+        merge_state_dicts(method, states[1:], base=states[0], parameters=given, model_type=kind)
+        for states, kind in ((turned, "llama"), (made, "gpt2"), (made, ""))
+    )
+    (merged,) = conv1d.values()
+    torch.testing.assert_close(merged.T, next(iter(linear.values())), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(merged, next(iter(unsaid.values())), rtol=0, atol=1e-4)
+
+
+def test_roles() -> None:
+    kinds = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "gpt_bigcode")
+    turned = [role_of("h.0.attn.c_attn.weight", (4, 12), kind) for kind in kinds]
+    assert turned == ["transposed"] * 4 + ["linear"]
+    tables = (
+        *(
+            "wte.weight",
+            "lm_head.weight",
+            "tokens_embed.weight",
+            "backbone.embeddings.weight",
+            "shared.weight",
+        ),
+        *(
+            "text_model.embeddings.token_embedding.weight",
+            "embeddings.position_embedding.weight",
+            "vocab_projector.weight",
+        ),
+        *(
+            "encoder.rel_embeddings.weight",
+            "bert.embeddings.word_embeddings.weight",
+            "cls.predictions.decoder.weight",
+        ),
+    )
+    assert [name for name in tables if role_of(name, (9, 4)) != "table"] == []
+    maps = (
+        "classifier.weight",
+        "lm_head.dense.weight",
+        "model.layers.0.mlp.up_proj.weight",
+        "pooler.dense.weight",
+    )
+    assert [name for name in maps if role_of(name, (9, 4)) != "linear"] == []
+    assert role_of("conv.weight", (9, 4, 3)) == role_of("norm.weight", (9,)) == "other"
+
+
 def test_the_order_of_names_is_the_base_s() -> None:
     base, expert = states(2)
     turned = dict(reversed(expert.items()))

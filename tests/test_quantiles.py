@@ -14,14 +14,12 @@ from torch import Tensor
 from mixmerge.methods import quantiles
 from mixmerge.methods.quantiles import (
     BINS,
-    Place,
-    among_largest,
     from_top,
     locate,
     lower_counts,
     ordered,
-    places,
     upper_counts,
+    values,
 )
 
 FEW = [0.0, -0.0, 1.0, -1.0, 1.5, 1e-45, -1e-45, 3e-39, 3.4028235e38, -3.4028235e38]
@@ -30,7 +28,7 @@ floats = st.one_of(
 )
 
 
-def found(rows: Sequence[Sequence[Tensor]], wanted: Sequence[tuple[int, int]]) -> tuple[Place, ...]:
+def found(rows: Sequence[Sequence[Tensor]], wanted: Sequence[tuple[int, int]]) -> tuple[float, ...]:
     """Order statistics of rows, each of several tensors, as the passes of a sketch gather them."""
     upper = np.stack([sum((upper_counts(t) for t in row), np.zeros(BINS, np.int64)) for row in rows])
     sought = locate(upper, wanted)
@@ -39,7 +37,7 @@ def found(rows: Sequence[Sequence[Tensor]], wanted: Sequence[tuple[int, int]]) -
         mine = [i for i, each in enumerate(sought) if each.row == at]
         for tensor in row:
             lower[mine] += lower_counts(tensor, [sought[i] for i in mine])
-    return places(lower, sought)
+    return values(lower, sought)
 
 
 def float32(values: Sequence[float]) -> Tensor:
@@ -52,54 +50,33 @@ def test_they_are_what_sorting_finds(rows: list[list[float]], data: st.DataObjec
     wanted = [(at, data.draw(st.integers(1, len(row)))) for at, row in enumerate(rows) for _ in range(2)]
     cuts = [data.draw(st.integers(0, len(row))) for row in rows]
     parts = [[float32(row[:cut]), float32(row[cut:])] for row, cut in zip(rows, cuts, strict=True)]
-    for place, (at, rank) in zip(found(parts, wanted), wanted, strict=True):
-        values = np.array(rows[at], np.float32)
-        assert place.value == np.sort(values)[rank - 1]
-        assert place.less == (values < place.value).sum()
-        assert place.equal == (values == place.value).sum()
-        assert place.more == (values > place.value).sum()
-
-
-@settings(max_examples=60)
-@given(st.lists(floats, min_size=1, max_size=60), st.data())
-def test_exactly_so_many_are_kept_the_first_among_equals(row: list[float], data: st.DataObject) -> None:
-    count, cut = data.draw(st.integers(1, len(row))), data.draw(st.integers(0, len(row)))
-    (place,) = found([[float32(row)]], [(0, from_top(len(row), count))])
-    first, before = among_largest(float32(row[:cut]), place, count)
-    second, after = among_largest(float32(row[cut:]), place, count, before=before)
-    kept = torch.cat([first, second]).numpy()
-    values = np.array(row, np.float32) + np.float32(0)
-    assert (kept == np.isin(np.arange(len(row)), np.argsort(-values, kind="stable")[:count])).all()
-    assert after == place.equal
+    for value, (at, rank) in zip(found(parts, wanted), wanted, strict=True):
+        assert value == np.sort(np.array(rows[at], np.float32))[rank - 1]
 
 
 def test_a_large_tensor_is_taken_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quantiles, "BLOCK", 1000)
-    values = torch.randn(7, 900, generator=torch.Generator().manual_seed(3))
-    ranks = [1, 2, 3150, 6299, 6300]
-    ascending = values.reshape(-1).sort().values
-    for place, rank in zip(found([[values]], [(0, rank) for rank in ranks]), ranks, strict=True):
-        assert place == Place(float(ascending[rank - 1]), rank - 1, 1, 6300 - rank)
+    tensor = torch.randn(7, 900, generator=torch.Generator().manual_seed(3))
+    ranks = [1, 2, 3150, 6299, from_top(6300, 1)]
+    ascending = tensor.reshape(-1).sort().values
+    assert found([[tensor]], [(0, rank) for rank in ranks]) == tuple(
+        float(ascending[rank - 1]) for rank in ranks
+    )
 
 
 def test_the_order_of_the_keys_is_the_order_of_the_values() -> None:
-    values = float32([-3.4028235e38, -1, -1e-45, -0.0, 0.0, 1e-45, 3e-39, 1, 3.4028235e38])
-    keys = ordered(values).tolist()
+    tensor = float32([-3.4028235e38, -1, -1e-45, -0.0, 0.0, 1e-45, 3e-39, 1, 3.4028235e38])
+    keys = ordered(tensor).tolist()
     assert keys == sorted(keys)
     assert keys[3] == keys[4] == 0
-    assert len(set(keys)) == len(values) - 1
+    assert len(set(keys)) == len(tensor) - 1
 
 
 @pytest.mark.parametrize("value", [0.0, -0.0, -2.5, 1e-45])
 def test_constants(value: float) -> None:
     tensors = [torch.full((), value), torch.full((2, 3), value), torch.empty(0, 4), torch.empty(0)]
     for rank in (1, 4, 7):
-        assert found([tensors], [(0, rank)]) == (Place(float(np.float32(value)), 0, 7, 0),)
-
-
-def test_room_for_equals() -> None:
-    place = Place(1.0, 3, 4, 2)
-    assert [place.room(count) for count in (0, 2, 3, 6, 9)] == [0, 0, 1, 4, 4]
+        assert found([tensors], [(0, rank)]) == (float(np.float32(value)),)
 
 
 @pytest.mark.parametrize(("rank", "size"), [(0, 3), (4, 3), (1, 0)])
@@ -109,5 +86,4 @@ def test_a_rank_that_is_not_there(rank: int, size: int) -> None:
 
 
 def test_double_precision_is_rounded() -> None:
-    (place,) = found([[torch.tensor([1.0, 1.0 + 1e-12, 2.0], dtype=torch.float64)]], [(0, 2)])
-    assert place == Place(1.0, 0, 2, 1)
+    assert found([[torch.tensor([1.0, 1.0 + 1e-12, 2.0], dtype=torch.float64)]], [(0, 2)]) == (1.0,)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mixmerge.methods import METHODS
+from mixmerge.methods.doge import Thresholds, doge_ta
 from mixmerge.methods.isotropic import iso_c, iso_cts, own_directions
 from mixmerge.methods.lowrank import LowRank, total
 from mixmerge.methods.memory import apply, merge_state_dicts
@@ -220,11 +221,20 @@ def test_what_is_no_matrix(name: str) -> None:
     )
     assert is_matrix((3, 5, 4), "other", "mean")
     assert not is_matrix((6, 5, 4), "other", "mean")
+    assert not is_matrix((1, 5, 4), "other", "spectral")  # positions of a vision model, its class token
     stack, base = experts(2, 3, 5, 4), draw(3, 5, 4, seed=7)
     merged = run(name, stack, base, "other", **({"density": [1.0, 1.0]} if name == "doge_ta" else {}))
     for at in range(3):
         given = {"density": [1.0, 1.0]} if name == "doge_ta" else {}
         close(merged[at], run(name, [delta[at] for delta in stack], base[at], **given), 1e-6)
+
+
+def test_iso_cts_without_own_directions_is_iso_c_and_alone_is_one_spectrum() -> None:
+    deltas, base = experts(3, 10, 14), draw(10, 14, seed=7)
+    close(iso_cts(deltas, base=base, common_fraction=1.0), iso_c(deltas, base=base))
+    u, s, vt = torch.linalg.svd(deltas[0], full_matrices=False)
+    for method in (iso_c, iso_cts):
+        close(method(deltas[:1], base=base), base + s.mean() * u @ vt)
 
 
 # --- edges
@@ -283,17 +293,24 @@ def test_pieces() -> None:
 
 
 class Sizes(TorchDispatchMode):
-    """How many results of operations have at least so many entries."""
+    """How many results of operations have at least so many entries, and how many of them are new memory."""
 
     def __init__(self, entries: int) -> None:
         super().__init__()
         self.entries, self.seen = entries, 0
+        self.storages: list[torch.UntypedStorage] = []  # held, so that none is the place of another again
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
         outs = found if isinstance(found, tuple | list) else [found]
-        self.seen += sum(isinstance(out, Tensor) and out.numel() >= self.entries for out in outs)
+        large = [out for out in outs if isinstance(out, Tensor) and out.numel() >= self.entries]
+        self.seen += len(large)
+        self.storages += [out.untyped_storage() for out in large]
         return found
+
+    @property
+    def made(self) -> int:
+        return len({storage.data_ptr() for storage in self.storages})
 
 
 @pytest.mark.parametrize("shape", [(40, 64), (64, 40)], ids=str)
@@ -313,6 +330,17 @@ def test_factors_are_the_matrix_and_never_made_one(name: str, role: str, shape: 
         seen.append(counts)
     if name != "doge_ta" and role != "table":  # DOGE and the mean add experts to a sum, some rows at a time
         assert all(few == many for few, many in seen)
+
+
+@pytest.mark.parametrize(
+    ("tolerance", "dtype"), [(0.0, torch.float32), (None, torch.float64), (None, torch.float32)]
+)
+def test_a_few_triplets_hold_no_more_memory_than_they_have_entries(
+    tolerance: float | None, dtype: torch.dtype
+) -> None:
+    found = triplets(draw(40, 60, dtype=dtype), tolerance=tolerance, count=2)
+    for part, entries in ((found.u, 80), (found.s, 60), (found.v, 120)):
+        assert part.untyped_storage().nbytes() <= entries * part.element_size()
 
 
 class Counted(Sequence[Tensor]):
@@ -347,6 +375,16 @@ def test_experts_are_asked_for_one_at_a_time(name: str, role: str) -> None:
     run(name, counted, draw(16, 24), role, **({"common_fraction": 0.2} if name == "iso_cts" else {}))
     assert counted.most <= 2  # the last is let go when the next is there
     assert counted.asked == (18 if name == "iso_cts" and role == "linear" else 9)
+
+
+def test_doge_holds_the_experts_once() -> None:
+    """Every step needs all of them: they are copied into one tensor as they come, and nothing else has its size."""
+    counted = Counted(9)
+    gc.collect()
+    with Sizes(9 * 16 * 24) as sizes:
+        doge_ta(counted, base=draw(16, 24), steps=3, sketch=Thresholds((), (0.1,) * 9))
+    assert counted.most <= 2
+    assert sizes.made == 1
 
 
 def test_state_dicts_in_memory() -> None:

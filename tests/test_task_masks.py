@@ -168,6 +168,28 @@ def test_gradients_reach_what_was_taken() -> None:
 # --- all of them
 
 
+@pytest.mark.parametrize(
+    ("method", "parameters"),
+    [
+        ("emr", {}),
+        ("emr", {"rescaler": "means"}),
+        ("tall", {}),
+        ("tall", {"multi": "ties"}),
+        ("consensus", {}),
+        ("consensus", {"multi": "ties"}),
+    ],
+    ids=str,
+)
+def test_order_of_experts_is_irrelevant(method: str, parameters: dict[str, object]) -> None:
+    deltas = list(torch.randn(3, 90, generator=torch.Generator().manual_seed(6)))
+    places = [2, 0, 1]
+    for task in range(3) if METHODS[method].parameter("task") else (None,):
+        one = parameters if task is None else parameters | {"task": task}
+        other = parameters if task is None else parameters | {"task": places.index(task)}
+        turned = merged(method, [deltas[at] for at in places], **other)["w"]
+        torch.testing.assert_close(turned, merged(method, deltas, **one)["w"], rtol=1e-5, atol=1e-6)
+
+
 def required(method: str) -> dict[str, object]:
     return {"task": 0} if METHODS[method].parameter("task") else {}
 

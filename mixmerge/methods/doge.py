@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mixmerge.methods.descent import descend
-from mixmerge.methods.lowrank import Delta, LowRank, blocks, square, stacked
+from mixmerge.methods.lowrank import Delta, LowRank, add_to, blocks, square, stacked
 from mixmerge.methods.quantiles import (
     BINS,
     Counts,
@@ -22,8 +22,8 @@ from mixmerge.methods.quantiles import (
     from_top,
     locate,
     lower_counts,
-    places,
     upper_counts,
+    values,
 )
 from mixmerge.methods.records import Role
 from mixmerge.methods.sketch import Group, Totals
@@ -89,10 +89,10 @@ class LargestEntries:
             ]
             return Thresholds(locate(totals["counts"], wanted), (float("inf"),) * len(sizes))
         sought = (state or Thresholds()).sought
-        values = [float("inf")] * len(totals["wanted"])
-        for one, place in zip(sought, places(totals["counts"], sought), strict=True):
-            values[one.row] = place.value
-        return Thresholds(sought, tuple(values))
+        found = [float("inf")] * len(totals["wanted"])
+        for one, value in zip(sought, values(totals["counts"], sought), strict=True):
+            found[one.row] = value
+        return Thresholds(sought, tuple(found))
 
 
 def doge_ta(
@@ -124,30 +124,25 @@ def doge_ta(
     the row-wise objective and the defaults are those of the authors' code in FusionBench.
 
     Args:
-        deltas, base: one tensor group; a delta may be low-rank factors, multiplied out only some rows at a time.
+        deltas, base, tables, tolerance, role: as in ``mixmerge.methods.spectral``.
         weight: a factor on each ``l_i``; 1 by default (the paper has none).
         density: of each expert, the share of entries kept, 0 to 1; 0.3 in the code. Obeyed by ``LargestEntries``.
         lambda_: factor on what is added; 1 in the paper.
-        eta: as above, above 0; 0.07 in the code.
+        eta: as above, 0 or more; 0.07 in the code.
         subspace: as above, 1 or more; 6 in the code.
-        steps, lr: of Adam; 400 and 1e-4 in the code.
+        steps, lr: of Adam; 400 and 1e-4 in the code. Of steps and subspace a fraction is dropped.
         projection: ``gradient`` is the code's: Adam is given projected gradients, and as it scales each entry by
             itself, D does not stay outside the subspace. ``step`` projects D after every step as well, so it does.
-        tables: ``base`` or ``spectral``: embeddings and heads over a vocabulary.
-        tolerance: singular values below this share of the largest have no vectors, 0 to 0.99; by default float32's
-            rounding times the longer side. 0 keeps all k, as published.
-        role: what the tensor is for; of a Conv1D the columns are the outputs. Three dimensions are a stack.
         sketch: of ``LargestEntries``; without it, this tensor alone is the model.
 
-    Shapes:
-        deltas, base and result ``S``.
-
     Memory:
-        beyond base and result, T deltas of one matrix, or the factors, T m + R m numbers a step, D and Adam's three
-        buffers (m x n each): the objective needs every delta in every step.
+        beyond base and result, T deltas of one matrix, or the factors, one delta and its SVD, the stack of
+        ``T max(1, floor(k / T))`` columns of m, T m + R m numbers a step, D and Adam's three buffers (m x n each): the
+        objective needs every delta in every step.
 
     Deviations:
-        every architecture's matrices, not names with ``encoder``; a zero delta has l_i = 0 (published: 0/0); exactly
+        every architecture's matrices, not names with ``encoder``; more experts than k still give a direction each to
+        the subspace (the code: none); a zero delta has l_i = 0 (published: 0/0); exactly
         the K-th largest is the threshold (the code keeps one more), values equal to it are kept as in the code, but
         for zeros; D takes no part in the mask, as in the code (FusionBench's page says otherwise).
     """
@@ -157,12 +152,12 @@ def doge_ta(
     factors = [float(eta) * float(each) for each in ([1.0] * len(deltas) if weight is None else weight)]
 
     def matrix(each: Sequence[Delta]) -> Tensor:
-        held = [each[index] for index in range(len(factors))]
+        held, beside = _held(each)
         sizes = [square(delta) ** 0.5 for delta in held]
         scales = [factor / size if size else 0.0 for factor, size in zip(factors, sizes, strict=True)]
         project = _projector(held, int(subspace), tolerance)
         settle = project if projection == "step" else None
-        correction = _correction(held, scales, project, settle, steps=int(steps), lr=float(lr))
+        correction = _correction(held, beside, scales, project, settle, steps=int(steps), lr=float(lr))
         return _masked(held, correction, scales, limits)
 
     return by_matrix(
@@ -170,8 +165,31 @@ def doge_ta(
     )
 
 
+def _held(each: Sequence[Delta]) -> tuple[list[Delta], Tensor | None]:
+    """The deltas and, unless they are factors thin enough, all of them as ``(m, T, n)``: a row's deltas lie together.
+
+    What is not factors is held there alone: what is returned are views of it.
+    """
+    held: list[Delta] = []
+    beside: Tensor | None = None
+    ranks = 0
+    for index in range(len(each)):
+        delta = each[index]
+        (m, n), thin = delta.shape, isinstance(delta, LowRank)
+        ranks += delta.rank if isinstance(delta, LowRank) else 0
+        if beside is None and (not thin or ranks > min(m, n)):
+            beside = torch.zeros((m, len(each), n), dtype=delta.dtype, device=delta.device)
+            for at, earlier in enumerate(held):
+                add_to(beside[:, at], earlier)
+        if beside is not None:
+            add_to(beside[:, index], delta)
+        held.append(delta if beside is None or thin else beside[:, index])
+    return held, beside
+
+
 def _correction(
     held: Sequence[Delta],
+    beside: Tensor | None,
     scales: Sequence[float],
     project: Project,
     settle: Project | None,
@@ -183,7 +201,7 @@ def _correction(
     start = torch.zeros(held[0].shape, dtype=held[0].dtype, device=held[0].device)
     if not any(scales):
         return start
-    slope = _slope(held, scales)
+    slope = _slope_of_factors(held, scales) if beside is None else _slope(beside, scales)
 
     def gradient(point: Tensor, out: Tensor) -> Tensor:
         slope(point, out)
@@ -219,15 +237,18 @@ def _projector(held: Sequence[Delta], subspace: int, tolerance: float | None) ->
     return project
 
 
-def _slope(held: Sequence[Delta], scales: Sequence[float]) -> Callable[[Tensor, Tensor], Tensor]:
-    """The gradient of the objective: ``-2 l sum_j e_j delta_j``, e_j the rows' inner products, l the sum of scales."""
-    thin = [delta for delta in held if isinstance(delta, LowRank)]
-    if len(thin) == len(held) and sum(delta.rank for delta in thin) <= min(held[0].shape):
-        return _slope_of_factors(thin, scales)
-    whole = [delta.b @ delta.a if isinstance(delta, LowRank) else delta for delta in held]
-    tensors = torch.stack(whole, 1).contiguous()  # (m, T, n): a row's deltas lie together
-    merged = torch.einsum("mtn,t->mn", tensors, tensors.new_tensor(scales))
-    fixed = (tensors * (tensors - merged[:, None])).sum(2)  # (m, T)
+def _slope(tensors: Tensor, scales: Sequence[float]) -> Callable[[Tensor, Tensor], Tensor]:
+    """The gradient of the objective: ``-2 l sum_j e_j delta_j``, e_j the rows' inner products, l the sum of scales.
+
+    Args:
+        tensors: ``(m, T, n)``.
+        scales: T.
+    """
+    merged = torch.zeros_like(tensors[:, 0])
+    for at, scale in enumerate(scales):
+        add_to(merged, tensors[:, at], scale)
+    rows = [(tensors[:, at] * (tensors[:, at] - merged)).sum(1) for at in range(len(scales))]
+    fixed = torch.stack(rows, 1)  # (m, T)
     step = sum(scales)
 
     def slope(point: Tensor, out: Tensor) -> Tensor:
@@ -238,8 +259,9 @@ def _slope(held: Sequence[Delta], scales: Sequence[float]) -> Callable[[Tensor, 
     return slope
 
 
-def _slope_of_factors(thin: Sequence[LowRank], scales: Sequence[float]) -> Callable[[Tensor, Tensor], Tensor]:
+def _slope_of_factors(held: Sequence[Delta], scales: Sequence[float]) -> Callable[[Tensor, Tensor], Tensor]:
     """The same from the factors of all: b ``(m, R)`` and a ``(R, n)``."""
+    thin = [delta for delta in held if isinstance(delta, LowRank)]
     whole = stacked(thin)
     owner = torch.cat([torch.full((delta.rank,), at) for at, delta in enumerate(thin)]).to(whole.device)
     member = torch.nn.functional.one_hot(owner, len(thin)).to(whole.dtype)  # (R, T)

@@ -29,16 +29,10 @@ def iso_c(
     Source: No Task Left Behind (arXiv:2502.04959), Iso-C.
 
     Args:
-        deltas, base: one tensor group; a delta may be low-rank factors, which are never multiplied out.
+        deltas, base, tables, role: as in ``mixmerge.methods.spectral``.
         weight: a factor on each delta; 1 by default (the paper has none).
         lambda_: the paper's alpha, which it tunes on validation data; 1 by default.
-        tables: ``mean`` or ``spectral``: embeddings and heads over a vocabulary.
-        tolerance: singular values below this share of the largest are left out, 0 to 0.99; by default float32's
-            rounding times the longer side. 0 keeps all k, as published.
-        role: what the tensor is for. Three dimensions are a stack of matrices.
-
-    Shapes:
-        deltas, base and result ``S``.
+        tolerance: as there, of the sum; of factors whose ranks add up to more than k, 0 keeps all k.
 
     Memory:
         beyond base and result, one delta, the sum and its SVD, whatever T is.
@@ -78,9 +72,6 @@ def iso_cts(
 
     Args: as ``iso_c``, and
         common_fraction: share of the directions that are the sum's, 0 to 1; 0.8 in the paper.
-
-    Shapes:
-        deltas, base and result ``S``.
 
     Memory:
         beyond base and result, one delta and its SVD, the sum, and k columns of m and of n entries, whatever T is.

@@ -8,16 +8,12 @@ the coefficients is ``mixmerge.calibrate``; what of it is whose, and the publish
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from mixmerge.errors import Fault, MethodError
-from mixmerge.methods.sparsify import above, magnitude
+from mixmerge.methods.sparsify import Scope, largest_entries
 from mixmerge.methods.task_vectors import Number, consensus
-
-Scope = Literal["tensor", "model"]
 
 
 def adamerging(
@@ -85,14 +81,7 @@ def agreeing(
 
     An entry whose sum is 0 has the sign +, as in ``ties``. Nothing is averaged.
     """
-    if scope == "model" and cuts is None:
-        raise MethodError(
-            Fault("scope", "scope: model needs the threshold of each expert's whole delta", run="pass cuts")
-        )
-    if scope == "model" and cuts is not None:
-        masks = [above(delta, cut) for delta, cut in zip(deltas, cuts, strict=True)]
-    else:
-        masks = [magnitude(delta, share) for delta, share in zip(deltas, density, strict=True)]
+    masks = largest_entries(deltas, density=density, scope=scope, cuts=cuts)
     return elected([torch.where(mask, delta, 0.0) for delta, mask in zip(deltas, masks, strict=True)])
 
 

@@ -106,6 +106,7 @@ def merge_state_dicts(
     expert_parameters: Sequence[Mapping[str, object]] = (),
     seed: int = 0,
     dtype: torch.dtype | None = None,
+    model_type: str = "",
 ) -> dict[str, Tensor]:
     """Merge whole state dicts, tensor by tensor, in memory; gradients flow where the method has them.
 
@@ -122,6 +123,8 @@ def merge_state_dicts(
         expert_parameters: one mapping per input (or none at all); wins over ``parameters``.
         seed: of the random masks, 0 to 2**64 - 1. A mask is a function of seed, position and tensor name.
         dtype: of the result; the base's own dtypes (or the first expert's) if not given.
+        model_type: of the models' config: ``gpt2`` and its like store linear maps as inputs x outputs, which methods
+            that tell inputs from outputs (``wudi``, ``iso_cts``, ``doge_ta``) have to know.
 
     Returns:
         One tensor per name, in the order of the base (or the first expert), sharing no storage with an input.
@@ -146,7 +149,7 @@ def merge_state_dicts(
         faults.append(Fault("dtype", f"is {dtype}", "a floating-point dtype"))
     if faults:
         raise MethodError(faults)
-    return _merge(row, inputs, base, settled, seed, dtype)
+    return _merge(row, inputs, base, settled, seed, dtype, model_type)
 
 
 def settle(
@@ -278,11 +281,15 @@ def _merge(
     settled: Mapping[str, object],
     seed: int,
     dtype: torch.dtype | None,
+    model_type: str,
 ) -> dict[str, Tensor]:
     reference = inputs[0] if base is None else base
     owners = _owners(reference, [*inputs, reference])
     cuts = _cuts(row, inputs, base, settled, sorted(set(owners.values())))
-    sketch = _sketched(row, inputs, base, settled, [name for name in owners if owners[name] == name])
+    roles = {
+        name: role_of(name, reference[name].shape, model_type) for name in owners if owners[name] == name
+    }
+    sketch = _sketched(row, inputs, base, settled, roles)
     merged: dict[str, Tensor] = {}
     for name, owner in owners.items():
         if owner != name:
@@ -298,7 +305,7 @@ def _merge(
                 parameters=settled,
                 draw=Draw(seed, name),
                 cuts=[each[name] for each in cuts] if cuts else None,
-                role=role_of(name, reference[name].shape),
+                role=roles[name],
                 sketch=sketch,
             ).to(dtype or reference[name].dtype)
             if not torch.isfinite(result.detach()).all():
@@ -339,7 +346,7 @@ def _sketched(
     inputs: Sequence[StateDict],
     base: StateDict | None,
     settled: Mapping[str, Any],
-    names: Sequence[str],
+    roles: Mapping[str, Role],
 ) -> Any:
     """What the method must know of the whole model first, if anything."""
     if not row.sketch:
@@ -348,10 +355,9 @@ def _sketched(
     state = None
     for number in range(sketch.passes()):
         totals: Totals = {}
-        for name in names:
+        for name, role in roles.items():
             if inputs[0][name].is_floating_point():
                 tensors, origin = _group(row, inputs, base, name)
-                role = role_of(name, tensors[0].shape)
                 totals = add(totals, sketch.observe(number, Group(tensors, origin, role, settled), state))
         state = sketch.settle(number, totals, state)
     return state

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mixmerge.errors import Fault, MethodError
 from mixmerge.methods.average import scalar
-from mixmerge.methods.quantiles import BINS, Counts, blocks, locate, lower_counts, places, upper_counts
+from mixmerge.methods.quantiles import BINS, Counts, blocks, locate, lower_counts, upper_counts, values
 from mixmerge.methods.sketch import Group, Totals
 from mixmerge.methods.sums import total
 
@@ -55,10 +55,10 @@ def pairs(count: int) -> list[tuple[int, int]]:
     return [(one, other) for one in range(count) for other in range(one, count)]
 
 
-def minmax(values: Tensor, low: float, high: float) -> Tensor:
+def minmax(raw: Tensor, low: float, high: float) -> Tensor:
     """``S`` values from [low, high] to [0, 1]; where low is high, 1 for those above 0."""
     spread = high - low
-    return ((values - low) / spread).clamp(0, 1) if spread > 0 else (values > 0).to(values.dtype)
+    return ((raw - low) / spread).clamp(0, 1) if spread > 0 else (raw > 0).to(raw.dtype)
 
 
 def pcb(
@@ -74,7 +74,8 @@ def pcb(
     """``base + sum_t b_t * w_t * delta_t / sum_t b_t``, with weights ``b_t`` for every entry.
 
     ``b_t = intra_t * inter_t`` over expert t's whole delta. In the authors' code (``inter`` prod, norm, pairwise):
-    magnitudes are clamped to their quantiles ``clamp`` and ``1 - clamp``, and ``m_t`` is them on a scale from 0 to 1;
+    magnitudes are clamped to their quantiles ``clamp`` and ``1 - clamp``, also those that are averaged, but not those
+    ``inter_t`` multiplies, and ``m_t`` is them on a scale from 0 to 1;
     ``intra_t = exp(T * m_t ** 2)``; the scores below their quantile ``1 - density`` are raised to it, and the result is
     put on a scale from 0 to 1: so they count 0, as do entries the other experts oppose. With s_t = sign * m_t:
 
@@ -176,14 +177,15 @@ def _competed(
 def _softmax(delta: Tensor, others: Sequence[Tensor], at: int, sketch: Balance) -> Tensor:
     """The scores of the paper, times d squared, which cancels in the end: ``(n,)`` each."""
     order = {pair: number for number, pair in enumerate(pairs(len(others)))}
-    agreed = torch.zeros_like(delta)
+    own, agreed = order[at, at], torch.zeros_like(delta)
+    if sketch.high[own] == 0:
+        return agreed  # the base: all its entries would score alike, and every one of them would count
     for number, other in enumerate(others):
         pair = order[min(at, number), max(at, number)]
         agreed = (
             agreed
             + torch.exp(minmax(delta * other, sketch.low[pair], sketch.high[pair])) / sketch.means[pair]
         )
-    own = order[at, at]
     intra = torch.exp(len(others) * minmax(delta * delta, sketch.low[own], sketch.high[own]))
     return intra / sketch.means[len(order) + at] * agreed
 
@@ -232,11 +234,10 @@ class PcbSketch:
             return replace(before, means=tuple((totals["sums"] / totals["size"]).tolist()))
         # Every tensor knows the ranks, from the recipe; their sums over the tensors bring them here.
         ranks = (totals["ranks"] // totals["groups"]).tolist()
-        found = places(totals["lower"], locate(before.counts, _wanted(ranks)))
-        values = tuple(place.value for place in found)
+        found = values(totals["lower"], locate(before.counts, _wanted(ranks)))
         if number == 1:
-            return replace(before, low=values[::2], high=values[1::2])
-        return replace(before, cut=values[::2], top=values[1::2])
+            return replace(before, low=found[::2], high=found[1::2])
+        return replace(before, cut=found[::2], top=found[1::2])
 
 
 def _rows(group: Group) -> Iterator[Tensor]:

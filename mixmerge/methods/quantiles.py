@@ -3,7 +3,7 @@
 A float32 is 32 bits whose order is the order of the numbers once negative ones are turned around. One pass counts
 the upper 16 bits of all values, which says in which of 65,536 bins the k-th value lies; a second counts the lower
 16 bits of the values in that bin, which says which value it is. Counts add up over tensors, so both are passes of a
-``Sketch``: ``upper_counts``, add, ``locate``; ``lower_counts``, add, ``places``. Several rows (experts) and several
+``Sketch``: ``upper_counts``, add, ``locate``; ``lower_counts``, add, ``values``. Several rows (experts) and several
 ranks go through the same two passes, at half a megabyte for each row and then for each rank.
 
 Values are float32; others are rounded to it first. -0 is 0. NaN cannot be: the engine refuses it before.
@@ -35,33 +35,12 @@ class Sought:
         rank: which of its values: 1 is the smallest.
         bin: the upper 16 bits of the value, in order: 0 to 65,535.
         less: how many values are in lower bins.
-        total: how many values the row has.
     """
 
     row: int
     rank: int
     bin: int
     less: int
-    total: int
-
-
-@dataclass(frozen=True)
-class Place:
-    """A value of a row and where it stands.
-
-    Args:
-        value: the value.
-        less, equal, more: how many values of the row are smaller, the same (itself included) and larger.
-    """
-
-    value: float
-    less: int
-    equal: int
-    more: int
-
-    def room(self, count: int) -> int:
-        """How many of the values equal to this one are among the ``count`` largest of the row."""
-        return min(max(count - self.more, 0), self.equal)
 
 
 def from_top(total: int, k: int) -> int:
@@ -125,12 +104,12 @@ def locate(counts: Counts, wanted: Sequence[tuple[int, int]]) -> tuple[Sought, .
         if not 1 <= rank <= total:
             raise ValueError(f"rank {rank} of {total} values")
         at = int(np.searchsorted(running, rank))
-        found.append(Sought(row, rank, at, int(running[at - 1]) if at else 0, total))
+        found.append(Sought(row, rank, at, int(running[at - 1]) if at else 0))
     return tuple(found)
 
 
-def places(counts: Counts, sought: Sequence[Sought]) -> tuple[Place, ...]:
-    """The values of order statistics, after the second pass.
+def values(counts: Counts, sought: Sequence[Sought]) -> tuple[float, ...]:
+    """The order statistics, after the second pass.
 
     Args:
         counts: ``(W, 65536)``, the sums of ``lower_counts``, in the order of ``sought``.
@@ -138,11 +117,8 @@ def places(counts: Counts, sought: Sequence[Sought]) -> tuple[Place, ...]:
     """
     found = []
     for bins, each in zip(counts, sought, strict=True):
-        running = np.cumsum(bins)
-        low = int(np.searchsorted(running, each.rank - each.less))
-        equal = int(bins[low])
-        less = each.less + int(running[low]) - equal
-        found.append(Place(_value(each.bin, low), less, equal, each.total - less - equal))
+        low = int(np.searchsorted(np.cumsum(bins), each.rank - each.less))
+        found.append(_value(each.bin, low))
     return tuple(found)
 
 
@@ -150,24 +126,3 @@ def _value(upper: int, lower: int) -> float:
     key = (upper - BINS // 2) << 16 | lower
     bits = key if key >= 0 else key ^ 0x7FFFFFFF
     return float(np.array(bits, np.int32).view(np.float32))
-
-
-def among_largest(values: Tensor, place: Place, count: int, *, before: int = 0) -> tuple[Tensor, int]:
-    """Which entries of a tensor are among the exactly ``count`` largest of its row.
-
-    Of the values equal to the last that is kept, the first are kept, by the order of tensors, then of entries.
-
-    Args:
-        values: ``S``, one tensor of the row.
-        place: of the ``count``-th largest: rank ``from_top(total, count)``.
-        count: how many are kept in the whole row.
-        before: how many of ``place.equal`` are in earlier tensors.
-
-    Returns:
-        A mask ``S``, and ``before`` for the next tensor.
-    """
-    size = values.detach().float()
-    equal = size == place.value
-    index = torch.cumsum(equal.reshape(-1), 0).reshape(equal.shape) + before
-    mask = (size > place.value) | (equal & (index <= place.room(count)))
-    return mask, before + int(equal.sum())

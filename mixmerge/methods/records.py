@@ -67,7 +67,8 @@ class Method:
         stochastic: draws random masks, so it takes a ``draw``.
         differentiable: gradients flow to experts, base and numeric parameters.
         roles: it takes ``role``, and treats the matrices of linear maps in another way than the rest.
-        streams: it asks for one input at a time, by index, and keeps none: the engine reads them as they are asked.
+        streams: it asks for one input at a time, by index, and the engine reads them as they are asked. It keeps none,
+            unless its definition says so under Memory or of its arguments (``doge_ta``, two forms of ``pcb``).
         factors: a delta that is a product of two factors (an adapter's) it takes as a ``LowRank``, not multiplied out.
         sketch: ``module:attr`` of what it must know of the whole model first (``mixmerge.methods.sketch``).
         statistics: name of the statistics of calibration data it takes, one of each expert; empty for none.

@@ -9,12 +9,14 @@ from mixmerge.methods.records import Role
 
 # Rows of these belong to tokens or positions, whatever the architecture calls them.
 _TABLES = re.compile(
-    r"(.*\.)?(embed_tokens|embed_positions|embed_in|embed_out|wte|wpe|shared|word_embeddings|position_embeddings"
-    r"|token_type_embeddings|tok_embeddings|lm_head|output_embeddings|relative_attention_bias"
-    r"|predictions\.decoder|lm_head\.decoder)(\.weight)?"
+    r"(.*\.)?(embed_tokens|embed_tokens_per_layer|embed_positions|tokens_embed|positions_embed|embed_in|embed_out|wte|wpe"
+    r"|shared|embeddings|tok_embeddings|rel_embeddings|(token_type|token|word|position)_embeddings?"
+    r"|relative_attention_bias|distance_embedding|lm_head|output_embeddings|vocab_projector|predictions\.decoder"
+    r"|lm_head\.decoder)(\.weight)?"
 )
 # Types whose linear layers are Conv1D: inputs x outputs.
-_TRANSPOSED = {"gpt2": re.compile(r"(.*\.)?(c_attn|c_proj|c_fc|q_attn)\.weight")}
+_CONV1D_TYPES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
+_CONV1D = re.compile(r"(.*\.)?(c_attn|c_proj|c_fc|q_attn)\.weight")
 
 
 def role_of(name: str, shape: Sequence[int], model_type: str = "") -> Role:
@@ -29,5 +31,4 @@ def role_of(name: str, shape: Sequence[int], model_type: str = "") -> Role:
         return "other"
     if _TABLES.fullmatch(name):
         return "table"
-    transposed = _TRANSPOSED.get(model_type)
-    return "transposed" if transposed is not None and transposed.fullmatch(name) else "linear"
+    return "transposed" if model_type in _CONV1D_TYPES and _CONV1D.fullmatch(name) else "linear"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mixmerge.methods.parameters import kept, number, threshold_scope
 from mixmerge.methods.records import ANY, Method, Parameter, Value
 
 _MANY = 1e6
@@ -16,7 +17,7 @@ def _choice(name: str, default: Value, doc: str, *choices: str) -> Parameter:
 
 
 def _weight(default: float) -> Parameter:
-    return Parameter("weight", "number", "expert", default, "coefficient before the first step")
+    return number("weight", default, "coefficient before the first step", per="expert")
 
 
 def _learn(default: str) -> Parameter:
@@ -73,15 +74,9 @@ _PLUS = (
     _number("kappa", 1.0, "exponent on a tensor's importance; its value is not published", 0.0, 10.0),
     _number("least_chunks", 1, "of any tensor; 0 freezes those whose share is none", 0, 1),
 )
-_DENSITY = Parameter("density", "number", "expert", 0.2, "share of each delta that is kept", 0.0, 1.0)
-_SCOPE = Parameter(
-    "scope",
-    "choice",
-    "merge",
-    "model",
-    "where the magnitude threshold is taken: the whole delta (paper) or each tensor",
-    choices=("tensor", "model"),
-    constant=True,
+_DENSITY = kept(0.2)
+_SCOPE = threshold_scope(
+    "model", "where the magnitude threshold is taken: the whole delta (paper) or each tensor"
 )
 _ADA_PAPER = "AdaMerging, arXiv:2310.02575"
 _EXPERT_PAPER = "Expert Merging, arXiv:2509.25712"

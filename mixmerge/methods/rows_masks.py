@@ -2,34 +2,24 @@
 
 from __future__ import annotations
 
-from mixmerge.methods.records import ANY, REQUIRED, Method, Parameter, Value
+from mixmerge.methods.parameters import choice, kept, merged_by, number
+from mixmerge.methods.records import ANY, REQUIRED, Method
 
-
-def _number(
-    name: str, default: Value, doc: str, *, low: float = float("-inf"), high: float = float("inf")
-) -> Parameter:
-    return Parameter(name, "number", "merge", default, doc, low, high)
-
-
-def _each(
-    name: str, default: Value, doc: str, *, high: float = float("inf"), constant: bool = False
-) -> Parameter:
-    return Parameter(name, "number", "expert", default, doc, 0.0, high, constant=constant)
-
-
-def _choice(name: str, default: str, doc: str, choices: tuple[str, ...]) -> Parameter:
-    return Parameter(name, "choice", "merge", default, doc, choices=choices, constant=True)
-
-
-_TASK = Parameter(
-    "task", "number", "merge", REQUIRED, "position of the expert the model is for, from 0", 0.0,
-    constant=True, position=True,
-)  # fmt: skip
-_MASK_LAMBDA = _each("mask_lambda", 0.6, "the larger, the fewer entries an expert's mask keeps")
-_MULTI = _choice(
-    "multi", "sum", "the delta of all experts: their sum, or TIES of whole deltas", ("sum", "ties")
+_TASK = number(
+    "task", REQUIRED, "position of the expert the model is for, from 0", 0.0, constant=True, position=True
 )
-_TRIM = _each("density", 0.2, "share of each whole delta that multi: ties keeps", high=1.0, constant=True)
+_MASK_LAMBDA = number(
+    "mask_lambda", 0.6, "the larger, the fewer entries an expert's mask keeps", 0.0, per="expert"
+)
+_MULTI = choice(
+    "multi",
+    "sum",
+    "the delta of all experts: their sum, or TIES of whole deltas",
+    "sum",
+    "ties",
+    constant=True,
+)
+_TRIM = kept(0.2, "share of each whole delta that multi: ties keeps", constant=True)
 _TALL = "Localizing Task Information (TALL masks), arXiv:2405.07813"
 
 ROWS = (
@@ -38,24 +28,16 @@ ROWS = (
         function="mixmerge.methods.pcb:pcb",
         takes="deltas",
         parameters=(
-            Parameter("weight", "number", "expert", 1.2, "factor on each delta"),
-            _each("density", 0.05, "share of each whole delta that counts", high=1.0, constant=True),
-            _choice(
+            number("weight", 1.2, "factor on each delta", per="expert"),
+            kept(0.05, "share of each whole delta that counts", constant=True),
+            choice(
                 "inter",
                 "norm",
                 "how experts agree: vision code, language code, pairs, or the paper's formula",
-                ("norm", "prod", "pairwise", "softmax"),
-            ),
-            Parameter(
-                "clamp",
-                "number",
-                "merge",
-                0.01,
-                "share of magnitudes clamped at either end",
-                0.0,
-                0.5,
+                *("norm", "prod", "pairwise", "softmax"),
                 constant=True,
             ),
+            number("clamp", 0.01, "share of magnitudes clamped at either end", 0.0, 0.5, constant=True),
         ),
         base="required",
         inputs=(1, 80),  # exp(T) has to be a float32
@@ -71,13 +53,14 @@ ROWS = (
         takes="deltas",
         parameters=(
             _TASK,
-            _choice(
+            choice(
                 "rescaler",
                 "sums",
                 "the size restored: of the whole delta, or of tensors' means (code)",
-                ("sums", "means"),
+                *("sums", "means"),
+                constant=True,
             ),
-            _number("lambda", 1.0, "factor on the merged delta"),
+            merged_by(1.0),
         ),
         base="required",
         inputs=(1, ANY),
@@ -91,7 +74,7 @@ ROWS = (
         name="tall",
         function="mixmerge.methods.tall:tall",
         takes="deltas",
-        parameters=(_TASK, _MASK_LAMBDA, _MULTI, _TRIM, _number("lambda", 1.0, "factor on the merged delta")),
+        parameters=(_TASK, _MASK_LAMBDA, _MULTI, _TRIM, merged_by(1.0)),
         base="required",
         inputs=(1, ANY),
         summary="one task's model: the entries of all experts' delta that it needs",
@@ -105,10 +88,10 @@ ROWS = (
         takes="deltas",
         parameters=(
             _MASK_LAMBDA,
-            _number("least", 2.0, "how many experts must need an entry", low=0.0),
+            number("least", 2.0, "how many experts must need an entry", 0.0),
             _MULTI,
             _TRIM,
-            _number("lambda", 0.3, "factor on the merged delta"),
+            merged_by(0.3),
         ),
         base="required",
         inputs=(2, ANY),
@@ -122,8 +105,8 @@ ROWS = (
         function="mixmerge.methods.magmax:magmax",
         takes="deltas",
         parameters=(
-            Parameter("weight", "number", "expert", 1.0, "factor on what is taken from each delta"),
-            _number("lambda", 0.5, "factor on the merged delta"),
+            number("weight", 1.0, "factor on what is taken from each delta", per="expert"),
+            merged_by(0.5),
         ),
         base="required",
         inputs=(1, ANY),

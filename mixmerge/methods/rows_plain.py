@@ -4,47 +4,38 @@ from __future__ import annotations
 
 from typing import Literal
 
+from mixmerge.methods.parameters import choice, flag, kept, merged_by, number, threshold_scope
 from mixmerge.methods.records import ANY, REQUIRED, Method, Parameter
 
 
 def _weight(per: Literal["input", "expert"]) -> Parameter:
-    return Parameter("weight", "number", per, REQUIRED, "mixing coefficient")
+    return number("weight", REQUIRED, "mixing coefficient", per=per)
 
 
 def _normalize(default: bool) -> Parameter:
-    return Parameter("normalize", "bool", "merge", default, "divide by the sum of the weights that took part")
+    return flag("normalize", default, "divide by the sum of the weights that took part")
 
 
-_DENSITY = Parameter("density", "number", "expert", 1.0, "share of each delta that is kept", 0.0, 1.0)
-_GAMMA = Parameter("gamma", "number", "expert", 0.01, "share of the largest entries dropped", 0.0, 1.0)
-_EPSILON = Parameter(
-    "epsilon", "number", "expert", 0.15, "half width of the keep probabilities around density", 0.0, 1.0
+_DENSITY = kept(1.0)
+_GAMMA = number("gamma", 0.01, "share of the largest entries dropped", 0.0, 1.0, per="expert")
+_EPSILON = number(
+    "epsilon", 0.15, "half width of the keep probabilities around density", 0.0, 1.0, per="expert"
 )
-_LAMBDA = Parameter("lambda", "number", "merge", 1.0, "factor on the merged delta")
-_AGG = Parameter(
-    "agg", "choice", "merge", None, "mean = normalize: true, sum = normalize: false", choices=("mean", "sum")
+_LAMBDA = merged_by(1.0)
+_AGG = choice("agg", None, "mean = normalize: true, sum = normalize: false", "mean", "sum")
+_SCOPE = threshold_scope(
+    "tensor", "where the magnitude threshold is taken: each tensor (mergekit) or the whole delta (paper)"
 )
-_SCOPE = Parameter(
-    "scope",
-    "choice",
-    "merge",
-    "tensor",
-    "where the magnitude threshold is taken: each tensor (mergekit) or the whole delta (paper)",
-    choices=("tensor", "model"),
-    constant=True,
-)
-_RESCALE_BY = Parameter(
+_RESCALE_BY = choice(
     "rescale_by",
-    "choice",
-    "merge",
     "l1",
     "what rescale restores: the delta's L1 norm (mergekit) or each entry's expectation (papers)",
-    choices=("l1", "inverse_p"),
+    *("l1", "inverse_p"),
 )
 
 
 def _rescale(default: bool) -> Parameter:
-    return Parameter("rescale", "bool", "merge", default, "scale up what is kept for what is dropped")
+    return flag("rescale", default, "scale up what is kept for what is dropped")
 
 
 # sparsifier -> (its parameters, rescale's default, stochastic)
@@ -104,9 +95,7 @@ ROWS = (
         name="slerp",
         function="mixmerge.methods.average:slerp",
         takes="experts",
-        parameters=(
-            Parameter("t", "number", "merge", REQUIRED, "position on the arc: 0 is the base, 1 the expert"),
-        ),
+        parameters=(number("t", REQUIRED, "position on the arc: 0 is the base, 1 the expert"),),
         base="required",
         inputs=(1, 1),
         summary="spherical interpolation between base and one expert",
@@ -117,7 +106,7 @@ ROWS = (
         name="passthrough",
         function="mixmerge.methods.average:passthrough",
         takes="experts",
-        parameters=(Parameter("scale", "number", "input", None, "factor on every entry"),),
+        parameters=(number("scale", None, "factor on every entry", per="input"),),
         base="input",
         inputs=(1, 1),
         summary="one model, copied or scaled",

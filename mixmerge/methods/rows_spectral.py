@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
+from mixmerge.methods.parameters import choice, kept, merged_by, number
 from mixmerge.methods.records import ANY, Method, Parameter
 
-_WEIGHT = Parameter("weight", "number", "expert", 1.0, "factor on each delta before it is decomposed")
-_LAMBDA = Parameter("lambda", "number", "merge", 1.0, "factor on the merged delta")
-_TOLERANCE = Parameter(
+_TOLERANCE = number(
     "tolerance",
-    "number",
-    "merge",
     None,
     "share of the largest singular value below which one is rounding; 0 keeps all, as published",
     0.0,
@@ -19,26 +16,30 @@ _TOLERANCE = Parameter(
 
 def _tables(rest: str) -> Parameter:
     doc = f"embeddings and heads over a vocabulary: {rest} of what other tensors get, or as matrices"
-    return Parameter("tables", "choice", "merge", rest, doc, choices=(rest, "spectral"))
+    return choice("tables", rest, doc, rest, "spectral")
 
 
-def _steps(default: float) -> Parameter:
-    return Parameter("steps", "number", "merge", default, "steps of Adam", 0, 1_000_000)
-
-
-def _rate(default: float) -> Parameter:
-    return Parameter("lr", "number", "merge", default, "step size of Adam", 0.0)
+def _adam(steps: float, rate: float) -> tuple[Parameter, Parameter]:
+    return (
+        number("steps", steps, "steps of Adam", 0, 1_000_000),
+        number("lr", rate, "step size of Adam", 0.0),
+    )
 
 
 def _row(
     name: str, where: str, extra: tuple[Parameter, ...], *, summary: str, paper: str, sketch: str = ""
 ) -> Method:
     tables = _tables("base" if sketch else "mean")
+    doc = (
+        "factor on each delta's share of a matrix"
+        if sketch
+        else "factor on each delta before it is decomposed"
+    )
     return Method(
         name=name,
         function=f"mixmerge.methods.{where}:{name}",
         takes="deltas",
-        parameters=(_WEIGHT, *extra, tables, _TOLERANCE, _LAMBDA),
+        parameters=(number("weight", 1.0, doc, per="expert"), *extra, tables, _TOLERANCE, merged_by(1.0)),
         base="required",
         inputs=(1, ANY),
         summary=summary,
@@ -71,17 +72,7 @@ ROWS = (
     _row(
         "iso_cts",
         "isotropic",
-        (
-            Parameter(
-                "common_fraction",
-                "number",
-                "merge",
-                0.8,
-                "share of the directions that are the sum's",
-                0.0,
-                1.0,
-            ),
-        ),
+        (number("common_fraction", 0.8, "share of the directions that are the sum's", 0.0, 1.0),),
         summary="as `iso_c`, the last directions being each expert's own",
         paper=f"{_ISO}, Iso-CTS",
     ),
@@ -89,16 +80,13 @@ ROWS = (
         "wudi",
         "wudi",
         (
-            Parameter(
+            choice(
                 "solver",
-                "choice",
-                "merge",
                 "adam",
                 "adam = the paper's early stop near the sum, closed = the minimum itself",
-                choices=("adam", "closed"),
+                *("adam", "closed"),
             ),
-            _steps(300),
-            _rate(1e-5),
+            *_adam(300, 1e-5),
         ),
         summary="the delta that interferes least with what each expert's delta reads",
         paper="Whoever Started the Interference Should End It, arXiv:2503.08099",
@@ -107,20 +95,15 @@ ROWS = (
         "doge_ta",
         "doge",
         (
-            Parameter(
-                "density", "number", "expert", 0.3, "share of each expert's entries that is kept", 0.0, 1.0
-            ),
-            Parameter("eta", "number", "merge", 0.07, "size of each expert's share of a matrix", 0.0),
-            Parameter("subspace", "number", "merge", 6, "the shared subspace has k / subspace directions", 1),
-            _steps(400),
-            _rate(1e-4),
-            Parameter(
+            kept(0.3, "share of each expert's entries that is kept"),
+            number("eta", 0.07, "size of each expert's share of a matrix", 0.0),
+            number("subspace", 6, "the shared subspace has k / subspace directions", 1),
+            *_adam(400, 1e-4),
+            choice(
                 "projection",
-                "choice",
-                "merge",
                 "gradient",
                 "what leaves the shared subspace alone: gradient (the authors' code) or every step as well",
-                choices=("gradient", "step"),
+                *("gradient", "step"),
             ),
         ),
         summary="one correction of all deltas outside their shared subspace, then the largest entries of each",

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from mixmerge.methods.records import ANY, Method, Parameter
+from mixmerge.methods.parameters import flag, kept, number
+from mixmerge.methods.records import ANY, Method
 from mixmerge.methods.rows_plain import ROWS as PLAIN
 
-_WEIGHT = Parameter("weight", "number", "input", 1.0, "how much the expert counts", 0.0)
+_WEIGHT = number("weight", 1.0, "how much the expert counts", 0.0, per="input")
 _REGMEAN = Method(
     name="regmean",
     function="mixmerge.methods.statistics:regmean",
     takes="experts",
     parameters=(
         _WEIGHT,
-        Parameter(
-            "alpha", "number", "merge", 0.9, "factor on what is off a Gram matrix's diagonal", 0.0, 1.0
-        ),
-        Parameter("ridge", "number", "merge", 1e-6, "share of the mean energy added to the diagonal", 0.0),
+        number("alpha", 0.9, "factor on what is off a Gram matrix's diagonal", 0.0, 1.0),
+        number("ridge", 1e-6, "share of the mean energy added to the diagonal", 0.0),
     ),
     base="input",
     inputs=(1, ANY),
@@ -36,14 +35,10 @@ ROWS = (
         takes="experts",
         parameters=(
             _WEIGHT,
-            Parameter(
-                "normalize_fisher", "bool", "merge", True, "divide each Fisher by its norm", constant=True
-            ),
-            Parameter("floor", "number", "merge", 1e-6, "added to every entry of a Fisher", 0.0),
-            Parameter(
+            flag("normalize_fisher", True, "divide each Fisher by its norm", constant=True),
+            number("floor", 1e-6, "added to every entry of a Fisher", 0.0),
+            flag(
                 "relative_floor",
-                "bool",
-                "merge",
                 False,
                 "the floor is a share of each Fisher's norm; false, as released: the smallest norm wins",
                 constant=True,
@@ -69,9 +64,9 @@ ROWS = (
         function="mixmerge.methods.statistics:activation_ties",
         takes="deltas",
         parameters=(
-            Parameter("weight", "number", "expert", 1.0, "mixing coefficient"),
-            Parameter("density", "number", "expert", 1.0, "share of each delta that is kept", 0.0, 1.0),
-            Parameter("elect", "bool", "merge", True, "elect a sign for each entry; false: a weighted sum"),
+            number("weight", 1.0, "mixing coefficient", per="expert"),
+            kept(1.0),
+            flag("elect", True, "elect a sign for each entry; false: a weighted sum"),
             *(
                 parameter
                 for name in ("normalize", "agg", "rescale", "lambda")

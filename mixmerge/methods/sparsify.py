@@ -8,7 +8,7 @@ into density, gamma or epsilon. Flat indices are row-major.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from mixmerge.errors import Fault, MethodError
 from mixmerge.kernels.philox import Draw, draws
 
 RescaleBy = Literal["l1", "inverse_p"]
+Scope = Literal["tensor", "model"]
 TINY_L1 = 1e-7  # an L1 norm below this is not worth restoring
 
 
@@ -191,3 +192,31 @@ def survivors(
     usable = (before >= TINY_L1) & (after >= TINY_L1)
     factor = torch.where(usable, before / torch.where(usable, after, 1.0), 1.0)
     return kept * factor.to(delta.dtype)
+
+
+def largest_entries(
+    deltas: Sequence[Tensor],
+    *,
+    density: Sequence[float] | None,
+    scope: Scope,
+    cuts: Sequence[tuple[float, int]] | None,
+) -> list[Tensor]:
+    """Masks of the largest magnitudes of each delta: T of ``S``.
+
+    Args:
+        deltas: of one tensor, ``S`` each.
+        density: share kept of each; None keeps all.
+        scope: of each tensor; or, with ``model``, obey ``cuts``.
+        cuts: what ``model_cuts`` found for each delta.
+
+    Raises:
+        MethodError: ``scope="model"`` without cuts.
+    """
+    if scope == "tensor":
+        shares = [1.0] * len(deltas) if density is None else density
+        return [magnitude(delta, share) for delta, share in zip(deltas, shares, strict=True)]
+    if cuts is None:
+        raise MethodError(
+            Fault("scope", "scope: model needs the threshold of each expert's whole delta", run="pass cuts")
+        )
+    return [above(delta, cut) for delta, cut in zip(deltas, cuts, strict=True)]

@@ -5,7 +5,17 @@ Legend: m rows (outputs) and n columns (inputs) of a matrix, k = min(m, n), T ex
 Decompositions are those of the smaller Gram matrix in float64, which of float32 values are as accurate as a float32
 SVD down to singular values of 1e-7 of the largest, and several times as fast. Singular values below
 ``tolerance`` times the largest are no directions but rounding: they are left out. ``tolerance: 0`` keeps all k of
-them, as the published programs do, by an SVD. No gradients are taken.
+them, as the published programs do, by an SVD; of factors, as many as their rank. No gradients are taken.
+
+Arguments of all methods that use it, ``S`` the shape of the tensor, as is that of the result:
+
+    deltas, base: one tensor group, ``S`` each; a delta may be low-rank factors, which are never multiplied out whole.
+    lambda_: factor on what is merged.
+    tables: ``mean`` (for ``doge_ta`` ``base``) or ``spectral``: what embeddings and heads over a vocabulary get, the
+        same as other tensors that are no matrices, or the method.
+    tolerance: 0 to 0.99; by default float32's rounding times the longer side.
+    role: what the tensor is for. Inputs are the columns, of a Conv1D (``transposed``) the rows. Three dimensions are a
+        stack of matrices, outputs x inputs (``is_matrix``).
 """
 
 from __future__ import annotations
@@ -71,13 +81,14 @@ class View(Sequence[Delta]):
 def is_matrix(shape: Sequence[int], role: Role, tables: Tables) -> bool:
     """Whether a tensor is a matrix, or a stack of them, to a spectral method.
 
-    Three dimensions are a stack of matrices (the experts of an MoE layer) if there are no more of them than each
-    has rows and columns; else they are the kernel of a convolution, and of the rest.
+    Three dimensions are a stack of matrices (the experts of an MoE layer) if there are two or more, and no more of
+    them than each has rows and columns; else they are the kernel of a convolution or the positions of a vision model,
+    and of the rest.
     """
     if 0 in shape or len(shape) not in (2, 3):
         return False
     if len(shape) == 3:
-        return shape[0] <= min(shape[1:])
+        return 1 < shape[0] <= min(shape[1:])
     return role in ("linear", "transposed") or (role == "table" and tables == "spectral")
 
 
@@ -152,7 +163,8 @@ def triplets(
     elif limit < _SVD_BELOW or delta.dtype == torch.float64:
         u, s, vt = torch.linalg.svd(delta, full_matrices=False)
         kept = _kept(s, limit, count, scale)
-        u, v = u[:, :kept], vt[:kept].mT
+        # Copies: a part that is a view would keep all k vectors in memory, for each expert of a stack.
+        u, v = u[:, :kept].clone(), vt[:kept].mT.clone()
     else:
         x = delta.double()
         tall = x.shape[0] >= x.shape[1]

@@ -17,7 +17,7 @@ from torch import Tensor
 from mixmerge.errors import Fault, MethodError
 from mixmerge.methods.average import scalar
 from mixmerge.methods.emr import expert_at
-from mixmerge.methods.quantiles import BINS, Counts, locate, lower_counts, places, upper_counts
+from mixmerge.methods.quantiles import BINS, Counts, locate, lower_counts, upper_counts, values
 from mixmerge.methods.sketch import Group, Totals
 
 Multi = Literal["sum", "ties"]
@@ -199,11 +199,10 @@ class TrimSketch:
         if number == 1:
             # Every tensor knows the ranks, from the recipe; their sums over the tensors bring them here.
             ranks = (totals["ranks"] // totals["groups"]).tolist()
-            found = places(totals["lower"], locate(state.counts, list(enumerate(ranks))))
-            return Trim(thresholds=tuple(place.value for place in found))
+            return Trim(thresholds=values(totals["lower"], locate(state.counts, list(enumerate(ranks)))))
         return Trim(thresholds=state.thresholds, majority=int(np.sign(totals["majority"])))
 
 
 def _rank(density: float, size: int) -> int:
-    """The rank of the least magnitude that is kept; its equals are kept too, as in the released code."""
+    """The rank of the least magnitude that is kept, of 0 the largest's; its equals are too, as in the released code."""
     return max(size - int(density * size), 1)

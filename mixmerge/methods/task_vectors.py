@@ -17,14 +17,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mixmerge.errors import Fault, MethodError
 from mixmerge.kernels.philox import Draw
 from mixmerge.methods.average import ZERO_SUM, scalar
 from mixmerge.methods.sparsify import (
     RescaleBy,
-    above,
+    Scope,
     band,
-    magnitude,
+    largest_entries,
     ranked,
     sampled_by_rank,
     survivors,
@@ -143,7 +142,7 @@ def ties(
     base: Tensor,
     weight: Sequence[Number],
     density: Sequence[float] | None = None,
-    scope: Literal["tensor", "model"] = "tensor",
+    scope: Scope = "tensor",
     normalize: bool = True,
     agg: Agg = None,
     rescale: bool = False,
@@ -174,15 +173,7 @@ def ties(
         threshold, elects on unweighted deltas, and gives an entry whose sum is 0 the sign of the majority;
         here and in mergekit exactly k are kept, weights count, and a sum of 0 is positive.
     """
-    if scope == "model" and cuts is None:
-        raise MethodError(
-            Fault("scope", "scope: model needs the threshold of each expert's whole delta", run="pass cuts")
-        )
-    if scope == "model" and cuts is not None:
-        masks = [above(delta, cut) for delta, cut in zip(deltas, cuts, strict=True)]
-    else:
-        shares = [1.0] * len(deltas) if density is None else density
-        masks = [magnitude(delta, share) for delta, share in zip(deltas, shares, strict=True)]
+    masks = largest_entries(deltas, density=density, scope=scope, cuts=cuts)
     by: RescaleBy | None = "l1" if rescale else None
     kept = [survivors(delta, mask, rescale_by=by) for delta, mask in zip(deltas, masks, strict=True)]
     return consensus(

@@ -31,26 +31,19 @@ def tsv_m(
     Source: Task Singular Vectors (arXiv:2412.00081), TSV-Merge.
 
     Args:
-        deltas, base: one tensor group; a delta may be low-rank factors, which are never multiplied out.
+        deltas, base, tables, tolerance, role: as in ``mixmerge.methods.spectral``.
         weight: a factor on each delta before its SVD (the released code's alpha as a list); 1 by default.
         lambda_: the paper's alpha; 1 there.
-        tables: ``mean`` or ``spectral``: embeddings and heads over a vocabulary.
-        tolerance: singular values below this share of the largest are left out, 0 to 0.99; by default float32's
-            rounding times the longer side. 0 keeps all, as published.
-        role: what the tensor is for. Three dimensions are a stack of matrices.
-
-    Shapes:
-        deltas, base and result ``S``.
 
     Memory:
-        beyond base and result, one delta and its SVD, and the stack: ``min(k, T max(1, floor(k / T)))`` columns of m
-        and of n entries. It grows with T only where T > k.
+        beyond base and result, one delta and its SVD, and the stack: ``T max(1, floor(k / T))`` columns of m and of n
+        entries, which is at most ``max(k, T)``. It grows with T only where T > k.
 
     Deviations:
         more experts than k still keep one triplet each (published: none); a zero delta has no triplets
         (published: arbitrary ones, which turn the others); where triplets of experts coincide, their span is
-        orthogonalised and nothing is made up beyond it; embeddings are not decomposed. With ``tolerance: 0``
-        the last two of these three are as published.
+        orthogonalised and nothing is made up beyond it, but for ``tolerance: 0``, which is as published;
+        embeddings are not decomposed, but for ``tables: spectral``.
     """
     count = len(deltas)
 

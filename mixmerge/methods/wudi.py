@@ -44,20 +44,15 @@ def wudi(
     Source: Whoever Started the Interference Should End It (arXiv:2503.08099), WUDI-Merging.
 
     Args:
-        deltas, base: one tensor group; a delta may be low-rank factors, which are never multiplied out.
+        deltas, base, tables, role: as in ``mixmerge.methods.spectral``.
         weight: a factor on each delta; 1 by default (the paper has none).
         lambda_: factor on D; 1 in the paper, which needs none.
         solver: ``adam`` (the paper) or ``closed``.
-        steps: of Adam, 0 or more: 300 in the paper, 400 in FusionBench's configuration. 0 is the sum.
+        steps: of Adam, 0 or more: 300 in the paper, 400 in FusionBench's configuration. 0 is the sum; a
+            fraction is dropped.
         lr: of Adam (its betas 0.9 and 0.999, its epsilon 1e-8).
-        tables: ``mean`` or ``spectral``: embeddings and heads over a vocabulary.
         tolerance: of ``closed``, the share of the largest singular value of the experts side by side below which a
             direction counts as absent, 0 to 0.99; by default float32's rounding times the longer side.
-        role: what the tensor is for; the inputs are the columns, of a Conv1D the rows. Three dimensions are a
-            stack of matrices, outputs x inputs.
-
-    Shapes:
-        deltas, base and result ``S``.
 
     Memory:
         beyond base and result, one delta, S (n x n), C, the sum and Adam's three buffers (m x n each), whatever T

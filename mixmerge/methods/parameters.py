@@ -1,0 +1,51 @@
+"""What the rows of the table are written with: numbers, choices, and the parameters that families share."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from mixmerge.methods.records import Parameter, Value
+
+_MOST = float("inf")
+
+
+def number(
+    name: str,
+    default: Value,
+    doc: str,
+    low: float = -_MOST,
+    high: float = _MOST,
+    *,
+    per: Literal["input", "expert", "merge"] = "merge",
+    constant: bool = False,
+    position: bool = False,
+) -> Parameter:
+    """A number: arguments as those of ``Parameter``."""
+    return Parameter(name, "number", per, default, doc, low, high, constant=constant, position=position)
+
+
+def choice(name: str, default: Value, doc: str, *choices: str, constant: bool = False) -> Parameter:
+    """One of the words ``choices`` for the whole merge."""
+    return Parameter(name, "choice", "merge", default, doc, choices=choices, constant=constant)
+
+
+def flag(name: str, default: bool, doc: str, *, constant: bool = False) -> Parameter:
+    """True or false for the whole merge."""
+    return Parameter(name, "bool", "merge", default, doc, constant=constant)
+
+
+def merged_by(default: float) -> Parameter:
+    """``lambda``."""
+    return number("lambda", default, "factor on the merged delta")
+
+
+def kept(
+    default: float, doc: str = "share of each delta that is kept", *, constant: bool = False
+) -> Parameter:
+    """``density``."""
+    return number("density", default, doc, 0.0, 1.0, per="expert", constant=constant)
+
+
+def threshold_scope(default: Literal["tensor", "model"], doc: str) -> Parameter:
+    """``scope``."""
+    return choice("scope", default, doc, "tensor", "model", constant=True)
