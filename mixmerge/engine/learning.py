@@ -144,7 +144,10 @@ def learn_coefficients(
         skipped=learned.skipped,
         stopped=learned.stopped,
         warnings=learned.warnings,
-        hashes={"rows": {str(e): _digest(found) for e, found in zip(experts, rows, strict=True)}},
+        hashes={
+            "rows": {str(e): _digest(found) for e, found in zip(experts, rows, strict=True)},
+            "digests": sorted({row.digest for found in rows for row in found}),
+        },
     )
 
 
