@@ -17,7 +17,7 @@ from mixmerge.evaluate.leaks import Made
 from mixmerge.evaluate.model_measuring import Judged, info, means_of, measure, spreads_of
 from mixmerge.evaluate.model_records import ModelReport, Role
 from mixmerge.evaluate.model_report import to_html
-from mixmerge.evaluate.models import named
+from mixmerge.evaluate.models import _notes, named
 from mixmerge.evaluate.scoring_tasks import TaskScores, joined
 from mixmerge.evaluate.task_file import EvalTask, TaskSpec
 
@@ -114,6 +114,18 @@ def test_an_expert_that_scores_nothing_has_no_share() -> None:
     judged[1].answers["sums"].scores[:] = 0
     rows, _ = measure(TASKS, judged, means_of(TASKS, judged, resamples=100, seed=0), level=0.95)
     assert set(rows[0].retained) == {"lines"}
+
+
+def test_notes_say_why_no_share_is_retained_and_who_knows_the_task() -> None:
+    judged = _judged()
+    judged[1].answers["sums"].scores[:] = 0
+    found = " ".join(_notes(TASKS, judged, "code"))
+    assert "No share is retained of sums: its own expert scores nothing." in found
+    assert "No share is retained of lines" not in found
+    assert "told which task" not in found
+    rows = tuple(Row(text=f"a {at}", label=0) for at in range(4))
+    moods = EvalTask(TaskSpec(name="mood", data="d", metric="accuracy", head="a"), rows)
+    assert "by the head, in mood." in " ".join(_notes((moods,), [], None))
 
 
 def test_seeds() -> None:
