@@ -62,11 +62,9 @@ def score_classes(
     picks, tokens, cut = _classes(expert, task.rows)
     seconds = time.perf_counter() - began
     right = np.array([pick == row.label for pick, row in zip(picks, task.rows, strict=True)], np.float64)
-    notes = (
-        (f"{task.name}: {cut:,} of {len(task.rows):,} rows were cut to the model's length",) if cut else ()
-    )
-    notes += no_numbers(task, picks)
-    return TaskScores(right, tokens, seconds, tuple(map(str, picks)), notes)
+    short = f"{task.name}: {cut:,} of {len(task.rows):,} rows were cut to the model's length"
+    notes = [*([short] if cut else []), *no_numbers(task, picks)]
+    return TaskScores(right, tokens, seconds, tuple(map(str, picks)), tuple(notes))
 
 
 def _with_head(
