@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mixmerge.methods import METHODS as TABLE
-from mixmerge.recipe import parse
+from mixmerge.recipe import parse, read
 
 TIES = """
 merge_method: ties
@@ -15,7 +15,10 @@ models:
   - {model: b, parameters: {weight: 0.5, density: 0.4}}
 """
 LINEAR = "{merge_method: linear, models: [{model: a}, {model: b}], parameters: {weight: 0.5}}"
-KEYS = "Known: base_model, calibration, coefficients, dtype, merge_method, models, out_dtype, output, parameters, seed."
+KEYS = (
+    "Known: base_model, calibration, coefficients, dtype, merge_method, models, out_dtype, output, parameters, seed, "
+    "tuned_on."
+)
 METHODS = f"Known: {', '.join(sorted(TABLE))}."
 NAMES = sorted({parameter.name for row in TABLE.values() for parameter in row.parameters})
 OF_TIES = "Known: agg, density, lambda, normalize, rescale, scope, weight."
@@ -287,3 +290,15 @@ WARNINGS: dict[str, list[str]] = {
 @pytest.mark.parametrize(("text", "expected"), WARNINGS.items())
 def test_warnings(text: str, expected: list[str]) -> None:
     assert warnings(text) == expected
+
+
+def test_rows_that_a_recipe_was_chosen_by() -> None:
+    recipe = {"merge_method": "linear", "models": [{"model": "./a", "parameters": {"weight": 1.0}}]}
+    digests = ["f" * 64, "0" * 64, "f" * 64]
+    found = read({**recipe, "tuned_on": digests}).require()
+    assert found.tuned_on == ("0" * 64, "f" * 64)
+    assert read(found).require() == found, "nothing is lost on the way through YAML"
+    for wrong in ("f" * 64, ["f" * 63], [3], {"a": 1}):
+        (fault,) = read({**recipe, "tuned_on": wrong}).faults
+        assert "tuned_on" in str(fault)
+        assert "is no list of digests of rows" in str(fault)

@@ -38,6 +38,7 @@ class Nearness:
     calls: int = 0
     stop_after: int | None = None
     identity: str = "nearness"
+    chosen_by: tuple[str, ...] = ()
 
     def rows(self, folder: Path, part: Part) -> Mapping[str, NDArray[np.float64]]:
         self.calls += 1
@@ -136,15 +137,20 @@ def test_trials_of_another_search_are_refused(make: Any, tmp_path: Path) -> None
         search(recipe, space_of(3, weight=Dimension(low=0.0, high=1.0)), scorer, tmp_path)
 
 
+def test_a_file_that_holds_no_trials_is_left_alone(make: Any, tmp_path: Path) -> None:
+    (tmp_path / TRIALS).write_text("my own notes\nand more\n")
+    recipe, scorer = make((0.9, 0.2))
+    with pytest.raises(OutputError, match="line 1 holds no trial"):
+        search(recipe, space_of(2, weight=Dimension(low=0.0, high=1.0)), scorer, tmp_path)
+    assert (tmp_path / TRIALS).read_text() == "my own notes\nand more\n"
+
+
 def test_the_recipe_as_it_was_wins_a_tie(make: Any, tmp_path: Path) -> None:
     recipe, scorer = make((0.5, 0.5))
     found = search(recipe, space_of(6, weight=Dimension(low=0.0, high=1.0)), scorer, tmp_path)
     assert found.best.number == 0
-    assert (
-        (found.gain.value, found.gain.low, found.gain.high) == (0, 0, 0)
-        if hasattr(found.gain, "low")
-        else True
-    )
+    lead = found.gain.difference
+    assert (lead.value, lead.low, lead.high) == (0, 0, 0)
     assert all(one == other for one, other in found.test.values())
 
 
@@ -257,6 +263,46 @@ def test_the_command(asked: list[str], tmp_path: Path) -> None:
     assert again.exit_code == 0
     assert "trial" in again.stdout
     assert "gain" in again.stdout
+
+
+def test_rows_that_chose_a_recipe_are_not_evaluated(asked: list[str], tmp_path: Path) -> None:
+    import mixmerge
+
+    assert run(*asked, "--limit", "20").exit_code == 0
+    best, tasks = tmp_path / "out" / BEST, tmp_path / "tasks.yaml"
+    chosen_by = read(best).require().tuned_on
+    assert 10 < len(chosen_by) < 30, "about half of 40 rows"
+    mixmerge.merge(best, tmp_path / "merged")
+    with pytest.raises(MixmergeError) as caught:
+        mixmerge.evaluate_models([tmp_path / "merged"], tasks=tasks, limit=20)
+    told = [int(str(fault).split("made with ")[1].split()[0]) for fault in caught.value.faults]
+    assert sum(told) == len(chosen_by)
+    # The best recipe can be searched on, with the same division of the rows and with no other.
+    again = [str(best) if one.endswith("recipe.yaml") else one for one in asked]
+    again[3] = str(tmp_path / "more")
+    assert run(*again, "--limit", "20").exit_code == 0
+    again[3] = str(tmp_path / "other")
+    other = run(*again, "--limit", "20", "--held-out", "0.8")
+    assert other.exit_code == 2
+    assert "recipe: was made with" in other.stderr
+
+
+def test_rows_of_either_part_that_a_merge_uses_end_the_search_at_once(
+    asked: list[str], tmp_path: Path
+) -> None:
+    from mixmerge.evaluate.task_file import read_tasks
+    from mixmerge.searching.scoring import TaskScorer
+
+    test = TaskScorer(read_tasks(tmp_path / "tasks.yaml", limit=20)).parts["test"][0]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"text": test.rows[0].prompt}) + "\n")
+    recipe = yaml.safe_load((tmp_path / "recipe.yaml").read_text())
+    data = {"calibration": {"data": str(tmp_path / "rows.jsonl")}, "merge_method": "fisher", "parameters": {}}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**recipe, **data}))
+    (tmp_path / "space.yaml").write_text("{parameters: {weight: {low: 0.5, high: 1}}, budget: 3}")
+    done = run(*asked, "--limit", "20")
+    assert done.exit_code == 2
+    assert "recipe: was made with 1 of the" in done.stderr
+    assert len((tmp_path / "out" / TRIALS).read_text().splitlines()) == 1, "no trial was kept"
 
 
 @pytest.mark.parametrize(

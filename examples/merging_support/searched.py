@@ -28,6 +28,11 @@ class SuiteScorer:
     def identity(self) -> str:
         return json.dumps(self.suite.identity, sort_keys=True)
 
+    @property
+    def chosen_by(self) -> tuple[str, ...]:
+        """None are named: the suite itself keeps its splits apart, and the best recipe stays with it."""
+        return ()
+
     def rows(self, folder: Path, part: str) -> dict[str, NDArray[np.float64]]:
         out = self.folder / f"{part}.json"
         split = "validation" if part == "dev" else "test"

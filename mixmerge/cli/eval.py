@@ -110,6 +110,7 @@ def evaluate(
     quiet: Quiet = False,
 ) -> None:
     """Ask models the questions of tasks: scores, and what is retained of the experts they were made of."""
+    from mixmerge.evaluate.drawing import check_plots
     from mixmerge.evaluate.models import evaluate_models
     from mixmerge.evaluate.sandbox import Limits
     from mixmerge.outcomes.whole import check_free
@@ -117,6 +118,8 @@ def evaluate(
     for path in (html, answers):
         if path is not None:
             check_free(path, overwrite=overwrite)
+    if html is not None:
+        check_plots()
     harness = _listed([lm_eval] if lm_eval is not None else [])
     read = _tasks(tasks, task, metric, own=own, head=head, limit=limit, needed=not harness)
     limits = Limits(seconds=program_seconds, memory=program_memory << 20)

@@ -65,6 +65,7 @@ def search(
         read_tasks(tasks, limit=limit),
         held_out=held_out,
         transductive=transductive,
+        tuned_on=start.tuned_on,
         dtype=dtypes[dtype],
         device=device,
     )

@@ -20,6 +20,7 @@ from mixmerge.engine.output import Output
 from mixmerge.errors import Fault, OutputError
 from mixmerge.plan import Plan
 from mixmerge.plan.layout import index_json
+from mixmerge.plan.replay import rows_behind
 from mixmerge.recipe import canonical
 
 RECIPE, MANIFEST, CARD = "mixmerge_recipe.yaml", "mixmerge_manifest.json", "README.md"
@@ -57,6 +58,8 @@ def add_files(
     facts = manifest(plan, fingerprints)
     if data is not None:
         facts["calibration"] = manifest_entry(plan, data, notes)
+    elif behind := rows_behind(plan.recipe):
+        facts["calibration"] = {"transductive": False, "rows": list(behind)}
     output.add(MANIFEST, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
     output.add(CARD, card(plan, data))
 

@@ -144,7 +144,7 @@ def learn_coefficients(
         skipped=learned.skipped,
         stopped=learned.stopped,
         warnings=learned.warnings,
-        hashes={"rows": {str(e): _digest(found) for e, found in zip(experts, rows, strict=True)}},
+        hashes=_hashes(tuple(map(str, experts)), rows),
     )
 
 
@@ -160,6 +160,14 @@ def _weights(task: Task) -> tuple[float, ...]:
 def _is_learned(task: Task) -> bool:
     asked = task.parameters.get("learn", "all")
     return asked == "all" or (asked == "linear" and task.role in ("linear", "transposed"))
+
+
+def _hashes(experts: Sequence[str], rows: Sequence[Sequence[Row]]) -> dict[str, Any]:
+    """What was learned from: of each expert's rows a hash, and of all rows the digests that a replay must know."""
+    return {
+        "rows": {expert: _digest(found) for expert, found in zip(experts, rows, strict=True)},
+        "digests": sorted({row.digest for found in rows for row in found}),
+    }
 
 
 def _digest(rows: Sequence[Row]) -> str:

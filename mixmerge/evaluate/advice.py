@@ -12,6 +12,8 @@ from mixmerge.registry import table
 _LARGE = 0.005  # root mean square of a delta's entries
 _BIG_MODEL = 7e9  # parameters
 _MOST = 4  # pieces of advice
+_SUMS = ("task_arithmetic", "ties", "dare_linear", "dare_ties")  # whose lambda is the length of the step
+_ALIKE = 0.5  # cosine of deltas that agree
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ def _no_harm(facts: Facts) -> tuple[str, str] | None:
     if best is None or single is None or best.over_best is None:
         return None
     gain = best.over_best.difference
-    if gain.value > 0:
+    if gain.value >= 0:
         return None
     sure = "and the interval says so" if gain.high < 0 else "though the interval does not exclude a tie"
     return (
@@ -117,11 +119,7 @@ def _scale(facts: Facts) -> tuple[str, str] | None:
     """Too large a step: a sum below the base on some task."""
     best = facts.best
     base = next((row for row in facts.report.rows if row.role == "base"), None)
-    if (
-        best is None
-        or base is None
-        or not facts.tried & {"task_arithmetic", "ties", "dare_linear", "dare_ties"}
-    ):
+    if best is None or base is None or best.method not in _SUMS:
         return None
     below = [name for name in best.scores if best.scores[name].high < base.scores[name].low]
     if not below:
@@ -175,13 +173,19 @@ def _with_data(facts: Facts) -> tuple[str, str] | None:
     )
 
 
+def _apart(facts: Facts, *names: str, lora: bool) -> tuple[Deltas, str] | None:
+    """Deltas that do not agree, of adapters or of whole models, and the methods of these to try."""
+    deltas, untried = facts.deltas, facts.first(*names)
+    if deltas is None or deltas.lora != lora or not untried or (deltas.cosine or 0.0) > _ALIKE:
+        return None
+    return deltas, untried
+
+
 def _interference(facts: Facts) -> tuple[str, str] | None:
-    deltas = facts.deltas
-    if deltas is None or deltas.cosine is None or deltas.cosine > 0.5 or deltas.lora:
+    found = _apart(facts, "tsv_m", "iso_c", "wudi", "ties", lora=False)
+    if found is None or found[0].cosine is None:
         return None
-    names = facts.first("tsv_m", "iso_c", "wudi", "ties")
-    if not names:
-        return None
+    deltas, names = found
     return (
         f"Without data, try {names}.",
         f"The deltas point apart (mean cosine {deltas.cosine:.2f}), and {deltas.conflicts:.0%} of the entries are "
@@ -190,23 +194,23 @@ def _interference(facts: Facts) -> tuple[str, str] | None:
 
 
 def _low_rank(facts: Facts) -> tuple[str, str] | None:
-    deltas = facts.deltas
-    if deltas is None or not deltas.lora:
-        return None
-    names = facts.first("tsv_m", "wudi", "iso_c", "ties")
-    if not names:
+    found = _apart(facts, "tsv_m", "wudi", "iso_c", "ties", lora=True)
+    if found is None:
         return None
     return (
-        f"Try {names}, with lambda not above 0.3 where it is a sum.",
+        f"Try {found[1]}, with lambda not above 0.3 where it is a sum.",
         "The experts are LoRA adapters: each moves few directions, and plain sums of them break sooner.",
     )
 
 
 def _alike(facts: Facts) -> tuple[str, str] | None:
     deltas = facts.deltas
-    if deltas is None or deltas.cosine is None or deltas.cosine <= 0.5:
+    if deltas is None or deltas.cosine is None or deltas.cosine <= _ALIKE:
         return None
-    names = facts.first("linear", "slerp") or "linear"
+    pair = ("slerp",) if len(deltas.relative) == 2 else ()  # it takes two
+    names = facts.first("linear", *pair)
+    if not names:
+        return None
     return (
         f"Average: {names}.",
         f"The deltas agree (mean cosine {deltas.cosine:.2f}): there is little interference to resolve, and a sum goes "
@@ -243,8 +247,9 @@ def _worst_task(facts: Facts) -> tuple[str, str] | None:
     task, worst = best.worst
     if best.retained_average.value - worst.value < 0.15:
         return None
+    expert = next((one.expert for one in facts.report.tasks if one.name == task), None) or task
     return (
-        f"Give the expert of {task} more weight than the others.",
+        f"Give {expert}, the expert of {task}, more weight than the others.",
         f"{best.name} retains {worst.value:.0%} of it, and {best.retained_average.value:.0%} on average.",
     )
 
@@ -284,12 +289,14 @@ RULES: tuple[Rule, ...] = (
 
 
 def advise(facts: Facts) -> tuple[Advice, ...]:
-    """What the rules say of these facts, in the order of the table, at most four."""
+    """What the rules say of these facts, in the order of the table, at most four; nothing behind "stop here"."""
     found = []
     for rule in RULES:
         said = rule.when(facts)
         if said is not None:
             found.append(Advice(said[0], said[1], rule.source))
+        if said is not None and rule.when is _enough:
+            break
     return tuple(found[:_MOST])
 
 

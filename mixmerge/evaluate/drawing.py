@@ -61,6 +61,15 @@ def new_panels(width: float, height: float, rows: int, columns: int) -> tuple[An
     return figure, grid
 
 
+def check_plots() -> None:
+    """Whether plots can be drawn: before hours are spent on what they show.
+
+    Raises:
+        DependencyError: matplotlib is not installed.
+    """
+    new_figure(1, 1)
+
+
 def as_png(figure: Any) -> bytes:
     """The figure as a PNG image."""
     image = io.BytesIO()

@@ -12,7 +12,7 @@ import numpy as np
 
 from mixmerge.calibrate.rows import Row
 from mixmerge.errors import Fault, MixmergeError
-from mixmerge.evaluate.scoring_tasks import TaskScores
+from mixmerge.evaluate.scoring_tasks import TaskScores, no_numbers
 from mixmerge.evaluate.task_file import EvalTask
 from mixmerge.registry import choices
 
@@ -62,10 +62,9 @@ def score_classes(
     picks, tokens, cut = _classes(expert, task.rows)
     seconds = time.perf_counter() - began
     right = np.array([pick == row.label for pick, row in zip(picks, task.rows, strict=True)], np.float64)
-    notes = (
-        (f"{task.name}: {cut:,} of {len(task.rows):,} rows were cut to the model's length",) if cut else ()
-    )
-    return TaskScores(right, tokens, seconds, tuple(map(str, picks)), notes)
+    short = f"{task.name}: {cut:,} of {len(task.rows):,} rows were cut to the model's length"
+    notes = [*([short] if cut else []), *no_numbers(task, picks)]
+    return TaskScores(right, tokens, seconds, tuple(map(str, picks)), tuple(notes))
 
 
 def _with_head(
@@ -150,6 +149,7 @@ def _classes(expert: LoadedExpert, rows: Sequence[Row]) -> tuple[list[int], int,
         tokens += int(batch["attention_mask"].sum())
         with torch.inference_mode():
             logits = model(**batch).logits
-        for at, pick in zip(chosen, logits.argmax(dim=-1).tolist(), strict=True):
+        found = logits.argmax(dim=-1).masked_fill(logits.isnan().any(dim=-1), -1)
+        for at, pick in zip(chosen, found.tolist(), strict=True):
             picks[at] = int(pick)
     return picks, tokens, cut

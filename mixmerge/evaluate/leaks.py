@@ -12,9 +12,6 @@ from mixmerge.engine.finish import MANIFEST
 from mixmerge.errors import Fault
 from mixmerge.evaluate.task_file import EvalTask
 
-# Sections of a manifest that name the rows they used, and whether the recipe said that this is meant.
-SECTIONS = ("calibration", "search")
-
 
 @dataclass(frozen=True)
 class Made:
@@ -24,7 +21,7 @@ class Made:
         method: of the merge; None for a model that mixmerge did not make.
         seed: of the recipe.
         recipe: in its canonical form.
-        rows: digests of the rows that were used.
+        rows: digests of the rows that it was calibrated on, or that its recipe was chosen by.
         transductive: the recipe says that it uses rows it is evaluated on.
     """
 
@@ -45,13 +42,13 @@ def read_made(folder: Path) -> Made:
         return Made()
     rows: set[str] = set()
     meant = False
-    for name in SECTIONS:
-        section = found.get(name)
-        if isinstance(section, dict):
-            rows |= set(_texts(section.get("rows")))
-            meant = meant or section.get("transductive") is True
+    section = found.get("calibration")
+    if isinstance(section, dict):
+        rows |= set(_texts(section.get("rows")))
+        meant = section.get("transductive") is True
     recipe = found.get("recipe")
     if isinstance(recipe, dict):
+        rows |= set(_texts(recipe.get("tuned_on")))  # a search chose its values by them
         given = recipe.get("calibration")
         meant = meant or (isinstance(given, dict) and given.get("transductive") is True)
     seed, method = found.get("seed"), found.get("method")

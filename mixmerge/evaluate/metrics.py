@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import string
 from collections import Counter
@@ -115,7 +116,7 @@ def program_of(given: str) -> str:
 
 
 def likeliest(logprobs: Sequence[Sequence[float]], choices: Sequence[str], normalise: str) -> int:
-    """The index of the likeliest choice, the first of equal ones.
+    """The index of the likeliest choice, the first of equal ones; -1 where a likelihood is no number.
 
     Args:
         logprobs: of each choice, the natural logarithms of the probabilities of its tokens.
@@ -126,4 +127,4 @@ def likeliest(logprobs: Sequence[Sequence[float]], choices: Sequence[str], norma
     for tokens, text in zip(logprobs, choices, strict=True):
         length = {"none": 1, "tokens": len(tokens), "characters": len(text)}[normalise]
         scores.append(sum(tokens) / max(1, length))
-    return scores.index(max(scores))
+    return -1 if any(math.isnan(score) for score in scores) else scores.index(max(scores))

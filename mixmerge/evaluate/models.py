@@ -16,6 +16,7 @@ from mixmerge.evaluate.harness import check_lm_eval, run_lm_eval
 from mixmerge.evaluate.heads import HeadSource, score_classes
 from mixmerge.evaluate.intervals import LEVEL
 from mixmerge.evaluate.leaks import Made, leak_faults, read_made, used_rows
+from mixmerge.evaluate.metrics import text_metric
 from mixmerge.evaluate.model_measuring import Judged, info, means_of, measure, spreads_of
 from mixmerge.evaluate.model_records import ModelReport, Role
 from mixmerge.evaluate.options import RESAMPLES
@@ -29,6 +30,7 @@ from mixmerge.registry import choices
 Models = Mapping[str, str | Path] | Sequence[str | Path]
 Progress = Callable[[str, int, int], None]  # (model, tasks done, tasks in all)
 _ADAPTER = "adapter"  # what engines call it
+_UNCHECKED = "{}: the rows of lm-evaluation-harness are not held against those its merge has used"
 
 
 @dataclass(frozen=True)
@@ -110,17 +112,21 @@ def evaluate_models(
     entries = _entries(models, experts, base)
     used = _check(entries, read, transductive=transductive, resamples=resamples, level=level)
     data = _advice_data(read, calibration, asked=recommend, complete=bool(experts) and base is not None)
-    judged = _judged(entries, read, used, _Loading(dtype, device, batch_tokens), limits, progress)
-    report = _report(read, judged, used, resamples=resamples, seed=seed, level=level)
+    # What can fail at once comes first: answers that took hours are not lost to it.
+    deltas, harness = None, {}
     if recommend:
         refs = [entry.ref for entry in entries if entry.role == "expert"]
         deltas = deltas_of(refs, next(entry.ref for entry in entries if entry.role == "base"))
-        report = replace(report, advice=advise(Facts(report, deltas, data, installed_methods())))
+    merges = [entry for entry in entries if entry.role == "merge"]
     if lm_eval:
-        merges = [entry for entry in entries if entry.role == "merge"]
-        found = run_lm_eval(merges, lm_eval, path=lm_eval_path, limit=limit, device=device, seed=seed)
-        report = replace(report, harness=found)
-    return report
+        harness = run_lm_eval(merges, lm_eval, path=lm_eval_path, limit=limit, device=device, seed=seed)
+    judged = _judged(entries, read, used, _Loading(dtype, device, batch_tokens), limits, progress)
+    report = _report(read, judged, used, resamples=resamples, seed=seed, level=level)
+    if recommend:
+        report = replace(report, advice=advise(Facts(report, deltas, data, installed_methods())))
+    unchecked = [entry.name for entry in merges if entry.made.rows] if lm_eval else []
+    warnings = (*report.warnings, *(_UNCHECKED.format(name) for name in unchecked))
+    return replace(report, harness=harness, warnings=warnings)
 
 
 @dataclass(frozen=True)
@@ -321,6 +327,11 @@ def _check(
         if task.spec.expert is not None and experts and task.spec.expert not in experts:
             what = f"its expert {task.spec.expert!r} is not among the experts"
             faults.append(Fault(f"task {task.name}", what, choices(task.spec.expert, experts)))
+        if task.metric.asked == "text":
+            try:
+                text_metric(task.metric.name)
+            except MixmergeError as error:
+                faults += error.faults
     used = {entry.name: used_rows(entry.made, tasks) for entry in entries}
     for entry in entries:
         if not (transductive or entry.made.transductive):
@@ -342,6 +353,17 @@ def _notes(tasks: Sequence[EvalTask], judged: Sequence[Judged], best: str | None
     without = [task.name for task in tasks if task.spec.expert is None and not task.spec.held_out]
     if best is not None and without:
         notes.append(f"No share is retained of {', '.join(without)}: no expert is named for it.")
+    own = {model.name: model for model in judged if model.role == "expert"}
+    nothing = [
+        task.name
+        for task in tasks
+        if task.spec.expert in own and not own[task.spec.expert].answers[task.name].scores.any()
+    ]
+    if nothing:
+        notes.append(f"No share is retained of {', '.join(nothing)}: its own expert scores nothing.")
+    told = [task.name for task in tasks if task.metric.asked == "class"]
+    if told:
+        notes.append(f"Every model is told which task it answers, by the head, in {', '.join(told)}.")
     return tuple(notes)
 
 

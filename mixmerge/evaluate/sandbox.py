@@ -29,6 +29,7 @@ from typing import Any
 
 from mixmerge.errors import Fault, MixmergeError
 
+NOT_STARTED = "could not be started"
 _STARTS = 20.0  # seconds that an interpreter may take to start on a busy machine
 _MOST = 65_536  # bytes of a report that are read
 _SIGNALS = {signal.SIGKILL: "memory or time", signal.SIGXCPU: "time", signal.SIGSEGV: "crash"}
@@ -186,5 +187,5 @@ def _result(lines: Sequence[bytes], word: str, seconds: float, limits: Limits) -
     elif "network" in said:
         why = "left before its end"
     else:
-        why = "could not be started"
+        why = NOT_STARTED
     return Ran(False, why, seconds, weaker)

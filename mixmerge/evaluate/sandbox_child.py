@@ -30,19 +30,42 @@ _MOUNT_SETATTR, _AT_ROOT, _RECURSIVE, _READ_ONLY = (
 )  # of Linux 5.12, the same on all processors
 _DEATH_SIGNAL, _KEEP_CAPABILITIES, _NO_NEW_PRIVILEGES, _AMBIENT, _RAISE = 1, 8, 38, 47, 2
 _CAPABILITIES_3, _READ_ALL = 0x20080522, 2
+_FILTER, _FILTERED, _ALLOWED, _DENIED = 22, 2, 0x7FFF0000, 0x00050000 | 1  # denied: EPERM
+# Processor -> how the kernel calls it, and its numbers of socket and socketpair.
+_PROCESSORS = {"x86_64": (0xC000003E, 41, 53), "aarch64": (0xC00000B7, 198, 199)}
+_IO_URING, _FOREIGN_CALLS = 425, 0x40000000  # a second way to sockets; and x32's numbers
+_INTERNET, _INTERNET_6, _KERNEL, _DATAGRAMS = 2, 10, 16, 2
 _CLOSED_EVENTS = ("socket.", "ctypes.", "urllib.", "ftplib.", "smtplib.")
 _NEW_PROGRAMS = ("subprocess.", "os.fork", "os.posix_spawn", "os.spawn", "os.system", "os.exec", "pty.spawn")
 _CHANGES = ("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate", "os.chmod",
-            "os.chown", "os.utime", "os.setxattr", "os.kill", "os.killpg", "shutil.")  # fmt: skip
+            "os.chown", "os.utime", "os.setxattr", "os.removexattr", "sqlite3.connect", "shutil.")  # fmt: skip
 _CLOSED_MODULES = ("ctypes", "_ctypes", "_posixsubprocess", "cffi", "_cffi_backend")
+_UNHEARD = ("mkfifo", "mknod", "pidfd_open")  # of ``os``: no hook is told of them
 
 
 class _Attributes(ctypes.Structure):
     _fields_ = [(name, ctypes.c_uint64) for name in ("set", "clear", "propagation", "userns")]
 
 
+class _Instruction(ctypes.Structure):
+    _fields_ = [
+        ("code", ctypes.c_uint16),
+        ("so", ctypes.c_uint8),
+        ("no", ctypes.c_uint8),
+        ("value", ctypes.c_uint32),
+    ]
+
+
+class _Instructions(ctypes.Structure):
+    _fields_ = [("count", ctypes.c_uint16), ("first", ctypes.POINTER(_Instruction))]
+
+
 class _RefusedError(PermissionError):
     """What a program may not do here."""
+
+
+class _AbsentError(ImportError):
+    """A module that is not to be had here; packages that can do without it go on."""
 
 
 def _called(result: int) -> bool:
@@ -81,11 +104,12 @@ def _closed_files(libc: Any, folder: str, room: int) -> bool:
         libc.mount(b"tmpfs", folder.encode(), b"tmpfs", _NO_SUID | _NO_DEVICES, ctypes.c_char_p(options))
     ):
         return False
-    libc.mount(
-        b"proc", b"/proc", b"proc", _NO_SUID | _NO_DEVICES, None
-    )  # its own processes alone, if allowed
     os.chdir(folder)
-    return True
+    # Its own processes alone; where that is not allowed, none: others' environments can be read there.
+    return any(
+        _called(libc.mount(kind, b"/proc", kind, _NO_SUID | _NO_DEVICES, None))
+        for kind in (b"proc", b"tmpfs")
+    )
 
 
 def _readable(user: int) -> bool:
@@ -103,9 +127,12 @@ def _readable(user: int) -> bool:
 
 
 def _counted(libc: Any, user: int) -> bool:
-    """Whether the number of processes can be limited: root's is not, so root becomes a user that nobody is."""
+    """Whether the number of processes can be limited: root's is not, so root becomes a user that nobody is.
+
+    No rights are left in the end: whoever has them in a world of its own can make its files writable again.
+    """
     if os.getuid() != 0:
-        return True
+        return _rights(libc, 0)
     try:
         os.setgroups([])
         hidden = not _readable(user)
@@ -116,17 +143,54 @@ def _counted(libc: Any, user: int) -> bool:
     except OSError:
         return False
     # An interpreter in root's own folder is read by the one capability that is kept; all others are gone.
-    return not hidden or _only_reading(libc)
-
-
-def _only_reading(libc: Any) -> bool:
-    """Whether this process can still read all files, and what it starts can, without any other right of root's."""
-    header = (ctypes.c_uint32 * 2)(_CAPABILITIES_3, 0)
-    rights = (ctypes.c_uint32 * 6)(*(3 * (1 << _READ_ALL,)), 0, 0, 0)
-    if not _called(libc.capset(ctypes.byref(header), ctypes.byref(rights))):
+    if not _rights(libc, 1 << _READ_ALL if hidden else 0):
         return False
-    libc.prctl(_AMBIENT, _RAISE, _READ_ALL, 0, 0)
+    if hidden:
+        libc.prctl(_AMBIENT, _RAISE, _READ_ALL, 0, 0)
     return True
+
+
+def _rights(libc: Any, kept: int) -> bool:
+    """Whether this process now has these capabilities and no others."""
+    header = (ctypes.c_uint32 * 2)(_CAPABILITIES_3, 0)
+    rights = (ctypes.c_uint32 * 6)(kept, kept, kept, 0, 0, 0)
+    return _called(libc.capset(ctypes.byref(header), ctypes.byref(rights)))
+
+
+def _own_sockets(libc: Any) -> bool:
+    """Whether the kernel now gives this process sockets of its own network alone.
+
+    A network of its own is none for sockets that are files, such as a session's bus or a container service's, nor
+    for those to the machine that hosts a virtual one. So only internet sockets are left, and pairs, which event loops
+    take; these not of datagrams, which can be sent to any such file.
+    """
+    known = _PROCESSORS.get(os.uname().machine)
+    if known is None or sys.maxsize <= 1 << 32:
+        return False
+    processor, socket, pair = known
+    load, equal, at_least, mask, end = 0x20, 0x15, 0x35, 0x54, 0x06
+    program = [
+        (load, 0, 0, 4),  # the processor
+        (equal, 0, 14, processor),
+        (load, 0, 0, 0),  # the call
+        (at_least, 12, 0, _FOREIGN_CALLS),
+        (equal, 11, 0, _IO_URING),
+        (equal, 2, 0, socket),
+        (equal, 5, 0, pair),
+        (end, 0, 0, _ALLOWED),
+        (load, 0, 0, 16),  # the kind of address
+        (equal, 5, 0, _INTERNET),
+        (equal, 4, 0, _INTERNET_6),
+        (equal, 3, 4, _KERNEL),  # of its own network: names are looked up with it
+        (load, 0, 0, 24),  # the kind of socket
+        (mask, 0, 0, 0xF),
+        (equal, 1, 0, _DATAGRAMS),
+        (end, 0, 0, _ALLOWED),
+        (end, 0, 0, _DENIED),
+    ]
+    listed = (_Instruction * len(program))(*(_Instruction(*one) for one in program))
+    wanted = _Instructions(len(program), listed)
+    return _called(libc.prctl(_FILTER, _FILTERED, ctypes.byref(wanted), 0, 0))
 
 
 def _limit(job: dict[str, Any]) -> None:
@@ -151,24 +215,38 @@ def _refuse(folder: str, *, network: bool, processes: bool, files: bool) -> None
     inside = str(Path(folder).resolve())
 
     def outside(path: object) -> bool:
-        if not isinstance(path, str | bytes):
+        if not isinstance(path, str | bytes | os.PathLike):
             return False
         real = os.path.realpath(os.fsdecode(path))
         return real != inside and not real.startswith(inside + os.sep) and real != os.devnull
+
+    def opened(path: object, flags: int) -> None:
+        if not outside(path):
+            return
+        real = Path(os.path.realpath(os.fsdecode(path)))  # type: ignore[arg-type]
+        _, first, second = [*real.parts, "", "", ""][:3]
+        others = first == "proc" and second.isdecimal() and second != str(os.getpid())
+        # Names relative to an open folder are not told.
+        if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC) or others or real.is_dir():
+            raise _RefusedError(f"{path!r} cannot be opened here")
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         if network and event.startswith(_CLOSED_EVENTS):
             raise _RefusedError(f"{event} is not allowed here")
         if processes and event.startswith(_NEW_PROGRAMS):
             raise _RefusedError(f"{event} is not allowed here")
+        if processes and (event == "os.killpg" or (event == "os.kill" and arguments[0] != os.getpid())):
+            raise _RefusedError(f"{event} is not allowed here")
         if event == "import" and str(arguments[0]) in _CLOSED_MODULES:
-            raise _RefusedError(f"{arguments[0]} is not allowed here")
-        if files and event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC):
-            if outside(arguments[0]):
-                raise _RefusedError(f"{arguments[0]} cannot be written here")
+            raise _AbsentError(f"{arguments[0]} is not allowed here")
+        if files and event == "open":
+            opened(arguments[0], arguments[2])
         elif files and event.startswith(_CHANGES) and any(map(outside, arguments)):
             raise _RefusedError(f"{event} is not allowed here")
 
+    for name in _UNHEARD:
+        for module in (os, sys.modules[os.name]):
+            vars(module).pop(name, None)
     sys.addaudithook(hook)
 
 
@@ -177,7 +255,7 @@ def _run(program: str, tell: Callable[[dict[str, Any]], None], word: str) -> Non
     for name in ("ctypes", "_ctypes"):  # a program that may have them imports them itself
         sys.modules.pop(name, None)
     try:
-        exec(compile(program, "program.py", "exec"), {"__name__": "__main__"})
+        exec(compile(program, "program.py", "exec", dont_inherit=True), {"__name__": "__main__"})
     except BaseException as error:  # noqa: BLE001  every end of a foreign program is told
         last = traceback.format_exception_only(error)[-1].strip()
         tell({"error": type(error).__name__, "why": last[:500]})
@@ -235,10 +313,11 @@ def main() -> None:
         counted = apart and _counted(libc, user)
         if sys.platform == "linux":
             libc.prctl(_NO_NEW_PRIVILEGES, 1, 0, 0, 0)
-        tell({"network": apart, "processes": counted, "files": files})
+        network = apart and _own_sockets(libc)
+        tell({"network": network, "processes": counted, "files": files})
         _limit(job)
-        if not (apart and counted and files):
-            _refuse(folder, network=not apart, processes=not counted, files=not files)
+        if not (network and counted and files):
+            _refuse(folder, network=not network, processes=not counted, files=not files)
 
     _supervised(job, tell, shut=shut)
 

@@ -14,7 +14,7 @@ from mixmerge.calibrate.rows import Row
 from mixmerge.engines.base import Engine
 from mixmerge.engines.records import Generation, Message, Request, Scoring
 from mixmerge.evaluate.metrics import likeliest, program_of, text_metric
-from mixmerge.evaluate.sandbox import Limits, run_programs
+from mixmerge.evaluate.sandbox import NOT_STARTED, Limits, run_programs
 from mixmerge.evaluate.task_file import EvalTask
 
 Floats = NDArray[np.float64]
@@ -120,8 +120,16 @@ def _choices(engine: Engine, task: EvalTask, adapter: str | None) -> TaskScores:
         logprobs[at].append(one.logprobs)
     picks = [likeliest(logprobs[at], row.choices, task.spec.normalise) for at, row in enumerate(task.rows)]
     scores = np.array([pick == row.label for pick, row in zip(picks, task.rows, strict=True)], np.float64)
-    given = tuple(row.choices[pick] for pick, row in zip(picks, task.rows, strict=True))
-    return TaskScores(scores, sum(len(one.logprobs) for one in found), seconds, given)
+    given = tuple("" if pick < 0 else row.choices[pick] for pick, row in zip(picks, task.rows, strict=True))
+    tokens = sum(len(one.logprobs) for one in found)
+    return TaskScores(scores, tokens, seconds, given, no_numbers(task, picks))
+
+
+def no_numbers(task: EvalTask, picks: Sequence[int]) -> tuple[str, ...]:
+    """A note on the picks that are -1: a model whose logits are no numbers is wrong, not the first choice."""
+    count = sum(pick < 0 for pick in picks)
+    what = f"{task.name}: {count:,} of {len(picks):,} rows count as wrong: the model's logits are no numbers"
+    return (what,) if count else ()
 
 
 def joined(prompt: str, choice: str) -> str:
@@ -137,9 +145,10 @@ def _programs(
         answer = row.prompt + text if task.spec.program == "continue" else program_of(text)
         programs.append(f"{answer}\n\n{row.answer}\n")
     ran = run_programs(programs, limits=limits, workers=workers)
-    weaker = sorted({name for one in ran for name in one.weaker})
-    notes: tuple[str, ...] = ()
-    if weaker:
+    notes = []
+    if lost := sum(one.why == NOT_STARTED for one in ran):
+        notes.append(f"{task.name}: {lost:,} of {len(ran):,} programs {NOT_STARTED} and count as wrong")
+    if weaker := sorted({name for one in ran if one.why != NOT_STARTED for name in one.weaker}):
         what = f"{task.name}: this system keeps no {', '.join(weaker)} apart; Python refused them instead"
-        notes = (what + ", which a program can break out of",)
-    return np.array([one.passed for one in ran], np.float64), notes
+        notes.append(what + ", which a program can break out of")
+    return np.array([one.passed for one in ran], np.float64), tuple(notes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -50,8 +51,9 @@ RECIPE = Kind(
 )
 _KEYS = [
     *("merge_method", "models", "base_model", "parameters", "dtype", "out_dtype", "seed", "output"),
-    *("calibration", "coefficients"),
+    *("calibration", "coefficients", "tuned_on"),
 ]
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 _SHARED_TOKENIZER = "Remove it, and merge experts that share one tokenizer"
 _NOT_YET = {
     "slices": ("merging ranges of layers", "List whole models under models"),
@@ -147,6 +149,7 @@ def _recipe(
         blocks += [calibration] if calibration is not None else []
     dtype, out_dtype = _dtype(top, "dtype", report), _dtype(top, "out_dtype", report)
     seed, output = _seed(top, report), _output(top, report)
+    tuned_on = _tuned_on(top, report)
     if report.faulty:
         return None
     models = (
@@ -165,6 +168,7 @@ def _recipe(
         output=output,
         calibration=calibration,
         coefficients=coefficients,
+        tuned_on=tuned_on,
     )
 
 
@@ -331,6 +335,19 @@ def _seed(top: dict[str, Node], report: Report) -> int:
         return value
     report.fault(node, f"expected a whole number, got {show(value)}", f"From 0 to 2^64 - 1 ({MAX_SEED})")
     return 0
+
+
+def _tuned_on(top: dict[str, Node], report: Report) -> tuple[str, ...]:
+    node = given(top, "tuned_on")
+    if node is None:
+        return ()
+    values = [item.value for item in node.value] if isinstance(node.value, tuple) else [None]
+    digests = [value for value in values if isinstance(value, str) and _DIGEST.fullmatch(value)]
+    if len(digests) < len(values):
+        report.fault(
+            node, "is no list of digests of rows", "As `mixmerge search` writes it", "Leave it as it is"
+        )
+    return tuple(sorted(set(digests)))
 
 
 def _output(top: dict[str, Node], report: Report) -> Output:

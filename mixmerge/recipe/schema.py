@@ -55,7 +55,10 @@ class Output(_Frozen):
 
 
 class Recipe(_Frozen):
-    """A merge, fully spelled out: no parameters without effect, every setting a tuple of conditionals."""
+    """A merge, fully spelled out: no parameters without effect, every setting a tuple of conditionals.
+
+    ``tuned_on`` names rows that the values were chosen by (``Row.digest``): an evaluation must not meet them again.
+    """
 
     merge_method: str
     models: tuple[ModelEntry, ...]
@@ -67,6 +70,7 @@ class Recipe(_Frozen):
     output: Output = Output()
     calibration: Calibration | None = None
     coefficients: str | None = None
+    tuned_on: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -164,6 +168,8 @@ def canonical(recipe: Recipe) -> dict[str, Any]:
         plain["calibration"] = recipe.calibration.canonical()
     if recipe.coefficients is not None:
         plain["coefficients"] = recipe.coefficients
+    if recipe.tuned_on:
+        plain["tuned_on"] = list(recipe.tuned_on)
     return plain
 
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from mixmerge.checkpoint.identity import canonical_hash
 from mixmerge.engines.local import Dtype
 from mixmerge.errors import Fault, MixmergeError
+from mixmerge.evaluate.leaks import Made, leak_faults, read_made, used_rows
 from mixmerge.evaluate.models import evaluate_models
 from mixmerge.evaluate.task_file import EvalTask
 from mixmerge.searching.search import Part
@@ -31,10 +32,12 @@ class TaskScorer:
         held_out: share of the rows that only the start and the best candidate are scored on, above 0, below 1.
         experts: name -> model, whose heads tasks of ``accuracy`` name.
         transductive: score rows that a merge has used.
+        tuned_on: digests of rows that the recipe was chosen by before: not for the test part.
         dtype, device, batch_tokens: of the models.
 
     Raises:
-        MixmergeError: a share out of range, or a task with fewer than two rows in a part.
+        MixmergeError: a share out of range, a task with fewer than two rows in a part, or one with test rows that
+            the recipe was chosen by.
     """
 
     def __init__(
@@ -44,6 +47,7 @@ class TaskScorer:
         held_out: float = 0.5,
         experts: Mapping[str, str] | None = None,
         transductive: bool = False,
+        tuned_on: Sequence[str] = (),
         dtype: Dtype = "auto",
         device: str = "cpu",
         batch_tokens: int = 8192,
@@ -60,6 +64,9 @@ class TaskScorer:
             for task in chosen
             if len(task.rows) < _LEAST
         ]
+        if not transductive:
+            before = Made(rows=frozenset(tuned_on))
+            faults += leak_faults("recipe", used_rows(before, self.parts["test"]), self.parts["test"])
         if faults:
             raise MixmergeError(faults)
         self._experts, self._transductive = dict(experts or {}), transductive
@@ -74,8 +81,27 @@ class TaskScorer:
         ]
         return canonical_hash([told, self._dtype, self._device, self._batch_tokens])
 
+    @property
+    def chosen_by(self) -> tuple[str, ...]:
+        """Digests of the rows of the development part."""
+        return tuple(sorted({row.digest for task in self.parts["dev"] for row in task.rows}))
+
     def rows(self, folder: Path, part: Part) -> Mapping[str, NDArray[np.float64]]:
-        """Scores of every row of a part, by task."""
+        """Scores of every row of a part, by task.
+
+        Raises:
+            MixmergeError: the merge has used rows of either part: that of the test part is known before the first
+                candidate is scored.
+        """
+        made = read_made(folder)
+        if not (self._transductive or made.transductive):
+            faults = [
+                fault
+                for tasks in self.parts.values()
+                for fault in leak_faults("recipe", used_rows(made, tasks), tasks)
+            ]
+            if faults:
+                raise MixmergeError(faults)
         report = evaluate_models(
             {"candidate": str(folder)},
             tasks=self.parts[part],

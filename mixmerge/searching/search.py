@@ -47,6 +47,11 @@ class Scorer(Protocol):
         """Scores in [0, 1] on the rows that candidates are chosen by, or on those they are not."""
         ...
 
+    @property
+    def chosen_by(self) -> Sequence[str]:
+        """Digests of the rows that candidates are chosen by; the best recipe names them."""
+        ...
+
 
 @dataclass(frozen=True)
 class Found:
@@ -80,7 +85,10 @@ def search(
     """Search a recipe's parameters; a search that was killed goes on with the same call.
 
     The recipe as it is comes first and wins ties. A candidate whose merge is refused (weights that sum to 0, say) is
-    noted and counts as worth nothing.
+    noted and counts as worth nothing; what the scorer refuses ends the search, for it would refuse every candidate.
+
+    The best recipe names the rows it was chosen by (``tuned_on``, with those of the recipe as it was), and a merge of
+    it keeps them in its manifest: ``mixmerge eval`` refuses them.
 
     Source: with ``per: expert, anchors: layers`` and CMA-ES, the layer-wise search that Unconstrained Model Merging
     (arXiv:2410.13699) describes for models of one architecture; its code and settings are not public. With ``pcb``,
@@ -109,6 +117,7 @@ def search(
     identity = canonical_hash([canonical(recipe), plan.hash, space.as_dict(), scorer.identity, objective])
     journal = Journal(out / TRIALS, identity)
     asker = Asker(found, space.settings, start_of(plan, found))
+    untuned = recipe.model_copy(update={"tuned_on": ()})  # candidates may be chosen by the same rows again
     for number in range(space.settings.budget):
         values = asker.ask()
         if number < len(journal.trials):
@@ -119,12 +128,13 @@ def search(
                     Fault(str(journal.path), what, run="Name a new folder, or pass --overwrite")
                 )
         else:
-            trial = _try(number, values, recipe, found, scorer, out, objective, threads)
+            trial = _try(number, values, untuned, found, scorer, out, objective, threads)
             journal.add(trial)
         asker.tell(trial.worth)
         if progress is not None:
             progress(trial, space.settings.budget)
-    return _chosen(recipe, found, journal, scorer, out, threads)
+    best, test, gain = _chosen(untuned, found, journal, scorer, out, threads)
+    return Found(_written(recipe, found, best, scorer, out), tuple(journal.trials), best, test, gain)
 
 
 def start_of(plan: Plan, found: Sequence[Slot]) -> dict[str, Value]:
@@ -166,11 +176,15 @@ def _try(
     began = time.perf_counter()
     folder = out / ".candidate"
     try:
-        rows = _scored(with_values(recipe, found, values), scorer, folder, "dev", threads)
+        merge(with_values(recipe, found, values), folder, overwrite=True, threads=threads)
     except OutputError:
         raise  # the disk, not the candidate
     except MixmergeError as error:
         return Trial(number, values, {}, _FAILED, time.perf_counter() - began, str(error))
+    try:
+        rows = scorer.rows(folder, "dev")
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
     scores = {task: float(np.mean(each)) for task, each in rows.items()}
     worth = min(scores.values()) if objective == "worst" else statistics.fmean(scores.values())
     return Trial(number, values, scores, worth, time.perf_counter() - began)
@@ -188,7 +202,7 @@ def _scored(
 
 def _chosen(
     recipe: Recipe, found: Sequence[Slot], journal: Journal, scorer: Scorer, out: Path, threads: int | None
-) -> Found:
+) -> tuple[Trial, dict[str, tuple[float, float]], Comparison]:
     best = max(journal.trials, key=lambda trial: (trial.worth, -trial.number))
     if best.fault:
         faults = Fault(
@@ -196,15 +210,23 @@ def _chosen(
         )
         raise MixmergeError(faults)
     chosen = with_values(recipe, found, best.values)
-    text = to_yaml(chosen)
-    try:
-        (out / BEST).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise OutputError(Fault(str(out / BEST), f"cannot be written: {error.strerror}")) from error
     start = _scored(canonical(recipe), scorer, out / ".candidate", "test", threads)
     end = start if best.number == 0 else _scored(chosen, scorer, out / ".candidate", "test", threads)
     test = {task: (float(np.mean(start[task])), float(np.mean(end[task]))) for task in start}
-    return Found(chosen, tuple(journal.trials), best, test, _gain(start, end))
+    return best, test, _gain(start, end)
+
+
+def _written(recipe: Recipe, found: Sequence[Slot], best: Trial, scorer: Scorer, out: Path) -> dict[str, Any]:
+    """The best recipe, also on the disk, with the rows that it was chosen by."""
+    chosen = with_values(recipe, found, best.values)
+    tuned_on = sorted({*recipe.tuned_on, *scorer.chosen_by})
+    if tuned_on:
+        chosen["tuned_on"] = tuned_on
+    try:
+        (out / BEST).write_text(to_yaml(chosen), encoding="utf-8")
+    except OSError as error:
+        raise OutputError(Fault(str(out / BEST), f"cannot be written: {error.strerror}")) from error
+    return chosen
 
 
 def _gain(start: RowScores, end: RowScores) -> Comparison:

@@ -63,7 +63,12 @@ class Journal:
             if whole:
                 self.trials.append(Trial(**record))
             whole += len(line)
-        if whole < len(data):
+        torn = data[whole:]
+        if b"\n" in torn:
+            number = data[:whole].count(b"\n") + 1
+            run = "Name a new folder, or pass --overwrite"
+            raise OutputError(Fault(str(path), f"line {number} holds no trial", run=run))
+        if torn:
             os.truncate(path, whole)
         if not whole:
             self._append({"search": identity})

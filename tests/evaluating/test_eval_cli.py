@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,14 @@ def test_a_table(run: Callable[..., Any]) -> None:
     assert "What to try next" in page
     assert "<script" not in page
     assert len(Path("a.jsonl").read_text().splitlines()) == 4 * 2 * 4
+
+
+def test_a_page_that_cannot_be_drawn_is_told_first(
+    run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    result = run("gone", "--tasks", "none.yaml", "--html", "r.html", code=2)
+    assert "plots: need matplotlib" in result.stderr
 
 
 def test_json_and_one_task(run: Callable[..., Any]) -> None:

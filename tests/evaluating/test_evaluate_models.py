@@ -309,6 +309,51 @@ def test_the_head_comes_with_the_request(classifiers: Path, tokenizer: Any, tmp_
         assert again.row("merge").scores[name].value == report.row("merge").scores[name].value
 
 
+def test_a_model_without_numbers_is_wrong(experts: Any, classifiers: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tasks = [
+        {"name": "pick", "metric": "choice", "data": "pick.jsonl"},
+        {"name": "mood", "metric": "accuracy", "head": "mood", "data": "mood.jsonl"},
+    ]
+    rows = [{"prompt": "a", "choices": ["b", "c"], "label": 0}], [{"text": "a", "label": 0}]
+    for task, some in zip(tasks, rows, strict=True):
+        task["data"] = _write(tmp_path / task["data"], some)
+    for task, source in zip(tasks, (experts.base, classifiers / "merged"), strict=True):
+        broken = shutil.copytree(source, tmp_path / task["name"])
+        path = broken / "model.safetensors"
+        values = {name: value * float("nan") for name, value in load_file(path).items()}
+        save_file(values, path, metadata={"format": "pt"})
+        report = mixmerge.evaluate_models([broken], tasks={"tasks": [task]}, resamples=100)
+        assert report.rows[0].average.value == 0.0
+        assert any("1 of 1 rows count as wrong" in note for note in report.notes)
+
+
+def test_what_is_missing_is_told_before_any_model_answers(
+    experts: Any, merged: Path, tasks: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sys
+
+    done: list[str] = []
+    damaged = shutil.copytree(experts.experts[1], tmp_path / "damaged")
+    weights = damaged / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+
+    def said(**options: Any) -> str:
+        with pytest.raises(MixmergeError) as caught:
+            mixmerge.evaluate_models([merged], **options, progress=lambda name, *_: done.append(name))
+        return str(caught.value)
+
+    asked = {"expert0": experts.experts[0], "expert1": damaged}
+    assert "damaged" in said(tasks=tasks, experts=asked, base=experts.base, recommend=True)
+    monkeypatch.setitem(sys.modules, "rouge_score", None)
+    monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
+    data = _write(tmp_path / "r.jsonl", [{"prompt": "a", "answer": "b"}])
+    rouge = {"tasks": [{"name": "r", "data": data, "metric": "rouge1"}]}
+    assert "takes the package rouge-score" in said(tasks={"tasks": [*tasks["tasks"], *rouge["tasks"]]})
+    assert done == []
+
+
 def test_faults_of_heads(classifiers: Path, experts: Any, tmp_path: Path) -> None:
     data = _write(tmp_path / "c.jsonl", [{"text": "a", "label": 2}])
 

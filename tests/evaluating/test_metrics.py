@@ -54,6 +54,9 @@ def test_likeliest() -> None:
     assert likeliest(logprobs, choices, "tokens") == 1  # -1, -0.6, -2
     assert likeliest(logprobs, choices, "characters") == 1  # -0.5, -0.225, -2
     assert likeliest([[-1.0], [-1.0]], ["a", "b"], "none") == 0, "the first of equal ones"
+    assert likeliest([[float("nan")], [-1.0]], ["a", "b"], "none") == -1, (
+        "a broken model does not choose the first"
+    )
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -16,7 +17,7 @@ from mixmerge.evaluate.leaks import Made
 from mixmerge.evaluate.model_measuring import Judged, info, means_of, measure, spreads_of
 from mixmerge.evaluate.model_records import ModelReport, Role
 from mixmerge.evaluate.model_report import to_html
-from mixmerge.evaluate.models import named
+from mixmerge.evaluate.models import _notes, named
 from mixmerge.evaluate.scoring_tasks import TaskScores, joined
 from mixmerge.evaluate.task_file import EvalTask, TaskSpec
 
@@ -115,6 +116,18 @@ def test_an_expert_that_scores_nothing_has_no_share() -> None:
     assert set(rows[0].retained) == {"lines"}
 
 
+def test_notes_say_why_no_share_is_retained_and_who_knows_the_task() -> None:
+    judged = _judged()
+    judged[1].answers["sums"].scores[:] = 0
+    found = " ".join(_notes(TASKS, judged, "code"))
+    assert "No share is retained of sums: its own expert scores nothing." in found
+    assert "No share is retained of lines" not in found
+    assert "told which task" not in found
+    rows = tuple(Row(text=f"a {at}", label=0) for at in range(4))
+    moods = EvalTask(TaskSpec(name="mood", data="d", metric="accuracy", head="a"), rows)
+    assert "by the head, in mood." in " ".join(_notes((moods,), [], None))
+
+
 def test_seeds() -> None:
     made = [Made("dare_ties", seed, {"merge_method": "dare_ties", "seed": seed}) for seed in (0, 1)]
     other = Made("dare_ties", 2, {"merge_method": "dare_ties", "seed": 2, "dtype": "float32"})
@@ -176,7 +189,7 @@ def test_advice() -> None:
     first, second, *_ = _texts(DELTAS)
     assert first.startswith("Do no harm: serve code")
     assert "0.125 below code" in first
-    assert second.startswith("Give the expert of lines more weight")
+    assert second.startswith("Give code, the expert of lines, more weight")
     assert any(one.startswith("Without data, try tsv_m or iso_c.") for one in _texts(DELTAS))
     only = _texts(DELTAS, methods=frozenset({"linear", "ties"}))
     assert not any("Without data" in one for one in only), "ties was tried, and no other is here"
@@ -194,6 +207,37 @@ def test_advice() -> None:
     assert any("24 billion parameters" in one for one in _texts(big))
     assert all(one.source for one in advise(Facts(_report(), DELTAS, True, HERE)))
     assert len(_texts(far, data=True)) <= 4
+
+
+def test_advice_does_not_contradict_itself_or_the_figures() -> None:
+    alike = Deltas((0.1, 0.1), (0.001, 0.001), 0.8, 0.1, 0.5, 10_000, False)
+    every = HERE | {"slerp", "task_arithmetic"}
+    assert any(one.startswith("Average: linear or slerp.") for one in _texts(alike, methods=every))
+    three = dataclasses.replace(alike, relative=(0.1,) * 3, spread=(0.001,) * 3)
+    assert any(one.startswith("Average: linear.") for one in _texts(three, methods=every)), "slerp takes two"
+    assert not any("Average" in one for one in _texts(alike, methods=frozenset({"ties"}))), "ties was tried"
+    adapters = dataclasses.replace(alike, lora=True)
+    assert not any(one.startswith("Try ") for one in _texts(adapters)), "averaging is what it says of them"
+
+    def of(merge: list[list[float]], *, method: str = "ties") -> list[str]:
+        judged = _judged(Made(method, 0, {"merge_method": method, "seed": 0}))
+        for task, row in zip(TASKS, merge, strict=True):
+            judged[0].answers[task.name].scores[:] = row
+        rows, best = measure(TASKS, judged, means_of(TASKS, judged, resamples=100, seed=0), level=0.95)
+        report = ModelReport(tuple(map(info, TASKS)), rows, best, (), (), (), 0, 100, 0.95)
+        return [one.text for one in advise(Facts(report, DELTAS, True, HERE))]
+
+    whole = [[1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 1, 1]]
+    assert of(whole) == ["Stop here: merge keeps what its experts know."], "nothing to try behind that"
+    tie = of([[1, 1, 1, 1], [0, 0, 0, 0], [1, 1, 1, 1]])
+    assert not any(one.startswith("Do no harm") for one in tie), "0.5, as the best expert has"
+    SCORES["base"][1][2][:] = [1, 1, 1, 1]
+    try:
+        low = [[1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]]
+        assert any(one.startswith("Lower lambda") for one in of(low))
+        assert not any(one.startswith("Lower lambda") for one in of(low, method="linear")), "it has none"
+    finally:
+        SCORES["base"][1][2][:] = [1, 0, 0, 0]
 
 
 def test_a_merge_that_keeps_everything_is_enough() -> None:

@@ -97,6 +97,7 @@ def test_faults_are_told_at_once(tmp_path: Path) -> None:
         ("choice", {"prompt": "a", "answer": "b"}, "has no choices"),
         ("choice", {"prompt": "a", "choices": ["b", "c"]}, "has no label"),
         ("pass@1", {"prompt": "a"}, "has no answer"),
+        ("pass@1", {"prompt": "a", "answer": " \n"}, "has no tests"),
     ],
 )
 def test_rows_that_a_metric_cannot_score(metric: str, row: dict[str, Any], word: str, tmp_path: Path) -> None:
@@ -106,6 +107,16 @@ def test_rows_that_a_metric_cannot_score(metric: str, row: dict[str, Any], word:
     assert str(caught.value.faults[0]).startswith(f"task d: row one: {word}")
     assert len(caught.value.faults) == 21
     assert "10 more rows are like these" in str(caught.value.faults[-1])
+
+
+def test_an_answer_that_nothing_can_equal(tmp_path: Path) -> None:
+    data = _rows(
+        tmp_path / "d.jsonl", [{"prompt": "a", "answer": "so it is 4"}, {"prompt": "a", "answer": "four"}]
+    )
+    task = {"name": "d", "data": str(data), "metric": "exact", "extract": "number"}
+    assert _faults({"tasks": [task]}) == [
+        "task d: row 2: its answer holds no number. Else no answer to it can be right."
+    ]
 
 
 def test_what_is_no_tasks_file(tmp_path: Path) -> None:
