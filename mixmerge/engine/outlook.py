@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from mixmerge.calibrate.batches import Batch
     from mixmerge.calibrate.gathering import Reader
 
-# Python, torch and transformers before any tensor, of which a merge by kernels needs neither.
+# Python, torch and transformers before any tensor, as measured on one Linux machine without a GPU.
 RUNTIME = 450_000_000
 # Characters of one expert's rows that are tokenised to plan: a few seconds' worth.
 _MOST = 8_000_000
@@ -67,7 +67,7 @@ class Outlook:
 
     @property
     def peak_memory(self) -> int:
-        """Bytes of the whole process while it gathers or learns."""
+        """Bytes of the whole process while it gathers or learns: an estimate, on the high side."""
         return RUNTIME + self.need.total
 
     def as_json(self) -> dict[str, Any]:
