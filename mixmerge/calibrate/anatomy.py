@@ -3,7 +3,9 @@
 The formulas count the tensors that are there at one time, of the common shapes of a transformer, in float32 unless a
 width is given; each that belongs to one stage of the work stands beside that stage. They lean to the high side: some
 terms that are not there at the same time are added, and ``_AT_ONCE``, ``_KEPT`` and ``Anatomy.loading`` were set by
-measurements on small models of Llama's kind. A model that is built otherwise may take more. Shapes: B lines of a batch, L tokens in the longest.
+measurements on small models of Llama's kind. A model that is built otherwise may take more.
+
+Shapes: B lines of a batch, L tokens in the longest.
 """
 
 from __future__ import annotations

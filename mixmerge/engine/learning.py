@@ -90,6 +90,7 @@ def learn_coefficients(
     Raises:
         MixmergeError: the data, the model or the experts are not fit to learn from.
     """
+    from mixmerge.calibrate.batches import context_of
     from mixmerge.calibrate.learners import LEARNERS, Lesson
 
     calibration = plan.recipe.calibration
@@ -122,7 +123,7 @@ def learn_coefficients(
         ),
         heads=heads,
         options=tasks[0].parameters,
-        max_tokens=calibration.max_tokens,
+        max_tokens=min(calibration.max_tokens, context_of(model.config, tokenizer)),
         batch_size=calibration.batch_size,
         layout=calibration.layout,
         seed=plan.recipe.seed,
@@ -180,7 +181,7 @@ def _load(plan: Plan, device: str) -> tuple[Any, Any]:
     import torch
     import transformers
 
-    from mixmerge.calibrate.loading import load_expert
+    from mixmerge.calibrate.loading import check_tokenizer, know_padding, load_expert
 
     precision = next(task.parameters["precision"] for task in plan.tasks if not task.copied)
     donor = plan.models[plan.donor]
@@ -190,6 +191,7 @@ def _load(plan: Plan, device: str) -> tuple[Any, Any]:
         if tied and plan.config.get("tie_word_embeddings") is False:
             what = "its head is its embedding, and an expert has a head of its own"
             raise MethodError(Fault(str(donor.ref), what, "Coefficients are learned where all tie, or none"))
+        check_tokenizer(loaded.tokenizer, str(donor.ref))
         return loaded.model, loaded.tokenizer
     config = plan.heads[0].config
     name = str(config["architectures"][0])
@@ -202,6 +204,7 @@ def _load(plan: Plan, device: str) -> tuple[Any, Any]:
     except (OSError, ValueError) as error:
         reason = (str(error).strip().splitlines() or ["no reason given"])[0]
         raise CheckpointError(Fault(str(donor.ref), f"its tokenizer cannot be loaded: {reason}")) from error
+    know_padding(model, tokenizer)
     return model.eval().requires_grad_(False), tokenizer
 
 

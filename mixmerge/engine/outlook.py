@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mixmerge.calibrate.anatomy import Anatomy, Need, Shown
-from mixmerge.calibrate.loading import Kind, kind_of, read_config, read_tokenizer
+from mixmerge.calibrate.loading import Kind, check_tokenizer, kind_of, read_config, read_tokenizer
 from mixmerge.calibrate.rows import Row
 from mixmerge.engine.calibrating import gathering, measure_of, statistic_of
 from mixmerge.engine.calibration_data import Part, experts_of, read_parts
@@ -186,7 +186,7 @@ def _size(row: Row) -> int:
 def _readers(plan: Plan, models: Sequence[Model], faults: list[Fault]) -> list[Reader | None]:
     """How each expert reads rows; a learner shows all of them to one model, with the base's tokenizer."""
     from mixmerge.calibrate.gathering import Reader
-    from mixmerge.calibrate.learners import check_outputs
+    from mixmerge.calibrate.learners import check_losses, check_outputs
 
     readers: list[Reader | None] = []
     for model in models:
@@ -200,6 +200,9 @@ def _readers(plan: Plan, models: Sequence[Model], faults: list[Fault]) -> list[R
             kind = kind_of(architecture)
             if plan.method.learner:
                 check_outputs(plan.method.learner, kind, architecture)
+                check_tokenizer(tokenizer, str(reading.ref))
+            if plan.method.learner == "alignment":
+                check_losses(next(task.parameters for task in plan.tasks if not task.copied))
             readers.append(Reader(name, architecture, kind, config, tokenizer))
         except MixmergeError as error:
             faults.extend(fault for fault in error.faults if fault not in faults)
@@ -216,7 +219,7 @@ def _batches(plan: Plan, asked: Calibration, rows: Sequence[Row], reader: Reader
     size, _ = step_sizes(_option(plan, "rows"), asked.batch_size)
     return batches_of(
         plan.method.learner, reader.kind, rows, reader.tokenizer,
-        max_tokens=asked.max_tokens, batch_size=size, layout=asked.layout,
+        max_tokens=min(asked.max_tokens, reader.context), batch_size=size, layout=asked.layout,
     )  # fmt: skip
 
 
