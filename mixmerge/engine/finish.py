@@ -16,6 +16,7 @@ from mixmerge.checkpoint.reader import read_json
 from mixmerge.engine.calibration_data import Data, card_section, manifest_entry
 from mixmerge.engine.heads import FOLDER as HEADS
 from mixmerge.engine.heads import WEIGHTS
+from mixmerge.engine.lineage import inherited, inherited_card
 from mixmerge.engine.output import Output
 from mixmerge.errors import Fault, OutputError
 from mixmerge.plan import Plan
@@ -57,8 +58,11 @@ def add_files(
     facts = manifest(plan, fingerprints)
     if data is not None:
         facts["calibration"] = manifest_entry(plan, data, notes)
+    before = inherited(plan, MANIFEST)
+    if before is not None:
+        facts["inherited"] = before
     output.add(MANIFEST, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
-    output.add(CARD, card(plan, data))
+    output.add(CARD, card(plan, data) + inherited_card(before))
 
 
 def manifest(plan: Plan, fingerprints: Mapping[str, Any]) -> dict[str, Any]:

@@ -145,7 +145,11 @@ def learn_coefficients(
         skipped=learned.skipped,
         stopped=learned.stopped,
         warnings=learned.warnings,
-        hashes={"rows": {str(e): _digest(found) for e, found in zip(experts, rows, strict=True)}},
+        hashes={
+            "order": {str(e): _digest(found) for e, found in zip(experts, rows, strict=True)},
+            "rows": sorted({row.digest for found in rows for row in found}),
+            "transductive": data.transductive,
+        },
     )
 
 

@@ -17,6 +17,7 @@ from mixmerge.engine import learning as engine_learning
 from mixmerge.engine.merge import merge
 from mixmerge.engine.outlook import plan_with_data
 from mixmerge.errors import CheckpointError, MethodError, MixmergeError, RecipeError
+from mixmerge.evaluate.leaks import read_made
 from mixmerge.methods.coefficients import FILE, Coefficients, read_coefficients
 
 Made = dict[str, Path]
@@ -143,6 +144,9 @@ def test_adamerging_lowers_the_entropy(
     del replay["calibration"]
     again = merge(replay, tmp_path / "again")
     assert again.learned is None
+    used = read_made(tmp_path / "out").rows
+    assert len(used) > 48
+    assert read_made(tmp_path / "again").rows == used
     assert same_weights(tmp_path / "again", tmp_path / "out")
     if method == "adamerging":
         plain = {**replay, "merge_method": "task_arithmetic", "parameters": {}}
