@@ -12,6 +12,7 @@ from mixmerge import __version__
 from mixmerge.checkpoint.files import Files, opened
 from mixmerge.checkpoint.identity import canonical_hash
 from mixmerge.engine.calibrating import Calibrated, GatheringProgress, cache_folder, calibrated, forget
+from mixmerge.engine.calibration_data import identity as shown
 from mixmerge.engine.calibration_data import read_data
 from mixmerge.engine.copying import copy
 from mixmerge.engine.finish import add_files, input_fingerprints, verify
@@ -161,7 +162,7 @@ def run(
     stamps = _stamps(plan)
     fingerprints = input_fingerprints(plan, every_byte=verify_inputs)
     data = read_data(plan)
-    rows = [] if data is None else [data.digests]
+    rows = [] if data is None else [{number: shown(found) for number, found in data.rows.items()}]
     identity = canonical_hash(
         [__version__, plan.hash, plan.text, fingerprints, stamps, device, kernels, *rows]
     )
