@@ -20,6 +20,7 @@ from mixmerge.calibrate.anatomy import Anatomy, Shown
 from mixmerge.calibrate.gathering import gathering_need
 from mixmerge.calibrate.teachers import Teachers
 from mixmerge.cli import app
+from mixmerge.engine.merge import merge
 from mixmerge.engine.outlook import plan_with_data
 from mixmerge.errors import RecipeError
 
@@ -94,6 +95,16 @@ def test_faults_of_data_and_inputs_at_once(family: Callable[..., Any], tmp_path:
     assert said[0].startswith("models[2].model")
     assert faults({**written, "sed": 1})[-2:] == said[1:]
     assert any("'sed'" in one for one in faults({**written, "sed": 1}))
+    # and so does the merge itself, before it writes anything
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(written))
+    before = set(tmp_path.iterdir())
+    with pytest.raises(RecipeError) as raised:
+        merge(written, tmp_path / "out")
+    assert [str(fault) for fault in raised.value.faults] == said
+    shown = CliRunner().invoke(app, ["merge", str(tmp_path / "r.yaml"), str(tmp_path / "out")])
+    assert shown.exit_code == 2
+    assert shown.stderr.splitlines() == [f"error: {one}" for one in said]
+    assert set(tmp_path.iterdir()) == before
 
 
 @pytest.mark.parametrize(

@@ -260,7 +260,7 @@ def test_a_language_model_with_choices(family: Any, tmp_path: Path) -> None:
     learned = learned_of(tmp_path / "out")
     assert learned.losses[-1] < learned.losses[0]
     plain = write_rows(tmp_path / "plain.jsonl", [{"text": "a text without choices"}])
-    with pytest.raises(MethodError, match="none of 1 rows has two choices"):
+    with pytest.raises(RecipeError, match="none of 1 rows has two choices"):
         merge({**recipe, "calibration": {"data": str(plain)}}, tmp_path / "refused")
     assert not (tmp_path / "refused").exists()
 
@@ -275,7 +275,7 @@ def test_a_model_without_a_head_is_refused(family: Any, tmp_path: Path) -> None:
             "models": [{"model": str(expert)} for expert in made.experts],
             "calibration": {"data": str(data)},
         }
-        with pytest.raises(MethodError, match="BertModel has no head"):
+        with pytest.raises(RecipeError, match="BertModel has no head"):
             merge(recipe, tmp_path / "out")
 
 
