@@ -352,3 +352,4 @@ def watching(maps: dict[str, Any], kind: Kind, sums: Sums) -> Iterator[Watch]:
         # Tokens were mixed up before they came here, and some of them were padding.
         sums.values.pop(name, None)
         sums.counts.pop(name, None)
+        sums.same.pop(name, None)

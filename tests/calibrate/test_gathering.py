@@ -254,3 +254,20 @@ def test_gradients_of_one_line_are_gone_before_the_next(
     gather(decoder, ROWS, "fisher", fingerprint="m")
     assert len(made) > len(alive) == len(ROWS)
     assert set(alive) == {0}
+
+
+def test_a_map_that_saw_the_input_of_another_only_at_first_has_no_sum() -> None:
+    import torch
+
+    from mixmerge.calibrate.gathering import Sums, watching
+
+    one, other = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    mask, sums = torch.ones(1, 2), Sums(None)
+    with watching({"one": one, "other": other}, "gram", sums) as watch:
+        for shared in (True, False):
+            watch.begin(mask)
+            value = torch.ones(1, 2, 3)
+            one(value)
+            other(value if shared else torch.zeros(1, 2, 3))
+    assert sums.counts == {"one": 4}
+    assert sums.same == {}
