@@ -19,6 +19,7 @@ from mixmerge.methods.coefficients import FILE, Coefficients, read_coefficients
 from mixmerge.plan import Plan, Task
 from mixmerge.plan.replay import weighted
 from mixmerge.plan.report import CHUNK
+from mixmerge.recipe import ModelRef
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -145,11 +146,7 @@ def learn_coefficients(
         skipped=learned.skipped,
         stopped=learned.stopped,
         warnings=learned.warnings,
-        hashes={
-            "order": {str(e): _digest(found) for e, found in zip(experts, rows, strict=True)},
-            "rows": sorted({row.digest for found in rows for row in found}),
-            "transductive": data.transductive,
-        },
+        hashes=_hashes(experts, rows, data),
     )
 
 
@@ -169,6 +166,14 @@ def _is_learned(task: Task) -> bool:
 
 def _digest(rows: Sequence[Row]) -> str:
     return hashlib.sha256(json.dumps([row.digest for row in rows]).encode()).hexdigest()
+
+
+def _hashes(experts: Sequence[ModelRef], rows: Sequence[Sequence[Row]], data: Data) -> dict[str, Any]:
+    return {
+        "order": {str(expert): _digest(found) for expert, found in zip(experts, rows, strict=True)},
+        "rows": sorted({row.digest for found in rows for row in found}),
+        "transductive": data.transductive,
+    }
 
 
 def _ordered(rows: Sequence[Row], seed: int) -> tuple[Row, ...]:
