@@ -228,3 +228,76 @@ def test_trunks_that_do_not_fit_are_faults(suite: Path, tmp_path: Path, tokenize
         MixmergeError, match=r"encoder.layer.0.intermediate.dense.bias is \[32\], there \[24\]"
     ):
         make_plan(written)
+
+
+def tuned(root: Path, base: str, name: str, *, labels: int, seed: int) -> Path:
+    """An adapter of a sequence classifier: low-rank deltas of the trunk, and its head whole."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import BertForSequenceClassification
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = BertForSequenceClassification.from_pretrained(
+            root / base, num_labels=labels, ignore_mismatched_sizes=True
+        )
+        adapted = get_peft_model(
+            model, LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query", "value"])
+        )
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter, std=0.3)
+    adapted.save_pretrained(root / name)
+    return root / name
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "regmean", "fisher", "adamerging"])
+def test_an_adapter_with_a_classifier_is_an_expert_with_a_head(
+    suite: Path, tmp_path: Path, method: str, tokenizer: Any
+) -> None:
+    """Beside an expert of other classes: the trunk is merged with its deltas, its own head is kept."""
+    import torch
+    from safetensors.torch import load_file
+
+    adapter = tuned(suite, "two", f"tutor-{method}", labels=2, seed=9)
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(json.dumps({"text": text}) + "\n" for text in ("some text", "and more of it"))
+    )
+    written = recipe(
+        suite, method, base=None if method in ("regmean", "fisher") else "base", experts=("three",)
+    )
+    written["models"].append({"model": f"{suite / 'two'}+{adapter}"})
+    if method != "task_arithmetic":
+        written["calibration"] = {"data": str(tmp_path / "rows.jsonl")}
+        written["parameters"] = {"steps": 1} if method == "adamerging" else {}
+    merge(written, tmp_path / "out")
+    assert heads_of(tmp_path / "out") == ("three", adapter.name)
+    whole = load_expert(suite / "two", adapter=adapter).model.state_dict()
+    kept = load_file(tmp_path / "out" / "heads" / adapter.name / "head.safetensors")
+    assert kept.keys() == {"classifier.weight", "classifier.bias"}
+    assert all(torch.equal(kept[name], whole[name]) for name in kept)
+    assert not torch.equal(kept["classifier.weight"], weights(suite / "two")["classifier.weight"])
+    if method == "task_arithmetic":
+        name = "encoder.layer.0.attention.self.query.weight"
+        start, other = weights(suite / "base")[name], weights(suite / "three")[f"bert.{name}"]
+        expected = start + 0.5 * (other - start) + 0.5 * (whole[f"bert.{name}"] - start)
+        assert torch.allclose(weights(tmp_path / "out")[name], expected, atol=1e-5)
+    judged = load_with_head(tmp_path / "out", adapter.name)
+    given = judged.tokenizer("some text", return_tensors="pt")
+    assert judged.model(given["input_ids"]).logits.shape == (1, 2)
+
+
+@pytest.mark.parametrize(("base", "labels"), [("base", 2), ("masked", 2), ("two", 3)])
+def test_a_head_that_only_the_adapter_has_is_refused(suite: Path, base: str, labels: int) -> None:
+    """The folder it was trained on has no such head, so naming another folder is no help."""
+    adapter = tuned(suite, base, f"own-{base}", labels=labels, seed=9)
+    written = recipe(suite, "linear", base=None, experts=("three",))
+    written["models"].append({"model": f"{suite / base}+{adapter}"})
+    with pytest.raises(MixmergeError) as raised:
+        make_plan(written)
+    said = [str(fault) for fault in raised.value.faults]
+    assert len(said) == 1
+    for one in said:
+        assert one.startswith(f"models[1].model: {adapter / 'adapter_model.safetensors'}: ")
+        assert "classifier" in one
+        assert one.endswith("merge it with PEFT (merge_and_unload, save_pretrained), name that folder.")

@@ -159,3 +159,20 @@ def test_equal_moments_are_plain_ties(density: float) -> None:
     plain = ties(deltas, **options)  # type: ignore[arg-type]
     assert torch.equal(activation_ties(deltas, role="linear", statistics=flat, **options), plain)  # type: ignore[arg-type]
     assert torch.equal(activation_ties(deltas, role="other", statistics=None, **options), plain)  # type: ignore[arg-type]
+
+
+def test_regmean_is_not_solved_by_rounding() -> None:
+    """Twenty tokens for 24 inputs: one factorisation in forty came to an end, with noise as its result."""
+    for seed in range(40):
+        found = grams_of(seed)
+        with pytest.raises(MethodError, match="is singular"):
+            regmean(
+                [noise(5, 24), noise(5, 24, seed=1)], alpha=1.0, ridge=0.0, role="linear", statistics=found
+            )
+        regmean([noise(5, 24), noise(5, 24, seed=1)], alpha=1.0, role="linear", statistics=found)
+
+
+def grams_of(seed: int) -> dict[str, list[Tensor | None]]:
+    generator = torch.Generator().manual_seed(seed)
+    rows = [torch.randn(10, 24, generator=generator).double() for _ in range(2)]
+    return {"gram": [x.T @ x / 10 for x in rows]}

@@ -1,7 +1,11 @@
 """What a model is made of, as far as headers and config say, and what running it takes in memory.
 
-The formulas are upper bounds for the common shapes of a transformer in float32 unless a width is given; each that
-belongs to one stage of the work stands beside that stage. Shapes: B lines of a batch, L tokens in the longest.
+The formulas count the tensors that are there at one time, of the common shapes of a transformer, in float32 unless a
+width is given; each that belongs to one stage of the work stands beside that stage. They lean to the high side: some
+terms that are not there at the same time are added, and ``_AT_ONCE``, ``_KEPT`` and ``Anatomy.loading`` were set by
+measurements on small models of Llama's kind. A model that is built otherwise may take more.
+
+Shapes: B lines of a batch, L tokens in the longest.
 """
 
 from __future__ import annotations
@@ -63,7 +67,12 @@ class Anatomy:
 
     @property
     def loading(self) -> int:
-        """Bytes of a model in float32 while it is loaded: what its files hold is there until it has been converted."""
+        """Bytes of a model in float32, and as much again for what has been freed and the allocator keeps.
+
+        Loading makes no second copy: weights of 16 bits are converted one by one, those in float32 stay mapped. But
+        blocks of up to 32 MB that were freed, such as the sums of the expert before, mostly do not go back to the
+        system. That this comes to no more than one model was seen with glibc on small models; it is no bound.
+        """
         return 2 * 4 * self.elements
 
     @property

@@ -5,6 +5,7 @@ Shapes: B lines, L tokens in the longest of them.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 Task = Literal["causal", "classifier"]
 _SHOWN = 5
+# Models whose first position is the one after the padding token's number.
+_COUNTS_FROM_PADDING = re.compile("roberta|camembert|mpnet")
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,21 @@ class Line:
     answer_from: int
     types: tuple[int, ...] = ()
     label: int | None = None
+
+
+def padding(tokenizer: Any) -> int:
+    """The token that fills up lines."""
+    return 0 if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
+
+
+def context_of(config: Any, tokenizer: Any) -> int:
+    """Tokens a model takes at most, as its config and tokenizer say; positions beyond have no embedding."""
+    inner = config.get_text_config()
+    places = getattr(inner, "max_position_embeddings", None)
+    if isinstance(places, int) and _COUNTS_FROM_PADDING.search(inner.model_type):
+        places -= int(getattr(inner, "pad_token_id", 0) or 0) + 1
+    said = (places, getattr(tokenizer, "model_max_length", None))
+    return min([int(most) for most in said if isinstance(most, int) and most > 0], default=1 << 30)
 
 
 def make_batches(
@@ -204,7 +222,7 @@ def _batch(lines: Sequence[Sequence[Line]], tokenizer: Any, *, labelled: bool = 
     import torch
 
     length = max(sum(len(part.ids) for part in parts) for parts in lines)
-    pad = 0 if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
+    pad = padding(tokenizer)
     ids = torch.full((len(lines), length), pad, dtype=torch.int64)
     mask = torch.zeros((len(lines), length), dtype=torch.int64)
     loss = torch.zeros((len(lines), length), dtype=torch.bool)

@@ -49,6 +49,7 @@ def add_fisher(
                 for name, gradient in zip(named, gradients, strict=True):
                     if gradient is not None:
                         sums.add_square(name, gradient, factor, looked_up if name == table else None)
+                del gradients, gradient  # or they are there until the next ones have been made
             for name in named:
                 sums.counts[name] = sums.counts.get(name, 0) + 1
     finally:
@@ -64,8 +65,8 @@ def add_fisher(
 def fisher_need(anatomy: Anatomy, shown: Shown) -> Need:
     """What ``add_fisher`` takes: the sum of squares is an array as large as each parameter, and so are the gradients.
 
-    The sum is there twice while it is written. Logits are there as such, as log-likelihoods, as chances and as
-    gradients of these.
+    Gradients of one line are freed before those of the next are made. Logits are there as such, as log-likelihoods,
+    as chances and as gradients of these.
     """
     model = 4 * anatomy.elements
     logits = 4 * 5 * shown.places * anatomy.vocabulary
@@ -73,7 +74,7 @@ def fisher_need(anatomy: Anatomy, shown: Shown) -> Need:
     return Need(
         {
             "expert": anatomy.loading,
-            "squared gradients": 2 * model,
+            "squared gradients": model,
             "gradients": model + squares,
             "activations": anatomy.backward(shown) + logits,
         }

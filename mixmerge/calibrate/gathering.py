@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from mixmerge.calibrate.accumulators import Facts, Kind, Statistics, added
 from mixmerge.calibrate.anatomy import Anatomy, Need, Shown
-from mixmerge.calibrate.batches import Batch, Task, make_batches
+from mixmerge.calibrate.batches import Batch, Task, context_of, make_batches, tokenised
 from mixmerge.calibrate.fisher import add_fisher, fisher_need
 from mixmerge.calibrate.loading import Kind as Outputs
-from mixmerge.calibrate.loading import LoadedExpert
+from mixmerge.calibrate.loading import LoadedExpert, check_tokenizer
 from mixmerge.calibrate.rows import Row
 from mixmerge.errors import Fault, MixmergeError
 
@@ -130,11 +130,21 @@ class Reader:
     @property
     def context(self) -> int:
         """Tokens it takes at most, as its config and tokenizer say; positions beyond have no embedding."""
-        said = (
-            getattr(self.config.get_text_config(), "max_position_embeddings", None),
-            getattr(self.tokenizer, "model_max_length", None),
-        )
-        return min([int(most) for most in said if isinstance(most, int) and most > 0], default=1 << 30)
+        return context_of(self.config, self.tokenizer)
+
+    def takes(self, row: Row, measure: Measure) -> bool:
+        """Whether a row is long enough to say anything.
+
+        Raises:
+            MixmergeError: as ``batches``.
+        """
+        check_tokenizer(self.tokenizer, self.name)
+        most = min(measure.max_tokens, self.context)
+        return any(True for _ in tokenised([row], self.tokenizer, task=self.task, max_tokens=most))
+
+    @property
+    def task(self) -> Task:
+        return "causal" if self.kind == "causal" else "classifier"
 
     def batches(self, rows: Sequence[Row], kind: Kind, measure: Measure) -> tuple[Batch, ...]:
         """The rows as this expert reads them for a statistic, none longer than it can.
@@ -145,16 +155,14 @@ class Reader:
         if kind == "fisher" and self.kind == "other":
             what = f"is a {self.architecture}: it predicts neither a token nor a class"
             raise MixmergeError(Fault(self.name, what, "A causal language model or a sequence classifier"))
-        if self.tokenizer is None:
-            raise MixmergeError(Fault(self.name, "has no tokenizer, so it cannot be shown text"))
+        check_tokenizer(self.tokenizer, self.name)
         if getattr(self.config, "is_encoder_decoder", False) and self.kind == "other":
             what = f"is a {self.architecture}: an encoder with a decoder is not run over data yet"
             raise MixmergeError(Fault(self.name, what, "An encoder, or a causal language model"))
-        task: Task = "causal" if self.kind == "causal" else "classifier"
         return make_batches(
             rows,
             self.tokenizer,
-            task=task,
+            task=self.task,
             max_tokens=min(measure.max_tokens, self.context),
             batch_size=1 if kind == "fisher" else measure.batch_size,
             layout=measure.layout,
@@ -193,10 +201,11 @@ def extend(
         MixmergeError: as ``gather`` and ``added``.
     """
     known = set(statistics.facts.rows)
-    new = [row for row in rows if row.digest not in known]
+    facts = statistics.facts
+    reader = Reader.of(expert)
+    new = [row for row in rows if row.digest not in known and reader.takes(row, measure)]
     if not new:
         return statistics
-    facts = statistics.facts
     wanted = {*facts.counts, *facts.same}
     more = gather(expert, new, facts.kind, fingerprint=facts.model, measure=measure, wanted=wanted)
     return added(statistics, more)
@@ -343,3 +352,4 @@ def watching(maps: dict[str, Any], kind: Kind, sums: Sums) -> Iterator[Watch]:
         # Tokens were mixed up before they came here, and some of them were padding.
         sums.values.pop(name, None)
         sums.counts.pop(name, None)
+        sums.same.pop(name, None)

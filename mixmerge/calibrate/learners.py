@@ -144,6 +144,18 @@ def check_outputs(learner: str, kind: Kind, architecture: str) -> None:
         raise MethodError(Fault("base_model", f"{architecture} has no head, and {what}", allowed))
 
 
+def check_losses(options: Mapping[str, Any]) -> None:
+    """Raise unless alignment has something to minimise.
+
+    Raises:
+        MethodError: all parts of its loss are left out.
+    """
+    hidden = options["hidden_layers"] != "none" and options["hidden_weight"]
+    if not hidden and not options["logit_weight"]:
+        what = "is 0 and no hidden states are aligned: there is no loss"
+        raise MethodError(Fault("logit_weight", what, "logit_weight or hidden_weight above 0"))
+
+
 def learning_need(
     learner: str,
     anatomy: Anatomy,
@@ -241,6 +253,7 @@ def alignment(lesson: Lesson, *, progress: Progress | None = None) -> Learned:
         OutputError: no room for the experts' states.
     """
     check_outputs("alignment", lesson.kind, type(lesson.model).__name__)
+    check_losses(lesson.options)
     size, each = step_sizes(int(lesson.number("rows")), lesson.batch_size)
     shown = _batches(lesson, size, "alignment")
     with tempfile.TemporaryDirectory(prefix="mixmerge-teachers-", dir=lesson.scratch) as folder:

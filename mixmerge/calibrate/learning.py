@@ -153,8 +153,8 @@ def learn(
         progress: called after each step with (steps done, steps in all, loss).
 
     Returns:
-        The coefficients after the last step. After a stop, or where the loss ended above its start, those with
-        the lowest loss, smoothed over a few steps.
+        The coefficients after the last step. After a stop, after a last step that was not finite, or where the loss
+        ended above its start, those with the lowest loss, smoothed over a few steps.
 
     Raises:
         MethodError: experts that equal the base or each other, a model that has not every tensor, no step
@@ -260,9 +260,11 @@ def _finish(
     warnings, kept = list(notes), done
     if stopped:
         warnings.append(f"learning stopped after {done} steps: {stopped}; the best coefficients are kept")
+    elif course.skipped_now:
+        warnings.append("the last steps were not finite; the best coefficients are kept")
     elif course.level > course.losses[0]:
         warnings.append("the loss did not fall; the best coefficients are kept")
-    if stopped or course.level > course.losses[0]:
+    if stopped or course.skipped_now or course.level > course.losses[0]:
         free, kept = course.best_free, course.best_at
     if course.skipped:
         warnings.append(f"{course.skipped} steps were skipped: their loss or gradient was not finite")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from mixmerge.calibrate.batches import padding
 from mixmerge.errors import DependencyError, Fault, MixmergeError
 from mixmerge.registry import choices
 
@@ -158,7 +159,28 @@ def heads_of(folder: str | Path) -> tuple[str, ...]:
 
 def _ready(model: Any, tokenizer: Any, device: str, name: str) -> LoadedExpert:
     model = model.to(device).eval().requires_grad_(False)
+    know_padding(model, tokenizer)
     return LoadedExpert(model, tokenizer, kind_of(type(model).__name__), name)
+
+
+def check_tokenizer(tokenizer: Any, name: str) -> None:
+    """Raise unless a model can be shown text.
+
+    Raises:
+        MixmergeError: it has no tokenizer.
+    """
+    if tokenizer is None:
+        raise MixmergeError(Fault(name, "has no tokenizer, so it cannot be shown text"))
+
+
+def know_padding(model: Any, tokenizer: Any) -> None:
+    """Tell a classifier what fills up its lines: one on a decoder finds a text's last token by it.
+
+    Its config often names no padding, of which transformers takes no batches, or another than the tokenizer pads with,
+    after which the class would be that of a padding token.
+    """
+    if tokenizer is not None and kind_of(type(model).__name__) == "classifier":
+        model.config.get_text_config().pad_token_id = padding(tokenizer)
 
 
 def kind_of(architecture: str) -> Kind:

@@ -30,6 +30,10 @@ from mixmerge.errors import CheckpointError, Fault
 __all__ = ["AdapterDelta", "LoadedDelta", "adapter_file", "read_adapter"]
 
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+_CLASSIFIERS = ("classifier", "score", "qa_outputs", "classification_head", "pre_classifier")
+_OWN_HEAD = (
+    "It brings a head of its own: merge it with PEFT (merge_and_unload, save_pretrained), name that folder"
+)
 _QUANTISED = (".qweight", ".absmax", ".quant_map", ".weight_packed", ".SCB", ".weight_scale")
 # A rank beyond this many times the tensor's longer side is damage, not a choice.
 _MOST_RANK = 2
@@ -312,7 +316,7 @@ class _Reading:
             grown = tensor.shape[1:] == weight.shape[1:] and len(tensor.shape) == 2
             hint = "The adapter was trained with a resized vocabulary: resize the base the same way first"
             sizes = f"{_shape(tensor)}, the base {_shape(weight)}"
-            run = hint if grown else _OTHER_BASE
+            run = _OWN_HEAD if self._is_own_head(name) else hint if grown else _OTHER_BASE
             self.blame(f"{name} ({sizes})", "of another shape than the base", run=run)
         elif not self._is_float(weight):
             return
@@ -345,9 +349,15 @@ class _Reading:
             self.blame(delta.target, "changed by two modules of the adapter", run=_OTHER_BASE)
         self.deltas[delta.target] = delta
 
+    def _is_own_head(self, name: str) -> bool:
+        """Whether a whole tensor is of a head that was made when the adapter was trained, such as a classifier's."""
+        return name in self.whole and name.split(".", 1)[0] in _CLASSIFIERS
+
     def _lose(self, name: str) -> None:
         quantised = any(known.endswith(_QUANTISED) for known in self.base)
         why = "The base is quantised: name the model it was quantised from" if quantised else _OTHER_BASE
+        if self._is_own_head(name):
+            why = _OWN_HEAD
         self.blame(name, "not in the base", run=why)
 
 

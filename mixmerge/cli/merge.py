@@ -56,9 +56,9 @@ def merge(
         emit_json({"path": str(out), "engine": engine}) if json else print(out)
         return
     from mixmerge.engine.merge import fetch_for, run
-    from mixmerge.plan import make_plan
+    from mixmerge.engine.outlook import plan_with_data
 
-    plan = make_plan(recipe, allow_tokenizer_mismatch=allow_tokenizer_mismatch)
+    plan, _ = plan_with_data(recipe, allow_tokenizer_mismatch=allow_tokenizer_mismatch)
     if not quiet:
         warn(plan.warnings)
     if plan.remote:

@@ -16,7 +16,7 @@ from mixmerge.calibrate.accumulators import Facts, Kind, read_facts, save_statis
 from mixmerge.calibrate.anatomy import Anatomy, Need, Shown
 from mixmerge.calibrate.rows import Row
 from mixmerge.checkpoint.identity import canonical_hash
-from mixmerge.engine.calibration_data import Data, experts_of
+from mixmerge.engine.calibration_data import Data, experts_of, identity
 from mixmerge.engine.maps import is_map, singular, width
 from mixmerge.engine.plain import listed
 from mixmerge.errors import Fault, MixmergeError, RecipeError
@@ -140,9 +140,7 @@ class _Expert:
         for number, tasks in enumerate(parts):
             before = number * len(self.rows)
             stored = [task.sources[self.place].tensor.name for task in tasks]
-            key = canonical_hash(
-                [kind, fingerprint, measure.settings(kind), [row.digest for row in self.rows], stored]
-            )
+            key = canonical_hash([kind, fingerprint, measure.settings(kind), identity(self.rows), stored])
             folder = cache / key[:24]
             facts = _kept(folder)
             if facts is None:
@@ -208,9 +206,9 @@ def _in_order(
 
     measure = measure_of(plan)
     models = [canonical_hash(fingerprints[str(expert.model.ref)]) for expert in gathered]
-    digests = [[row.digest for row in expert.rows] for expert in gathered]
+    shown = [identity(expert.rows) for expert in gathered]
     parameters = [task.parameters for task in plan.tasks]
-    key = canonical_hash([SEQUENTIAL, models, measure.settings("gram"), digests, parameters])[:24]
+    key = canonical_hash([SEQUENTIAL, models, measure.settings("gram"), shown, parameters])[:24]
     done = cache / f"{key}-done"
     steps = len(list(cache.glob(f"{key}-*-0"))) if done.exists() else 0
     if not steps:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from mixmerge.calibrate.rows import Row, read_rows, sample_rows
 from mixmerge.calibrate.sources import is_of_hub
+from mixmerge.checkpoint.identity import canonical_hash
 from mixmerge.errors import Fault, MixmergeError, RecipeError
 from mixmerge.plan import Plan
 from mixmerge.recipe import Calibration, ModelRef
@@ -98,6 +100,11 @@ def read_parts(
         if rows is not None:
             parts[ref] = Part(source, sample_rows(rows, asked.max_examples, seed=seed), len(rows))
     return parts
+
+
+def identity(rows: Sequence[Row]) -> str:
+    """One hash of rows with all that is in them: their digests leave out answers and roles, which models are shown."""
+    return canonical_hash([dataclasses.asdict(row) for row in rows])
 
 
 def experts_of(plan: Plan) -> list[int]:

@@ -16,11 +16,11 @@ from mixmerge.checkpoint.reader import read_json
 from mixmerge.engine.calibration_data import Data, card_section, manifest_entry
 from mixmerge.engine.heads import FOLDER as HEADS
 from mixmerge.engine.heads import WEIGHTS
+from mixmerge.engine.lineage import inherited, inherited_card
 from mixmerge.engine.output import Output
 from mixmerge.errors import Fault, OutputError
 from mixmerge.plan import Plan
 from mixmerge.plan.layout import index_json
-from mixmerge.plan.replay import rows_behind
 from mixmerge.recipe import canonical
 
 RECIPE, MANIFEST, CARD = "mixmerge_recipe.yaml", "mixmerge_manifest.json", "README.md"
@@ -58,10 +58,11 @@ def add_files(
     facts = manifest(plan, fingerprints)
     if data is not None:
         facts["calibration"] = manifest_entry(plan, data, notes)
-    elif behind := rows_behind(plan.recipe):
-        facts["calibration"] = {"transductive": False, "rows": list(behind)}
+    before = inherited(plan, MANIFEST)
+    if before is not None:
+        facts["inherited"] = before
     output.add(MANIFEST, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
-    output.add(CARD, card(plan, data))
+    output.add(CARD, card(plan, data) + inherited_card(before))
 
 
 def manifest(plan: Plan, fingerprints: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from mixmerge.methods.coefficients import FILE, Coefficients, read_coefficients
 from mixmerge.plan import Plan, Task
 from mixmerge.plan.replay import weighted
 from mixmerge.plan.report import CHUNK
+from mixmerge.recipe import ModelRef
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -90,6 +91,7 @@ def learn_coefficients(
     Raises:
         MixmergeError: the data, the model or the experts are not fit to learn from.
     """
+    from mixmerge.calibrate.batches import context_of
     from mixmerge.calibrate.learners import LEARNERS, Lesson
 
     calibration = plan.recipe.calibration
@@ -122,7 +124,7 @@ def learn_coefficients(
         ),
         heads=heads,
         options=tasks[0].parameters,
-        max_tokens=calibration.max_tokens,
+        max_tokens=min(calibration.max_tokens, context_of(model.config, tokenizer)),
         batch_size=calibration.batch_size,
         layout=calibration.layout,
         seed=plan.recipe.seed,
@@ -144,7 +146,7 @@ def learn_coefficients(
         skipped=learned.skipped,
         stopped=learned.stopped,
         warnings=learned.warnings,
-        hashes=_hashes(tuple(map(str, experts)), rows),
+        hashes=_hashes(experts, rows, data),
     )
 
 
@@ -162,16 +164,16 @@ def _is_learned(task: Task) -> bool:
     return asked == "all" or (asked == "linear" and task.role in ("linear", "transposed"))
 
 
-def _hashes(experts: Sequence[str], rows: Sequence[Sequence[Row]]) -> dict[str, Any]:
-    """What was learned from: of each expert's rows a hash, and of all rows the digests that a replay must know."""
-    return {
-        "rows": {expert: _digest(found) for expert, found in zip(experts, rows, strict=True)},
-        "digests": sorted({row.digest for found in rows for row in found}),
-    }
-
-
 def _digest(rows: Sequence[Row]) -> str:
     return hashlib.sha256(json.dumps([row.digest for row in rows]).encode()).hexdigest()
+
+
+def _hashes(experts: Sequence[ModelRef], rows: Sequence[Sequence[Row]], data: Data) -> dict[str, Any]:
+    return {
+        "order": {str(expert): _digest(found) for expert, found in zip(experts, rows, strict=True)},
+        "rows": sorted({row.digest for found in rows for row in found}),
+        "transductive": data.transductive,
+    }
 
 
 def _ordered(rows: Sequence[Row], seed: int) -> tuple[Row, ...]:
@@ -188,7 +190,7 @@ def _load(plan: Plan, device: str) -> tuple[Any, Any]:
     import torch
     import transformers
 
-    from mixmerge.calibrate.loading import load_expert
+    from mixmerge.calibrate.loading import check_tokenizer, know_padding, load_expert
 
     precision = next(task.parameters["precision"] for task in plan.tasks if not task.copied)
     donor = plan.models[plan.donor]
@@ -198,6 +200,7 @@ def _load(plan: Plan, device: str) -> tuple[Any, Any]:
         if tied and plan.config.get("tie_word_embeddings") is False:
             what = "its head is its embedding, and an expert has a head of its own"
             raise MethodError(Fault(str(donor.ref), what, "Coefficients are learned where all tie, or none"))
+        check_tokenizer(loaded.tokenizer, str(donor.ref))
         return loaded.model, loaded.tokenizer
     config = plan.heads[0].config
     name = str(config["architectures"][0])
@@ -210,6 +213,7 @@ def _load(plan: Plan, device: str) -> tuple[Any, Any]:
     except (OSError, ValueError) as error:
         reason = (str(error).strip().splitlines() or ["no reason given"])[0]
         raise CheckpointError(Fault(str(donor.ref), f"its tokenizer cannot be loaded: {reason}")) from error
+    know_padding(model, tokenizer)
     return model.eval().requires_grad_(False), tokenizer
 
 

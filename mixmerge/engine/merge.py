@@ -12,12 +12,14 @@ from mixmerge import __version__
 from mixmerge.checkpoint.files import Files, opened
 from mixmerge.checkpoint.identity import canonical_hash
 from mixmerge.engine.calibrating import Calibrated, GatheringProgress, cache_folder, calibrated, forget
+from mixmerge.engine.calibration_data import identity as shown
 from mixmerge.engine.calibration_data import read_data
 from mixmerge.engine.copying import copy
 from mixmerge.engine.finish import add_files, input_fingerprints, verify
 from mixmerge.engine.heads import add_heads
 from mixmerge.engine.kernels import Context
 from mixmerge.engine.learning import LearningProgress, draw, with_learned
+from mixmerge.engine.outlook import plan_with_data
 from mixmerge.engine.output import Output, check_target
 from mixmerge.engine.schedule import Job, Schedule
 from mixmerge.engine.worker import Adapters, Worker, chunk_length
@@ -25,7 +27,7 @@ from mixmerge.errors import CheckpointError, DependencyError, Fault, MethodError
 from mixmerge.kernels.layout import WIDTHS
 from mixmerge.machine import cores
 from mixmerge.methods.coefficients import Coefficients
-from mixmerge.plan import Plan, Task, fetch, make_plan
+from mixmerge.plan import Plan, Task, fetch
 from mixmerge.plan.report import CHUNK
 from mixmerge.recipe import Recipe
 from mixmerge.registry import find, load
@@ -96,12 +98,12 @@ def merge(
         gathering: called with (expert, rows done, rows in all) where statistics of data are gathered.
 
     Raises:
-        RecipeError: anything wrong with recipe or inputs, all at once, before any weight is read or
-            downloaded.
+        RecipeError: anything wrong with recipe, inputs or calibration data, all at once, before any weight is read
+            or downloaded; data sets of the hub are read after.
         CheckpointError: an input turned out damaged, or holds NaN or Inf.
         OutputError: the output exists, is being written by another merge, or the disk refused.
     """
-    plan = make_plan(recipe, allow_tokenizer_mismatch=allow_tokenizer_mismatch)
+    plan, _ = plan_with_data(recipe, allow_tokenizer_mismatch=allow_tokenizer_mismatch)
     plan = fetch_for(plan, Path(out), overwrite=overwrite, device=device, progress=downloading)
     return run(
         plan,
@@ -161,7 +163,7 @@ def run(
     stamps = _stamps(plan)
     fingerprints = input_fingerprints(plan, every_byte=verify_inputs)
     data = read_data(plan)
-    rows = [] if data is None else [data.digests]
+    rows = [] if data is None else [{number: shown(found) for number, found in data.rows.items()}]
     identity = canonical_hash(
         [__version__, plan.hash, plan.text, fingerprints, stamps, device, kernels, *rows]
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mixmerge.calibrate.anatomy import Anatomy, Need, Shown
-from mixmerge.calibrate.loading import Kind, kind_of, read_config, read_tokenizer
+from mixmerge.calibrate.loading import Kind, check_tokenizer, kind_of, read_config, read_tokenizer
 from mixmerge.calibrate.rows import Row
 from mixmerge.engine.calibrating import gathering, measure_of, statistic_of
 from mixmerge.engine.calibration_data import Part, experts_of, read_parts
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from mixmerge.calibrate.batches import Batch
     from mixmerge.calibrate.gathering import Reader
 
-# Python, torch and transformers before any tensor, of which a merge by kernels needs neither.
+# Python, torch and transformers before any tensor, as measured on one Linux machine without a GPU.
 RUNTIME = 450_000_000
 # Characters of one expert's rows that are tokenised to plan: a few seconds' worth.
 _MOST = 8_000_000
@@ -67,7 +67,7 @@ class Outlook:
 
     @property
     def peak_memory(self) -> int:
-        """Bytes of the whole process while it gathers or learns."""
+        """Bytes of the whole process while it gathers or learns: an estimate, on the high side."""
         return RUNTIME + self.need.total
 
     def as_json(self) -> dict[str, Any]:
@@ -186,7 +186,7 @@ def _size(row: Row) -> int:
 def _readers(plan: Plan, models: Sequence[Model], faults: list[Fault]) -> list[Reader | None]:
     """How each expert reads rows; a learner shows all of them to one model, with the base's tokenizer."""
     from mixmerge.calibrate.gathering import Reader
-    from mixmerge.calibrate.learners import check_outputs
+    from mixmerge.calibrate.learners import check_losses, check_outputs
 
     readers: list[Reader | None] = []
     for model in models:
@@ -200,6 +200,9 @@ def _readers(plan: Plan, models: Sequence[Model], faults: list[Fault]) -> list[R
             kind = kind_of(architecture)
             if plan.method.learner:
                 check_outputs(plan.method.learner, kind, architecture)
+                check_tokenizer(tokenizer, str(reading.ref))
+            if plan.method.learner == "alignment":
+                check_losses(next(task.parameters for task in plan.tasks if not task.copied))
             readers.append(Reader(name, architecture, kind, config, tokenizer))
         except MixmergeError as error:
             faults.extend(fault for fault in error.faults if fault not in faults)
@@ -216,7 +219,7 @@ def _batches(plan: Plan, asked: Calibration, rows: Sequence[Row], reader: Reader
     size, _ = step_sizes(_option(plan, "rows"), asked.batch_size)
     return batches_of(
         plan.method.learner, reader.kind, rows, reader.tokenizer,
-        max_tokens=asked.max_tokens, batch_size=size, layout=asked.layout,
+        max_tokens=min(asked.max_tokens, reader.context), batch_size=size, layout=asked.layout,
     )  # fmt: skip
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from mixmerge.calibrate.rows import Row
 from mixmerge.engine.finish import MANIFEST
+from mixmerge.engine.lineage import read_used
 from mixmerge.errors import Fault
 from mixmerge.evaluate.task_file import EvalTask
 
@@ -40,15 +42,9 @@ def read_made(folder: Path) -> Made:
         return Made()
     if not isinstance(found, dict):
         return Made()
-    rows: set[str] = set()
-    meant = False
-    section = found.get("calibration")
-    if isinstance(section, dict):
-        rows |= set(_texts(section.get("rows")))
-        meant = section.get("transductive") is True
+    rows, meant = read_used(found)
     recipe = found.get("recipe")
     if isinstance(recipe, dict):
-        rows |= set(_texts(recipe.get("tuned_on")))  # a search chose its values by them
         given = recipe.get("calibration")
         meant = meant or (isinstance(given, dict) and given.get("transductive") is True)
     seed, method = found.get("seed"), found.get("method")
@@ -56,23 +52,20 @@ def read_made(folder: Path) -> Made:
         method if isinstance(method, str) else None,
         seed if isinstance(seed, int) else None,
         recipe if isinstance(recipe, dict) else None,
-        frozenset(rows),
+        rows,
         meant,
     )
 
 
-def _texts(value: Any) -> list[str]:
-    """All texts in a value: a list of digests, or one of each expert."""
-    if isinstance(value, str):
-        return [value]
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return [text for one in inner for text in _texts(one)]
-
-
 def used_rows(made: Made, tasks: Sequence[EvalTask]) -> dict[str, int]:
     """Task -> how many of its rows the merge has used; tasks without one are left out."""
-    counts = {task.name: sum(row.digest in made.rows for row in task.rows) for task in tasks}
+    counts = {task.name: sum(_is_used(row, made) for row in task.rows) for task in tasks}
     return {name: count for name, count in counts.items() if count}
+
+
+def _is_used(row: Row, made: Made) -> bool:
+    """Whether a merge has seen a row, or its prompt without the choices that the task adds."""
+    return not made.rows.isdisjoint((row.digest, replace(row, choices=()).digest))
 
 
 def leak_faults(model: str, used: Mapping[str, int], tasks: Sequence[EvalTask]) -> list[Fault]:

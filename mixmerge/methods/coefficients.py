@@ -36,7 +36,8 @@ class Coefficients:
         skipped: steps without an update, because a gradient or the loss was not finite.
         stopped: why before the last step; empty if it was not.
         warnings: what a person should know, one line each.
-        hashes: of what they were learned from: inputs, rows of data.
+        hashes: of what they were learned from: inputs, each expert's rows in their order, and every row, so that a
+            merge that uses the coefficients again is not scored on them.
     """
 
     method: str

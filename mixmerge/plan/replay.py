@@ -47,23 +47,6 @@ def replayed(
     return weighted(tasks, learned, method)
 
 
-def rows_behind(recipe: Recipe) -> tuple[str, ...]:
-    """Digests of the rows that a recipe's coefficients were learned on; none if it has none, or they do not say.
-
-    Raises:
-        RecipeError: the coefficients cannot be read any more.
-    """
-    if recipe.coefficients is None:
-        return ()
-    where = f"coefficients: {recipe.coefficients}"
-    try:
-        text = Path(recipe.coefficients).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(Fault(where, "cannot be read any more")) from error
-    digests = read_coefficients(text, where=where).hashes.get("digests", [])
-    return tuple(one for one in digests if isinstance(one, str)) if isinstance(digests, list) else ()
-
-
 def _faults(
     recipe: Recipe, method: Method, tasks: Sequence[Task], learned: Coefficients, where: str
 ) -> list[Fault]:

@@ -35,7 +35,8 @@ class Calibration(BaseModel):
         max_tokens: of each row; the rest is cut off.
         split: which part of the data; None is ``train`` where there are parts, else all of it.
         layout: ``padded``: a row a line; ``packed``: rows one after the other, for language models.
-        batch_size: lines in a batch. No result depends on it but by rounding.
+        batch_size: lines in a batch. Of statistics nothing but the rounding depends on it; of what is learned, which
+            rows share a step.
         transductive: the data may be what the result is evaluated on; the model card says so.
     """
 

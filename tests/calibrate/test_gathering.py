@@ -230,3 +230,44 @@ def test_no_row_is_longer_than_the_expert_takes(classifier: LoadedExpert) -> Non
     found = gather(classifier, [long], "second_moment", fingerprint="m", measure=Measure(max_tokens=400))
     counts = {count for name, count in found.facts.counts.items() if "layer" in name}
     assert counts == {64}  # of the tokenizer; the model would take 512
+
+
+def test_gradients_of_one_line_are_gone_before_the_next(
+    decoder: LoadedExpert, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each takes as much as the model: two at a time were a quarter of what gathering took."""
+    import weakref
+
+    import torch
+
+    made: list[Any] = []
+    alive: list[int] = []
+    real = torch.autograd.grad
+
+    def grad(*arguments: Any, **options: Any) -> Any:
+        alive.append(sum(one() is not None for one in made))
+        found = real(*arguments, **options)
+        made.extend(weakref.ref(one) for one in found if one is not None)
+        return found
+
+    monkeypatch.setattr(torch.autograd, "grad", grad)
+    gather(decoder, ROWS, "fisher", fingerprint="m")
+    assert len(made) > len(alive) == len(ROWS)
+    assert set(alive) == {0}
+
+
+def test_a_map_that_saw_the_input_of_another_only_at_first_has_no_sum() -> None:
+    import torch
+
+    from mixmerge.calibrate.gathering import Sums, watching
+
+    one, other = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    mask, sums = torch.ones(1, 2), Sums(None)
+    with watching({"one": one, "other": other}, "gram", sums) as watch:
+        for shared in (True, False):
+            watch.begin(mask)
+            value = torch.ones(1, 2, 3)
+            one(value)
+            other(value if shared else torch.zeros(1, 2, 3))
+    assert sums.counts == {"one": 4}
+    assert sums.same == {}

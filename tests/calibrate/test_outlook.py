@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ from mixmerge.calibrate.anatomy import Anatomy, Shown
 from mixmerge.calibrate.gathering import gathering_need
 from mixmerge.calibrate.teachers import Teachers
 from mixmerge.cli import app
+from mixmerge.engine.merge import merge
 from mixmerge.engine.outlook import plan_with_data
 from mixmerge.errors import RecipeError
 
@@ -92,6 +95,16 @@ def test_faults_of_data_and_inputs_at_once(family: Callable[..., Any], tmp_path:
     assert said[0].startswith("models[2].model")
     assert faults({**written, "sed": 1})[-2:] == said[1:]
     assert any("'sed'" in one for one in faults({**written, "sed": 1}))
+    # and so does the merge itself, before it writes anything
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(written))
+    before = set(tmp_path.iterdir())
+    with pytest.raises(RecipeError) as raised:
+        merge(written, tmp_path / "out")
+    assert [str(fault) for fault in raised.value.faults] == said
+    shown = CliRunner().invoke(app, ["merge", str(tmp_path / "r.yaml"), str(tmp_path / "out")])
+    assert shown.exit_code == 2
+    assert shown.stderr.splitlines() == [f"error: {one}" for one in said]
+    assert set(tmp_path.iterdir()) == before
 
 
 @pytest.mark.parametrize(
@@ -161,6 +174,70 @@ def test_a_data_set_of_the_hub_is_left_for_the_merge(
     assert outlook.notes == ("org/name: is no file here, so it is read from the hub at merge time",)
 
 
+def hollow(folder: Path, tokenizer: Any) -> Path:
+    """A model of 5 GB whose header is right and whose tensors are one hole in the file."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=300, hidden_size=8192, num_hidden_layers=3, num_attention_heads=64, num_key_value_heads=8,
+        intermediate_size=28672, max_position_embeddings=64, pad_token_id=0, architectures=["LlamaForCausalLM"],
+    )  # fmt: skip
+    with torch.device("meta"):
+        shapes = {name: list(value.shape) for name, value in LlamaForCausalLM(config).named_parameters()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    return folder
+
+
+READS = """
+import json, resource, sys
+import torch, transformers.models.llama.modeling_llama
+from mixmerge.calibrate import learners, sequential
+from mixmerge.engine.outlook import plan_with_data
+
+def number(file, field):
+    with open(file) as lines:
+        return next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+mapped = number("/proc/self/status", "VmSize") * 1024
+resource.setrlimit(resource.RLIMIT_AS, (mapped + 2_000_000_000,) * 2)
+before, said = number("/proc/self/io", "rchar"), []
+for recipe in json.loads(sys.argv[1]):
+    said.append(plan_with_data(recipe)[1].need.total)
+print(json.dumps([number("/proc/self/io", "rchar") - before, said]))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="what was read is told by Linux")
+def test_no_weight_is_read(tmp_path: Path, tokenizer: Any) -> None:
+    """Three models of 5 GB: to map or load one exceeds what the process may have, to read one what it has read."""
+    base, *experts = (hollow(tmp_path / name, tokenizer) for name in ("base", "one", "two"))
+    made = SimpleNamespace(base=base, experts=experts)
+    file = rows(tmp_path / "rows.jsonl", LINES)
+    methods = ["fisher", "regmean", "regmean_plus", "expert_merging"]
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", READS, json.dumps([recipe(made, method, file) for method in methods])],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    read, said = json.loads(done.stdout.splitlines()[-1])
+    assert read < 50_000_000
+    assert min(said) > 5_000_000_000
+
+
 def test_the_command_prints_it(family: Callable[..., Any], tmp_path: Path) -> None:
     made = family("llama", dtype="float32")
     file = rows(tmp_path / "rows.jsonl", LINES)
@@ -192,7 +269,7 @@ def test_formulas_by_hand() -> None:
     small = Anatomy({"a": (4, 2), "b": (2, 4)}, {"a": (2, 4), "b": (4, 2)}, layers=1, hidden=2)
     need = gathering_need(small, "gram", [2, 4], Shown(1, 3))
     assert need.memory["Gram matrices"] == 8 * (4 + 16)
-    assert gathering_need(small, "fisher", [], Shown(1, 3)).memory["squared gradients"] == 2 * 4 * 16
+    assert gathering_need(small, "fisher", [], Shown(1, 3)).memory["squared gradients"] == 4 * 16
     assert Teachers.bytes_of(10, 2, 3) == 4 * 10 * 2 * 4
 
 

@@ -182,6 +182,34 @@ def test_rows_that_a_merge_has_used_are_refused(merged: Path, tasks: Any) -> Non
     assert mixmerge.evaluate_models([merged], tasks=tasks, resamples=100).rows[0].transductive == ()
 
 
+def test_rows_that_an_input_of_a_merge_has_used_are_refused(
+    experts: Any, merged: Path, tasks: Any, tmp_path: Path
+) -> None:
+    """A merge of a merge, and one of that, have seen what the first has seen."""
+    used = [row.digest for row in read_tasks(tasks)[0].rows[:2]]
+    _use(merged, used)
+    inner = merged
+    for name in ("again", "and-again"):
+        weighted = [{"model": str(one), "parameters": {"weight": 1}} for one in (inner, experts.experts[0])]
+        mixmerge.merge({"merge_method": "linear", "models": weighted}, tmp_path / name)
+        inner = tmp_path / name
+        assert read_made(inner).rows == set(used)
+        with pytest.raises(MixmergeError, match="was made with 2 of the 6 rows of task task0"):
+            mixmerge.evaluate_models([inner], tasks=tasks)
+        assert "2 rows of data went into" in (inner / "README.md").read_text()
+    assert not read_made(inner).transductive
+
+
+def test_a_prompt_that_was_used_is_known_among_choices(merged: Path, tmp_path: Path) -> None:
+    from mixmerge.calibrate.rows import Row
+
+    rows: Rows = [{"prompt": prompt, "choices": ["a", "b"], "label": 0} for prompt in PROMPTS]
+    task = {"name": "pick", "data": _write(tmp_path / "pick.jsonl", rows), "metric": "choice"}
+    _use(merged, [Row(text=PROMPTS[0]).digest])
+    with pytest.raises(MixmergeError, match=f"was made with 1 of the {len(PROMPTS)} rows of task pick"):
+        mixmerge.evaluate_models([merged], tasks={"tasks": [task]})
+
+
 @pytest.mark.parametrize("content", ["no json", "[]", '{"calibration": 3, "recipe": []}'])
 def test_a_damaged_manifest_says_nothing(content: str, tmp_path: Path) -> None:
     (tmp_path / "mixmerge_manifest.json").write_text(content)

@@ -144,6 +144,9 @@ def test_adamerging_lowers_the_entropy(
     del replay["calibration"]
     again = merge(replay, tmp_path / "again")
     assert again.learned is None
+    used = read_made(tmp_path / "out").rows
+    assert len(used) > 48
+    assert read_made(tmp_path / "again").rows == used
     assert same_weights(tmp_path / "again", tmp_path / "out")
     # who replays coefficients may not be evaluated on what they were learned on either
     assert len(read_made(tmp_path / "out").rows) > 0
@@ -260,7 +263,7 @@ def test_a_language_model_with_choices(family: Any, tmp_path: Path) -> None:
     learned = learned_of(tmp_path / "out")
     assert learned.losses[-1] < learned.losses[0]
     plain = write_rows(tmp_path / "plain.jsonl", [{"text": "a text without choices"}])
-    with pytest.raises(MethodError, match="none of 1 rows has two choices"):
+    with pytest.raises(RecipeError, match="none of 1 rows has two choices"):
         merge({**recipe, "calibration": {"data": str(plain)}}, tmp_path / "refused")
     assert not (tmp_path / "refused").exists()
 
@@ -275,7 +278,7 @@ def test_a_model_without_a_head_is_refused(family: Any, tmp_path: Path) -> None:
             "models": [{"model": str(expert)} for expert in made.experts],
             "calibration": {"data": str(data)},
         }
-        with pytest.raises(MethodError, match="BertModel has no head"):
+        with pytest.raises(RecipeError, match="BertModel has no head"):
             merge(recipe, tmp_path / "out")
 
 

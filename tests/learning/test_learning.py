@@ -237,6 +237,14 @@ def test_steps_that_are_not_finite_are_skipped_and_counted() -> None:
         learned({"at": dict.fromkeys(range(40), math.nan)})
 
 
+def test_coefficients_after_a_last_step_that_was_not_finite_are_not_kept() -> None:
+    """Fewer such steps than make it stop: nothing is known of the coefficients they had."""
+    result, _ = learned({"at": dict.fromkeys(range(37, 40), math.nan)})
+    assert not result.stopped
+    assert result.kept == 36
+    assert "the last steps were not finite; the best coefficients are kept" in result.warnings
+
+
 def test_a_gradient_that_is_not_finite_is_skipped() -> None:
     class Rooted(Squares):
         def losses(self, step: int) -> Iterator[Tensor]:
