@@ -277,6 +277,10 @@ def test_rows_that_chose_a_recipe_are_not_evaluated(asked: list[str], tmp_path: 
         mixmerge.evaluate_models([tmp_path / "merged"], tasks=tasks, limit=20)
     told = [int(str(fault).split("made with ")[1].split()[0]) for fault in caught.value.faults]
     assert sum(told) == len(chosen_by)
+    copied = {"merge_method": "passthrough", "models": [{"model": str(tmp_path / "merged")}]}
+    mixmerge.merge(copied, tmp_path / "of it")
+    with pytest.raises(MixmergeError, match="made with"):
+        mixmerge.evaluate_models([tmp_path / "of it"], tasks=tasks, limit=20)
     # The best recipe can be searched on, with the same division of the rows and with no other.
     again = [str(best) if one.endswith("recipe.yaml") else one for one in asked]
     again[3] = str(tmp_path / "more")
