@@ -2,12 +2,14 @@
 
     python examples/bench_learn.py [--experts 4] [--tokens 1024] [--precision float32] [--layers 30] [--repeats 5]
                                   [--threads 1]
+    python examples/bench_learn.py --attention
 
 A model of SmolLM2-135M's geometry with random weights, and experts a little off it, are written to a folder in
 bfloat16. Plain: forward, backward and gradients of every tensor of one such model, on the same tokens and loss.
 Learning: the same pass, the inner products of all gradients with all deltas, the step, and the weights made anew.
 Passes of the two take turns; the figures are medians. Exits with 1 if a step takes more than 1.3 times the processor
-time. On a machine that others use too, only one thread gives times that mean something.
+time. On a machine that others use too, only one thread gives times that mean something. With ``--attention`` it times
+torch's fused attention beside the plain form instead, forward and backward: what ``quick_attention`` chooses between.
 """
 
 from __future__ import annotations
@@ -136,6 +138,34 @@ def bench(options: argparse.Namespace, folder: Path) -> float:
     return ratio
 
 
+def bench_attention(options: argparse.Namespace) -> None:
+    """Print milliseconds of processor time of both forms, for rows of several lengths."""
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    torch.set_num_threads(options.threads)
+    forms = {"fused": SDPBackend.FLASH_ATTENTION, "plain": SDPBackend.MATH}
+    print(f"attention of {options.tokens:,} tokens, 9 heads of 64, forward and backward; medians, ms")
+    for precision in ("float32", "bfloat16"):
+        for length in (32, 64, 128, 256, 512):
+            shape = (max(1, options.tokens // length), 9, length, 64)
+            inputs = [
+                torch.randn(shape, dtype=getattr(torch, precision), requires_grad=True) for _ in range(3)
+            ]
+            mask = torch.zeros(shape[0], 1, length, length, dtype=inputs[0].dtype)
+            times: dict[str, list[float]] = {form: [] for form in forms}
+            for _ in range(options.repeats + 1):  # the first is not counted
+                for form, backend in forms.items():
+                    began = time.process_time()
+                    with sdpa_kernel(backend):
+                        found = torch.nn.functional.scaled_dot_product_attention(*inputs, attn_mask=mask)
+                    found.sum().backward()
+                    times[form].append(1e3 * (time.process_time() - began))
+            fused, plain = (statistics.median(times[form][1:]) for form in forms)
+            print(f"  {precision:<9} {length:>4} tokens a row: ", end="")
+            print(f"fused {fused:8.1f}, plain {plain:8.1f}, fused / plain {fused / plain:.2f}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -146,8 +176,13 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--attention", action="store_true")
+    options = parser.parse_args()
+    if options.attention:
+        bench_attention(options)
+        return
     with tempfile.TemporaryDirectory(prefix="mixmerge-bench-") as folder:
-        ratio = bench(parser.parse_args(), Path(folder))
+        ratio = bench(options, Path(folder))
     raise SystemExit(0 if ratio <= BAR else 1)
 
 

@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -538,3 +539,86 @@ def assert_loads(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], A
         return model.eval()
 
     return check
+
+
+# In a process of its own, so that what earlier tests freed and the allocator keeps does not count.
+_PEAK = """
+import json, sys, threading, time
+import torch
+import transformers.models.llama.modeling_llama
+
+torch.set_num_threads(1)
+torch.ones(8, 8, requires_grad=True).sum().backward()
+{setup}
+
+def anonymous():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("RssAnon")) * 1024
+
+before, peak, going = anonymous(), 0, True
+
+def watch():
+    global peak
+    while going:
+        peak = max(peak, anonymous())
+        time.sleep(0.002)
+
+thread = threading.Thread(target=watch)
+thread.start()
+{work}
+going = False
+thread.join()
+print(json.dumps({{"before": before, "peak": peak, **told}}))
+"""
+
+
+@pytest.fixture(scope="session")
+def peak_of() -> Callable[..., dict[str, Any]]:
+    """``peak_of(setup, work, *arguments)``: anonymous bytes before some lines of Python, and at their peak.
+
+    ``setup`` is run before, ``work`` assigns what else is wanted to ``told``; both find the arguments in ``sys.argv``.
+    """
+    if not Path("/proc/self/status").exists():
+        pytest.skip("RssAnon is Linux's")
+
+    def measure(setup: str, work: str, *arguments: str) -> dict[str, Any]:
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", _PEAK.format(setup=setup, work=work), *arguments],
+            env={**os.environ, "MALLOC_ARENA_MAX": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return dict(json.loads(done.stdout.splitlines()[-1]))
+
+    return measure
+
+
+@pytest.fixture(scope="session")
+def on_a_terminal() -> Callable[[Path, list[str]], tuple[str, str]]:
+    """``on_a_terminal(folder, command)``: its stdout, which is a pipe, and what a terminal got of its stderr."""
+
+    def run(folder: Path, command: list[str]) -> tuple[str, str]:
+        reader, end = os.openpty()
+        seen = bytearray()
+
+        def watch() -> None:
+            try:
+                while part := os.read(reader, 4096):
+                    seen.extend(part)
+            except OSError:  # how Linux says that nobody writes any more
+                return
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        environment = {**os.environ, "TERM": "xterm", "COLUMNS": "150"}
+        done = subprocess.run(
+            command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=end, check=True
+        )
+        os.close(end)
+        watcher.join()
+        os.close(reader)
+        return done.stdout.decode(), seen.decode()
+
+    return run

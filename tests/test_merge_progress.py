@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -60,44 +58,16 @@ def test_blocks_are_told_where_all_experts_go_together(family: Callable[..., Any
     assert told == [("all experts", done, blocks) for done in range(1, blocks + 1)]
 
 
-def seen_on_a_terminal(folder: Path, command: list[str]) -> str:
-    """What a terminal gets of stderr."""
-    reader, end = os.openpty()
-    seen = bytearray()
-
-    def watch() -> None:
-        try:
-            while part := os.read(reader, 4096):
-                seen.extend(part)
-        except OSError:  # how Linux says that nobody writes any more
-            return
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    subprocess.run(
-        command,
-        cwd=folder,
-        env={**os.environ, "TERM": "xterm", "COLUMNS": "150"},
-        stdout=subprocess.PIPE,
-        stderr=end,
-        check=True,
-    )
-    os.close(end)
-    watcher.join()
-    os.close(reader)
-    return seen.decode()
-
-
 @pytest.mark.slow
-def test_bars_on_a_terminal_only(family: Callable[..., Any], tmp_path: Path) -> None:
+def test_bars_on_a_terminal_only(family: Callable[..., Any], tmp_path: Path, on_a_terminal: Any) -> None:
     made = family("llama", dtype="float32")
     written = recipe("regmean", made, tmp_path)
     del written["base_model"]
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(written))
     command = [sys.executable, "-P", "-m", "mixmerge", "merge", "r.yaml", "out", "--overwrite"]
-    shown = seen_on_a_terminal(tmp_path, command)
+    _, shown = on_a_terminal(tmp_path, command)
     assert "gathering" in shown
     assert shown.rindex("gathering") < shown.index("merging")  # one after the other
-    assert "gathering" not in seen_on_a_terminal(tmp_path, [*command, "-q"])
+    assert "gathering" not in on_a_terminal(tmp_path, [*command, "-q"])[1]
     piped = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert "gathering" not in piped.stderr

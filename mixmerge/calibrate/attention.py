@@ -11,8 +11,9 @@ LONGEST = 256  # tokens up to which the plain form is quicker, forward and backw
 def quick_attention(model: Any, tokens: int) -> AbstractContextManager[Any]:
     """A context for a forward pass whose gradients are wanted.
 
-    On a CPU the backward pass of torch's fused attention takes ten times as long in bfloat16 as in float32, whatever
-    the length: of short rows it was most of a step.
+    On a CPU the backward pass of torch's fused attention is slow in 16 bits: of short rows it takes several times as
+    long as the plain form's both passes. Of long ones the plain form's matrix of scores costs more.
+    ``examples/bench_learn.py --attention`` times both.
 
     Args:
         model: of transformers, on its device.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -273,43 +272,21 @@ def test_formulas_by_hand() -> None:
     assert Teachers.bytes_of(10, 2, 3) == 4 * 10 * 2 * 4
 
 
-MEASURE = """
-import json, sys, threading, time
+SETUP = """
 from pathlib import Path
-import torch
-import transformers.models.llama.modeling_llama
 from mixmerge.engine.merge import run
 from mixmerge.engine.outlook import plan_with_data
-
-torch.set_num_threads(1)
-torch.ones(8, 8, requires_grad=True).sum().backward()
 plan, outlook = plan_with_data(json.loads(sys.argv[1]))
-
-def anonymous():
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) for line in status if line.startswith("RssAnon")) * 1024
-
-before, peak, going = anonymous(), 0, True
-
-def watch():
-    global peak
-    while going:
-        peak = max(peak, anonymous())
-        time.sleep(0.002)
-
-thread = threading.Thread(target=watch)
-thread.start()
+"""
+WORK = """
 run(plan, Path(sys.argv[2]), threads=1)
-going = False
-thread.join()
-print(json.dumps({"before": before, "peak": peak, "said": outlook.peak_memory, "need": outlook.need.total}))
+told = {"said": outlook.peak_memory, "need": outlook.need.total}
 """
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="RssAnon is Linux's")
 @pytest.mark.parametrize("method", ["regmean", "fisher", "expert_merging"])
-def test_the_memory_is_what_is_said(method: str, tmp_path: Path, tokenizer: Any) -> None:
+def test_the_memory_is_what_is_said(method: str, tmp_path: Path, tokenizer: Any, peak_of: Any) -> None:
     """An upper bound, within a factor of two; the part that is not the interpreter's within two as well."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -335,14 +312,6 @@ def test_the_memory_is_what_is_said(method: str, tmp_path: Path, tokenizer: Any)
         "calibration": {"data": rows(tmp_path / "rows.jsonl", shown)},
         "parameters": {"steps": 2} if learned else {},
     }
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", MEASURE, json.dumps(written), str(tmp_path / "out")],
-        env={**os.environ, "MALLOC_ARENA_MAX": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = peak_of(SETUP, WORK, json.dumps(written), str(tmp_path / "out"))
     assert found["peak"] <= found["said"] <= 2 * found["peak"], found
     assert found["need"] <= 2 * (found["peak"] - found["before"]), found

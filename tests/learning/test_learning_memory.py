@@ -3,56 +3,30 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-# In a process of its own: learn on the given number of experts, and print RssAnon before it and at its peak.
-LEARN = """
-import json, sys, threading, time
-import torch
+SETUP = """
+from mixmerge.calibrate import objectives
 from mixmerge.checkpoint.files import opened
 from mixmerge.engine.calibration_data import read_data
 from mixmerge.engine.learning import learn_coefficients
 from mixmerge.plan import make_plan
-import transformers.models.llama.modeling_llama
-from mixmerge.calibrate import objectives
 
 objectives.TOKENS = 1  # activations of one expert's batch at a time, however many experts there are
-
-torch.set_num_threads(1)
-torch.ones(8, 8, requires_grad=True).sum().backward()
-
-def anonymous():
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) for line in status if line.startswith("RssAnon")) * 1024
-
-before, peak, going = anonymous(), 0, True
-
-def watch():
-    global peak
-    while going:
-        peak = max(peak, anonymous())
-        time.sleep(0.002)
-
-thread = threading.Thread(target=watch)
-thread.start()
+"""
+WORK = """
 plan = make_plan(json.loads(sys.argv[1]))
 with opened() as files:
     learned = learn_coefficients(plan, read_data(plan), files)
-going = False
-thread.join()
-print(json.dumps({"before": before, "peak": peak, "losses": learned.losses}))
+told = {"losses": learned.losses}
 """
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="RssAnon is Linux's")
-def test_memory_does_not_grow_with_the_experts(tmp_path: Path, tokenizer: Any) -> None:
+def test_memory_does_not_grow_with_the_experts(tmp_path: Path, tokenizer: Any, peak_of: Any) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -80,15 +54,7 @@ def test_memory_does_not_grow_with_the_experts(tmp_path: Path, tokenizer: Any) -
             "calibration": {"data": str(tmp_path / "rows.jsonl"), "max_examples": 4, "batch_size": 4},
             "parameters": {"steps": 2, "rows": 4},
         }
-        done = subprocess.run(
-            [sys.executable, "-P", "-c", LEARN, json.dumps(recipe)],
-            env={**os.environ, "MALLOC_ARENA_MAX": "1"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        found = json.loads(done.stdout)
+        found = peak_of(SETUP, WORK, json.dumps(recipe))
         assert len(found["losses"]) == 2
         return found["peak"], found["peak"] - found["before"]
 

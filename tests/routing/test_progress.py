@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -33,32 +31,8 @@ def test_what_is_told() -> None:
     assert told == [("scoring", done, 6) for done in range(7)] + [("measuring", 0, 1), ("measuring", 1, 1)]
 
 
-def on_a_terminal(folder: Path, command: list[str]) -> tuple[str, str]:
-    """stdout, which is a pipe, and what a terminal got of stderr."""
-    reader, end = os.openpty()
-    seen = bytearray()
-
-    def watch() -> None:
-        try:
-            while part := os.read(reader, 4096):
-                seen.extend(part)
-        except OSError:  # how Linux says that nobody writes any more
-            return
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    environment = {**os.environ, "TERM": "xterm"}
-    done = subprocess.run(
-        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=end, check=True
-    )
-    os.close(end)
-    watcher.join()
-    os.close(reader)
-    return done.stdout.decode(), seen.decode()
-
-
 @pytest.mark.slow
-def test_bars_are_on_the_terminal_alone(programs: Any, tmp_path: Path) -> None:
+def test_bars_are_on_the_terminal_alone(programs: Any, tmp_path: Path, on_a_terminal: Any) -> None:
     sample(60).write(tmp_path / "a.jsonl")
     sample(30, seed=1).write(tmp_path / "b.jsonl")
     (tmp_path / "q.txt").write_text("add the number\nrhyme the song\n")
