@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from mixmerge.calibrate.loading import heads_of, load_expert, load_with_head
 from mixmerge.engine.merge import merge
 from mixmerge.errors import MixmergeError
+from mixmerge.experts.loading import heads_of, load_expert, load_with_head
 from mixmerge.plan import make_plan
 
 LABELS = {"two": 2, "three": 3, "five": 5}

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from mixmerge.calibrate.batches import make_batches
-from mixmerge.calibrate.loading import heads_of, load_expert, load_with_head
-from mixmerge.calibrate.rows import Row, read_rows
+from mixmerge.data.batches import make_batches
+from mixmerge.data.rows import Row, read_rows
 from mixmerge.engine.calibrating import cache_folder
 from mixmerge.engine.merge import merge
 from mixmerge.errors import MixmergeError
+from mixmerge.experts.loading import heads_of, load_expert, load_with_head
 
 TEXTS = {
     "expert0": ["the quick brown fox", "jumps over", "a lazy dog and 12 more of them"],

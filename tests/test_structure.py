@@ -23,6 +23,7 @@ HEAVY = ("torch", "transformers", "mergekit", "numba", "peft")
 ANY = frozenset({"*"})
 SHARED = frozenset(
     {"errors", "registry", "document", "checkpoint", "experts", "outcomes", "kernels", "machine"}
+    | {"data", "bank"}
 )
 _COMPOSITION = frozenset({"decision", "engines", "aggregate", "dynamic", "latent", "logits"})
 
@@ -37,11 +38,13 @@ ALLOWED: dict[str, frozenset[str]] = {
     "methods": frozenset({"errors", "registry", "kernels"}),
     "recipe": frozenset({"errors", "registry", "document", "methods"}),
     "checkpoint": frozenset({"errors", "registry", "kernels"}),
-    "experts": frozenset({"errors", "registry", "checkpoint", "kernels", "outcomes"}),
+    "experts": frozenset({"errors", "registry", "checkpoint", "kernels", "outcomes", "data"}),
     "outcomes": frozenset({"errors", "registry"}),
+    "data": frozenset({"errors", "registry"}),
+    "bank": frozenset({"errors", "registry", "checkpoint", "kernels", "machine", "data", "experts"}),
     # merge side
     "plan": frozenset({"errors", "registry", "recipe", "methods", "checkpoint"}),
-    "calibrate": frozenset({"errors", "registry", "experts", "methods", "kernels"}),
+    "calibrate": frozenset({"errors", "registry", "experts", "methods", "kernels", "data", "bank"}),
     "engine": SHARED | {"plan", "recipe", "methods", "calibrate"},
     "inspect": frozenset({"errors", "registry", "checkpoint", "kernels", "machine"}),
     # answer side

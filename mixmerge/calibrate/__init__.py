@@ -1,1 +1,1 @@
-"""Data a merge may learn from: rows of text, statistics of what the experts do with them, learned coefficients."""
+"""What a merge learns from rows of text: statistics of what the experts do with them, and coefficients."""

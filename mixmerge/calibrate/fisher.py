@@ -7,10 +7,10 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mixmerge.calibrate.anatomy import Anatomy, Need, Shown
-from mixmerge.calibrate.batches import Batch
-from mixmerge.calibrate.loading import LoadedExpert
-from mixmerge.calibrate.rows import Row
+from mixmerge.data.batches import Batch
+from mixmerge.data.rows import Row
 from mixmerge.errors import Fault, MixmergeError
+from mixmerge.experts.loading import LoadedExpert
 
 if TYPE_CHECKING:
     from torch import Tensor

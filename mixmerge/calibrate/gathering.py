@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from mixmerge.calibrate.accumulators import Facts, Kind, Statistics, added
 from mixmerge.calibrate.anatomy import Anatomy, Need, Shown
-from mixmerge.calibrate.batches import Batch, Task, context_of, make_batches, tokenised
 from mixmerge.calibrate.fisher import add_fisher, fisher_need
-from mixmerge.calibrate.loading import Kind as Outputs
-from mixmerge.calibrate.loading import LoadedExpert, check_tokenizer
-from mixmerge.calibrate.rows import Row
+from mixmerge.data.batches import Batch, Task, context_of, make_batches, tokenised
+from mixmerge.data.rows import Row
 from mixmerge.errors import Fault, MixmergeError
+from mixmerge.experts.loading import Kind as Outputs
+from mixmerge.experts.loading import LoadedExpert, check_tokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -10,11 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mixmerge.calibrate.anatomy import Anatomy, Need, Shown
-from mixmerge.calibrate.batches import Batch, make_batches
 from mixmerge.calibrate.coefficients import CoefficientSpace
 from mixmerge.calibrate.deltas import PIECE, Deltas, pieces
 from mixmerge.calibrate.learning import Learned, Learning, Objective, Progress, learn
-from mixmerge.calibrate.loading import Kind, kind_of
 from mixmerge.calibrate.mixed import Mixed
 from mixmerge.calibrate.objectives import (
     POSITIONS,
@@ -25,7 +23,6 @@ from mixmerge.calibrate.objectives import (
     Schedule,
     chunk_counts,
 )
-from mixmerge.calibrate.rows import Row
 from mixmerge.calibrate.students import (
     ClassifierStudent,
     LanguageStudent,
@@ -35,7 +32,10 @@ from mixmerge.calibrate.students import (
     expert_head,
 )
 from mixmerge.calibrate.teachers import Teachers
+from mixmerge.data.batches import Batch, make_batches
+from mixmerge.data.rows import Row
 from mixmerge.errors import Fault, MethodError
+from mixmerge.experts.loading import Kind, kind_of
 
 if TYPE_CHECKING:
     from torch import Tensor

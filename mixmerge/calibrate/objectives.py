@@ -24,7 +24,7 @@ _RECENT, _COLLAPSED, _GREW = 20, 0.95, 0.3
 
 
 class Shown(Protocol):
-    """A batch of rows: of ``mixmerge.calibrate.batches``, or anything with these tensors."""
+    """A batch of rows: of ``mixmerge.data.batches``, or anything with these tensors."""
 
     @property
     def input_ids(self) -> Tensor: ...

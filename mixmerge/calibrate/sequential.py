@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from mixmerge.calibrate.accumulators import Statistics
 from mixmerge.calibrate.anatomy import Anatomy, Need, Shown
-from mixmerge.calibrate.batches import Batch
 from mixmerge.calibrate.gathering import Measure, Reader, Sums, Told, finished, linear_maps, watching
-from mixmerge.calibrate.loading import LoadedExpert
-from mixmerge.calibrate.rows import Row
+from mixmerge.data.batches import Batch
+from mixmerge.data.rows import Row
 from mixmerge.errors import Fault, MixmergeError
+from mixmerge.experts.loading import LoadedExpert
 
 if TYPE_CHECKING:
     from torch import Tensor

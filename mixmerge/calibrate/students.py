@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from mixmerge.calibrate.attention import quick_attention
-from mixmerge.calibrate.batches import Batch, make_batches
 from mixmerge.calibrate.deltas import Deltas, pieces
-from mixmerge.calibrate.rows import Row
+from mixmerge.data.batches import Batch, make_batches
+from mixmerge.data.rows import Row
 from mixmerge.errors import Fault, MethodError
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from mixmerge.calibrate.accumulators import Facts, Kind, read_facts, save_statistics, saved_mean
 from mixmerge.calibrate.anatomy import Anatomy, Need, Shown
-from mixmerge.calibrate.rows import Row
 from mixmerge.checkpoint.identity import canonical_hash
+from mixmerge.data.rows import Row
 from mixmerge.engine.calibration_data import Data, experts_of, identity
 from mixmerge.engine.maps import is_map, singular, width
 from mixmerge.engine.plain import listed
@@ -25,8 +25,8 @@ from mixmerge.plan.layers import layer_of
 
 if TYPE_CHECKING:
     from mixmerge.calibrate.gathering import Measure, Told
-    from mixmerge.calibrate.loading import LoadedExpert
     from mixmerge.calibrate.sequential import Combine
+    from mixmerge.experts.loading import LoadedExpert
 
 # Bytes of Gram matrices gathered in one run over the rows; an expert with more is run several times.
 _AT_ONCE = 2_000_000_000
@@ -130,7 +130,7 @@ class _Expert:
     def gather(self, cache: Path, fingerprints: Mapping[str, Any], device: str, tell: Told) -> None:
         """Gather, or find, all parts; ``tell`` is called with (rows done in all parts, rows in all)."""
         from mixmerge.calibrate.gathering import gather
-        from mixmerge.calibrate.loading import load_expert
+        from mixmerge.experts.loading import load_expert
 
         kind, measure = statistic_of(self.plan), measure_of(self.plan)
         fingerprint = canonical_hash(fingerprints[str(self.model.ref)])
@@ -201,8 +201,8 @@ def _in_order(
     progress: GatheringProgress | None,
 ) -> None:
     """Gather block by block, on the model merged so far; needs every expert and the merged model in memory."""
-    from mixmerge.calibrate.loading import load_expert
     from mixmerge.calibrate.sequential import gather_sequential
+    from mixmerge.experts.loading import load_expert
 
     measure = measure_of(plan)
     models = [canonical_hash(fingerprints[str(expert.model.ref)]) for expert in gathered]

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mixmerge.calibrate.rows import Row, read_rows, sample_rows
-from mixmerge.calibrate.sources import is_of_hub
 from mixmerge.checkpoint.identity import canonical_hash
+from mixmerge.data.rows import Row, read_rows, sample_rows
+from mixmerge.data.sources import is_of_hub
 from mixmerge.errors import Fault, MixmergeError, RecipeError
 from mixmerge.plan import Plan
 from mixmerge.recipe import Calibration, ModelRef

@@ -24,7 +24,7 @@ from mixmerge.recipe import ModelRef
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mixmerge.calibrate.rows import Row
+    from mixmerge.data.rows import Row
 
 HEAT_MAP = "mixmerge_coefficients.png"
 LearningProgress = Callable[[int, int, float], None]
@@ -91,8 +91,8 @@ def learn_coefficients(
     Raises:
         MixmergeError: the data, the model or the experts are not fit to learn from.
     """
-    from mixmerge.calibrate.batches import context_of
     from mixmerge.calibrate.learners import LEARNERS, Lesson
+    from mixmerge.data.batches import context_of
 
     calibration = plan.recipe.calibration
     if calibration is None:
@@ -190,7 +190,7 @@ def _load(plan: Plan, device: str) -> tuple[Any, Any]:
     import torch
     import transformers
 
-    from mixmerge.calibrate.loading import check_tokenizer, know_padding, load_expert
+    from mixmerge.experts.loading import check_tokenizer, know_padding, load_expert
 
     precision = next(task.parameters["precision"] for task in plan.tasks if not task.copied)
     donor = plan.models[plan.donor]

@@ -8,20 +8,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mixmerge.calibrate.anatomy import Anatomy, Need, Shown
-from mixmerge.calibrate.loading import Kind, check_tokenizer, kind_of, read_config, read_tokenizer
-from mixmerge.calibrate.rows import Row
+from mixmerge.data.rows import Row
 from mixmerge.engine.calibrating import gathering, measure_of, statistic_of
 from mixmerge.engine.calibration_data import Part, experts_of, read_parts
 from mixmerge.engine.maps import is_map, singular
 from mixmerge.errors import Fault, MixmergeError, RecipeError
+from mixmerge.experts.loading import Kind, check_tokenizer, kind_of, read_config, read_tokenizer
 from mixmerge.methods.roles import role_of
 from mixmerge.plan import Model, Plan, make_plan
 from mixmerge.recipe import Calibration, ModelRef, Parsed, Recipe, inputs, read
 from mixmerge.recipe.calibration import DEFAULT_EXAMPLES
 
 if TYPE_CHECKING:
-    from mixmerge.calibrate.batches import Batch
     from mixmerge.calibrate.gathering import Reader
+    from mixmerge.data.batches import Batch
 
 # Python, torch and transformers before any tensor, as measured on one Linux machine without a GPU.
 RUNTIME = 450_000_000

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mixmerge.calibrate.rows import Row
+from mixmerge.data.rows import Row
 from mixmerge.errors import Fault, MixmergeError
 from mixmerge.evaluate.scoring_tasks import TaskScores, no_numbers
 from mixmerge.evaluate.task_file import EvalTask
 from mixmerge.registry import choices
 
 if TYPE_CHECKING:
-    from mixmerge.calibrate.loading import LoadedExpert
+    from mixmerge.experts.loading import LoadedExpert
 
 _ROWS = 64  # of a batch
 _LONGEST = 512  # tokens of a row where a model has no bound of its own
@@ -70,7 +70,7 @@ def score_classes(
 def _with_head(
     folder: Path, task: EvalTask, heads: Mapping[str, HeadSource], *, name: str, device: str
 ) -> LoadedExpert:
-    from mixmerge.calibrate.loading import heads_of, load_expert, load_with_head
+    from mixmerge.experts.loading import heads_of, load_expert, load_with_head
 
     head = task.spec.head or ""
     kept = heads_of(folder)

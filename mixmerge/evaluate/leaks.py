@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mixmerge.calibrate.rows import Row
+from mixmerge.data.rows import Row
 from mixmerge.engine.finish import MANIFEST
 from mixmerge.engine.lineage import read_used
 from mixmerge.errors import Fault

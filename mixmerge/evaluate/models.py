@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mixmerge.calibrate.rows import read_rows
 from mixmerge.checkpoint.locate import locate
+from mixmerge.data.rows import read_rows
 from mixmerge.engines.local import Dtype, TransformersEngine
 from mixmerge.errors import Fault, MixmergeError
 from mixmerge.evaluate.advice import Facts, advise, deltas_of, installed_methods

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixmerge.aggregate.extraction import extractor
-from mixmerge.calibrate.rows import Row
+from mixmerge.data.rows import Row
 from mixmerge.engines.base import Engine
 from mixmerge.engines.records import Generation, Message, Request, Scoring
 from mixmerge.evaluate.metrics import likeliest, program_of, text_metric

@@ -12,8 +12,8 @@ from typing import Any, Literal
 from pydantic import Field
 
 from mixmerge.aggregate.extraction import extractor
-from mixmerge.calibrate.rows import Row, read_rows
-from mixmerge.calibrate.sources import found_rows
+from mixmerge.data.rows import Row, read_rows
+from mixmerge.data.sources import found_rows
 from mixmerge.document import Kind, Node, Report, from_data, load, read_file, read_mapping, show, unknown_keys
 from mixmerge.document.sections import Strict, read_section
 from mixmerge.errors import Fault, MixmergeError
@@ -29,7 +29,7 @@ class TaskSpec(Strict):
 
     Args:
         name: of the task, unique.
-        data: rows, as ``mixmerge.calibrate.rows.read_rows`` takes them; a relative path is looked for beside the
+        data: rows, as ``mixmerge.data.rows.read_rows`` takes them; a relative path is looked for beside the
             tasks file, then where the command runs.
         metric: a key of ``METRICS``.
         expert: which expert is its own: what a model retains is a share of that one's score.

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from mixmerge.calibrate.batches import make_batches
-from mixmerge.calibrate.rows import Row
+from mixmerge.data.batches import make_batches
+from mixmerge.data.rows import Row
 from mixmerge.errors import MixmergeError
 
 

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from mixmerge.calibrate.accumulators import added, load_statistics, read_facts, save_statistics, saved_mean
-from mixmerge.calibrate.batches import make_batches
 from mixmerge.calibrate.gathering import Measure, extend, gather, real_inputs
-from mixmerge.calibrate.loading import LoadedExpert, kind_of, load_expert
-from mixmerge.calibrate.rows import Row
+from mixmerge.data.batches import make_batches
+from mixmerge.data.rows import Row
 from mixmerge.errors import MixmergeError
+from mixmerge.experts.loading import LoadedExpert, kind_of, load_expert
 
 ROWS = [
     Row(text=text) for text in ("the quick brown fox", "1 + 2 = 3", "lazy", "over the dog, and more of it")

@@ -52,9 +52,9 @@ def faults(written: dict[str, Any]) -> list[str]:
 
 @pytest.mark.parametrize("method", ["fisher", "regmean", "regmean_plus", "expert_merging"])
 def test_rows_and_tokens(method: str, family: Callable[..., Any], tmp_path: Path) -> None:
-    from mixmerge.calibrate.batches import make_batches
-    from mixmerge.calibrate.loading import read_tokenizer
-    from mixmerge.calibrate.rows import read_rows
+    from mixmerge.data.batches import make_batches
+    from mixmerge.data.rows import read_rows
+    from mixmerge.experts.loading import read_tokenizer
 
     made = family("llama", dtype="float32")
     file = rows(tmp_path / "rows.jsonl", [*LINES, LINES[0]])
@@ -166,7 +166,7 @@ def test_a_data_set_of_the_hub_is_left_for_the_merge(
     def asked(*_: Any, **__: Any) -> None:
         raise AssertionError("the hub was asked")
 
-    monkeypatch.setattr("mixmerge.calibrate.sources._hub", asked)
+    monkeypatch.setattr("mixmerge.data.sources._hub", asked)
     _, outlook = plan_with_data(recipe(family("llama", dtype="float32"), "regmean", "org/name"))
     assert outlook is not None
     assert [(seen.rows, seen.tokens) for seen in outlook.experts] == [(None, None)] * 2

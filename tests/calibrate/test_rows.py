@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from mixmerge.calibrate.rows import Row, read_rows, sample_rows
+from mixmerge.data.rows import Row, read_rows, sample_rows
 from mixmerge.errors import MixmergeError
 
 
@@ -174,7 +174,7 @@ def test_bad_sources(tmp_path: Path) -> None:
 
 def test_a_data_set_of_the_hub_that_cannot_be_had() -> None:
     code = (
-        "from mixmerge.calibrate.rows import read_rows\nfrom mixmerge.errors import MixmergeError\n"
+        "from mixmerge.data.rows import read_rows\nfrom mixmerge.errors import MixmergeError\n"
         "try:\n    read_rows('nobody/no-such-set')\nexcept MixmergeError as error:\n    print(error)"
     )
     root = Path(__file__).resolve().parents[2]
@@ -187,7 +187,7 @@ def test_a_data_set_of_the_hub_that_cannot_be_had() -> None:
 
 def test_reading_rows_loads_nothing_heavy() -> None:
     code = (
-        "import sys, mixmerge.calibrate.rows as r\nr.read_rows('builtin:docs', limit=3)\n"
+        "import sys, mixmerge.data.rows as r\nr.read_rows('builtin:docs', limit=3)\n"
         "print('torch' in sys.modules)"
     )
     root = Path(__file__).resolve().parents[2]

@@ -201,7 +201,7 @@ def test_rows_that_an_input_of_a_merge_has_used_are_refused(
 
 
 def test_a_prompt_that_was_used_is_known_among_choices(merged: Path, tmp_path: Path) -> None:
-    from mixmerge.calibrate.rows import Row
+    from mixmerge.data.rows import Row
 
     rows: Rows = [{"prompt": prompt, "choices": ["a", "b"], "label": 0} for prompt in PROMPTS]
     task = {"name": "pick", "data": _write(tmp_path / "pick.jsonl", rows), "metric": "choice"}

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mixmerge.calibrate.rows import Row
+from mixmerge.data.rows import Row
 from mixmerge.errors import MixmergeError
 from mixmerge.evaluate.advice import Deltas, Facts, advise
 from mixmerge.evaluate.leaks import Made

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from mixmerge.calibrate.batches import make_batches
 from mixmerge.calibrate.coefficients import CoefficientSpace
 from mixmerge.calibrate.deltas import MemoryDeltas
 from mixmerge.calibrate.mixed import Mixed
@@ -23,7 +22,6 @@ from mixmerge.calibrate.objectives import (
     hidden_loss,
     logit_loss,
 )
-from mixmerge.calibrate.rows import Row
 from mixmerge.calibrate.students import (
     LanguageStudent,
     check_language_model,
@@ -32,6 +30,8 @@ from mixmerge.calibrate.students import (
     expert_head,
 )
 from mixmerge.calibrate.teachers import Teachers
+from mixmerge.data.batches import make_batches
+from mixmerge.data.rows import Row
 from mixmerge.errors import MethodError
 
 

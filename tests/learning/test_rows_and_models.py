@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from mixmerge.calibrate.batches import context_of, make_batches
 from mixmerge.calibrate.gathering import extend, gather
-from mixmerge.calibrate.loading import load_expert
-from mixmerge.calibrate.rows import Row
+from mixmerge.data.batches import context_of, make_batches
+from mixmerge.data.rows import Row
 from mixmerge.engine.merge import merge
 from mixmerge.engine.outlook import plan_with_data
 from mixmerge.errors import MixmergeError
+from mixmerge.experts.loading import load_expert
 
 LONG = [{"prompt": "z" * length, "choices": ["a", "b"]} for length in (200, 20, 30)]
 TEXTS = [{"text": "the quick brown fox"}, {"text": "jumps"}, {"text": "over a lazy dog, and 12 more of them"}]

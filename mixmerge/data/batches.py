@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from mixmerge.calibrate.rows import Row
+from mixmerge.data.rows import Row
 from mixmerge.errors import Fault, MixmergeError
 
 if TYPE_CHECKING:

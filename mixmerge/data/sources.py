@@ -43,7 +43,7 @@ class Found(NamedTuple):
 
 
 def found_rows(source: str | Path, *, split: str | None) -> Iterator[Found]:
-    """Every row of a source, in order; arguments as in ``mixmerge.calibrate.rows.read_rows``.
+    """Every row of a source, in order; arguments as in ``mixmerge.data.rows.read_rows``.
 
     Raises:
         MixmergeError: the source is not there or cannot be read.

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mixmerge.calibrate.sources import Broken, Found, found_rows
+from mixmerge.data.sources import Broken, Found, found_rows
 from mixmerge.errors import Fault, MixmergeError
 from mixmerge.registry import choices as known_names
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from mixmerge.calibrate.batches import padding
+from mixmerge.data.batches import padding
 from mixmerge.errors import DependencyError, Fault, MixmergeError
 from mixmerge.registry import choices
 
