@@ -20,6 +20,7 @@ TABLES = {
     "engine": "mixmerge.engines:ENGINES",
     "composition": "mixmerge.aggregate.table:COMPOSITIONS",
     "extraction": "mixmerge.aggregate.extraction:EXTRACTORS",
+    "gate": "mixmerge.bank.gates:GATES",
 }
 
 

@@ -1,0 +1,210 @@
+"""A bank at work in a loaded model: hooks at its sites; the model's own weights stay as they are.
+
+Legend as in ``gate``; o outputs of a site, n length of a vector.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from mixmerge.bank.gate import Gate, Run
+from mixmerge.bank.mix import Mix, apply, dense
+from mixmerge.bank.records import Bank, Site
+from mixmerge.errors import Fault, MixmergeError
+
+
+class Attached:
+    """A bank and a gate on a model. Outside ``running`` the model is its base, bit for bit.
+
+    Args:
+        model: of transformers, in evaluation mode.
+        bank: of this model's tensors; moved to its device and type.
+        gate: says what each token gets.
+
+    Raises:
+        MixmergeError: sites that the model lacks, or whose shape is another; layers that do not see each token of
+            each row.
+    """
+
+    def __init__(self, model: nn.Module, bank: Bank, gate: Gate) -> None:
+        like = next(model.parameters())
+        self.model, self.gate = model, gate
+        self.bank = bank.to(like.device, like.dtype)
+        self._lock = threading.RLock()
+        self._run: Run | None = None
+        self.log: list[tuple[str, Mix]] | None = None
+        self._handles = _Hooks(self).install()
+
+    def detach(self) -> None:
+        """Take the hooks off again."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    @contextmanager
+    def running(self, run: Run | None = None) -> Iterator[None]:
+        """Within it the model is the mixture. One thread at a time; it may be nested, and None is the base alone."""
+        with self._lock:
+            before, self._run = self._run, run
+            try:
+                yield
+            finally:
+                self._run = before
+
+    @contextmanager
+    def logged(self) -> Iterator[list[tuple[str, Mix]]]:
+        """Within it every decision is kept: (site, its mix), in the order of the layers."""
+        before, self.log = self.log, []
+        try:
+            yield self.log
+        finally:
+            self.log = before
+
+    def decide(self, site: str, u: Tensor) -> Mix | None:
+        """What the gate says now; None outside ``running``."""
+        if self._run is None:
+            return None
+        mix = self.gate.mix(site, u, self._run)
+        if self.log is not None and mix is not None:
+            self.log.append((site, mix))
+        return mix
+
+
+def places(model: nn.Module, names: Mapping[str, Any]) -> dict[str, tuple[nn.Module, str]]:
+    """Tensor names of a checkpoint to (module, attribute) of a model, with or without the prefix of its trunk."""
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    known = dict(model.named_modules(remove_duplicate=False))
+    found = {}
+    for name in names:
+        for spelled in (name, prefix + name, name.removeprefix(prefix)):
+            path, _, attribute = spelled.rpartition(".")
+            if path in known and isinstance(getattr(known[path], attribute, None), Tensor):
+                found[name] = known[path], attribute
+                break
+    return found
+
+
+class _Hooks:
+    """What is put on a model for a bank."""
+
+    def __init__(self, attached: Attached) -> None:
+        self.attached, self.bank, self.model = attached, attached.bank, attached.model
+        self.faults: list[Fault] = []
+
+    def install(self) -> list[Any]:
+        found = places(self.model, {**self.bank.sites, **self.bank.vectors})
+        lacking = sorted({*self.bank.sites, *self.bank.vectors} - set(found))
+        if lacking:
+            what = f"{type(self.model).__name__} has no {lacking[0]}"
+            more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
+            raise MixmergeError(Fault("bank", what + more, "A bank runs on the base it was made for"))
+        handles = [self._site(*found[name], site) for name, site in self.bank.sites.items()]
+        handles += [self._vector(*found[name], name) for name in self.bank.vectors]
+        tied = [site for site in self.bank.sites.values() if site.tied]
+        handles += [self._head(site) for site in tied]
+        if self.faults:
+            for handle in handles:
+                handle.remove()
+            raise MixmergeError(self.faults)
+        return handles
+
+    def _site(self, module: nn.Module, attribute: str, site: Site) -> Any:
+        from transformers.pytorch_utils import Conv1D
+
+        weight = getattr(module, attribute)
+        width = site.a.shape[0] if site.kind == "embedding" else site.a.shape[1]
+        wanted = (width, site.b.shape[1])
+        stored = wanted if site.kind == "embedding" or isinstance(module, Conv1D) else wanted[::-1]
+        if attribute != "weight" or not isinstance(module, nn.Linear | nn.Embedding | Conv1D):
+            self.faults.append(
+                Fault(f"bank: {site.name}", f"is of a layer of {type(module).__name__}", _LAYERS)
+            )
+        elif tuple(weight.shape) != stored:
+            what = f"is for {wanted[0]} to {wanted[1]}, and the model's is {tuple(weight.shape)}"
+            self.faults.append(Fault(f"bank: {site.name}", what, "A bank runs on the base it was made for"))
+
+        # Gemma's table multiplies what it looks up.
+        factor = getattr(module, "embed_scale", None) if site.kind == "embedding" else None
+        used = site if factor is None else replace(site, scale=site.scale * float(factor))
+
+        def hook(_: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+            mix = self.attached.decide(site.name, given[0])
+            return None if mix is None else _applied(used, given[0], output, mix)
+
+        return module.register_forward_hook(hook)
+
+    def _head(self, site: Site) -> Any:
+        """A tied head: its change is that of the table, the other way round."""
+        turned = Site(site.name, site.b, site.a.T.contiguous(), site.scale, site.ranks)
+        head = self.model.get_output_embeddings()  # type: ignore[operator]
+        if head is None:
+            return _Nothing()
+
+        def hook(_: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+            mix = self.attached.decide(site.name, given[0])
+            return None if mix is None else _applied(turned, given[0], output, mix)
+
+        return head.register_forward_hook(hook)
+
+    def _vector(self, module: nn.Module, attribute: str, name: str) -> Any:
+        deltas = self.bank.vectors[name]  # (E, n)
+        slope = None if attribute == "bias" else _Slope(module)
+
+        def hook(_: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+            mix = self.attached.decide(name, given[0])
+            if mix is None:
+                return None
+            added = dense(mix, len(deltas)).to(deltas.dtype) @ deltas  # (B, 1 or T, n)
+            if output.dim() == 4:  # norms of heads: (B, T, heads, n) or (B, heads, T, n)
+                if not mix.by_row:
+                    raise MixmergeError(Fault(f"bank: {name}", "is of heads", "Weights for each row"))
+                added = added[:, None]
+            return output + (added if slope is None else slope(given[0]) * added)
+
+        return module.register_forward_hook(hook)
+
+
+class _Slope:
+    """How a norm's output grows with its gain: its output for a gain of 1 less that for 0, since some add 1 to it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._one, self._none = self._with(module, 1.0), self._with(module, 0.0)
+
+    @staticmethod
+    def _with(module: nn.Module, gain: float) -> nn.Module:
+        made = copy.deepcopy(module)
+        made._forward_hooks.clear()
+        for name, value in made.named_parameters():
+            nn.init.constant_(value, gain if name == "weight" else 0.0)
+        return made.requires_grad_(False)
+
+    def __call__(self, u: Tensor) -> Tensor:
+        slope: Tensor = self._one(u) - self._none(u)
+        return slope
+
+
+def _applied(site: Site, u: Tensor, y: Tensor, mix: Mix) -> Tensor:
+    """``apply``, of layers that see ``(B * T, d)`` too."""
+    rows = len(mix.weights)
+    flat = u.dim() == 2 and site.kind == "linear"
+    if not flat:
+        return apply(site, u, y, mix)
+    if len(u) % rows:
+        what = f"{site.name} sees {tuple(u.shape)} for {rows} rows"
+        raise MixmergeError(Fault("bank", what, "Layers that see every token of every row"))
+    return apply(site, u.view(rows, -1, u.shape[-1]), y.view(rows, -1, y.shape[-1]), mix).flatten(0, 1)
+
+
+class _Nothing:
+    def remove(self) -> None:
+        """Nothing was put on."""
+
+
+_LAYERS = "Linear layers, Conv1D and embeddings can have factors"

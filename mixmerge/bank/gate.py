@@ -1,0 +1,81 @@
+"""What a gate is: a small module that gives the weights of a bank's experts, for rows or for tokens.
+
+Legend: B rows, T tokens, E experts, d width of a site's inputs, h width of the model, f of features of a query.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor, nn
+
+from mixmerge.bank.mix import Mix
+
+Features = Literal["", "hidden", "text"]
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """What a gate knows beside a site's inputs while a batch goes through the model.
+
+    Args:
+        rows: ``(B, S)``: what ``Gate.query`` gave for each row, when its prompt was read; None if it gives nothing.
+        hidden: ``(B, T, h)``: the base's last hidden states of the same tokens, from a pass without the bank; only
+            for a gate whose ``second_pass`` is True.
+        mask: ``(B, T)``, True for tokens that are no padding; None if there is no padding.
+    """
+
+    rows: Tensor | None = None
+    hidden: Tensor | None = None
+    mask: Tensor | None = None
+
+
+class Gate(nn.Module):
+    """Weights of experts.
+
+    A row's weights depend on nothing but that row: never on its batch-mates, its padding or its place; a token's on
+    nothing that comes after it. In evaluation mode a call changes no state.
+
+    ``kind``: its name in ``GATES``. ``features``: what ``query`` is given of each prompt: nothing; ``hidden``, the mean
+    over the prompt's tokens of the base's last hidden states; ``text``, the features of a text encoder.
+    ``second_pass``: it wants the base's hidden states of every token (``Run.hidden``). What is saved of a gate is its
+    ``kind``, ``settings()``, of which ``build`` makes it again, and its ``state_dict``.
+    """
+
+    kind: ClassVar[str]
+    features: ClassVar[Features] = ""
+    second_pass: ClassVar[bool] = False
+
+    def settings(self) -> dict[str, Any]:
+        """JSON values that say everything of it but its tensors' values."""
+        return {}
+
+    @classmethod
+    def build(cls, settings: Mapping[str, Any]) -> Gate:
+        """A gate of what ``settings()`` said, with tensors of the right shapes and any values."""
+        return cls(**settings)
+
+    def query(self, features: Tensor) -> Tensor:
+        """``(B, f)`` features of prompts to ``(B, S)``, kept for each row while it is answered."""
+        raise NotImplementedError
+
+    def mix(self, site: str, u: Tensor, run: Run) -> Mix | None:
+        """The weights at a site; None for the base alone.
+
+        Args:
+            site: its name in the bank; of a vector too, whose mix is by expert and for a row or a token.
+            u: ``(B, T, d)`` its inputs; of an embedding ``(B, T)`` tokens.
+            run: of the batch.
+        """
+        raise NotImplementedError
+
+
+class RowGate(Gate):
+    """Every row has its own weights, given with the batch: a task's id, an oracle, a fixed mixture."""
+
+    kind = "given"
+
+    def mix(self, site: str, u: Tensor, run: Run) -> Mix | None:
+        return None if run.rows is None else Mix(run.rows)

@@ -1,0 +1,116 @@
+"""The primitive of a bank by hand, and a bank at work in real models."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mixmerge.bank.attach import Attached
+from mixmerge.bank.gate import RowGate, Run
+from mixmerge.bank.mix import Mix, apply, change
+from mixmerge.bank.records import Bank, Entry, Site, side_by_side
+
+
+def two_experts() -> Site:
+    """Ranks 1 and 2: expert 0 adds 2 * x0 to output 0; expert 1 adds x1 to output 0 and 3 * x0 to output 1."""
+    first = Entry(torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 0.0]]), 2.0)
+    second = Entry(torch.eye(2).flip(0), torch.eye(2), torch.tensor([1.0, 3.0]))
+    return side_by_side("m.weight", [first, second])
+
+
+def test_by_hand_rows_tokens_and_ranks() -> None:
+    site, u = two_experts(), torch.tensor([[[1.0, 10.0], [2.0, 20.0]]])  # (1, 2, 2)
+    assert site.rank == 3
+    assert site.owners.tolist() == [0, 1, 1]
+    by_row = change(site, u, Mix(torch.tensor([[1.0, 0.5]])))
+    assert by_row.tolist() == [[[2 + 5, 1.5], [4 + 10, 3.0]]]
+    by_token = change(site, u, Mix(torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])))
+    assert by_token.tolist() == [[[2, 0], [20, 6]]]
+    some = change(site, u, Mix(torch.tensor([[[0.5], [2.0]]]), torch.tensor([[[1], [0]]])))
+    assert some.tolist() == [[[5, 1.5], [8, 0]]]
+    ranks = change(site, u, Mix(torch.tensor([[1.0, 0.0, 1.0]]), by="rank"))
+    assert ranks.tolist() == [[[2, 3], [4, 6]]]
+
+
+def test_the_delta_is_what_the_change_multiplies_by() -> None:
+    site, u = two_experts(), torch.randn(3, 4, 2)
+    weights = torch.tensor([0.3, -1.2])
+    torch.testing.assert_close(change(site, u, Mix(weights.expand(3, -1))), u @ site.delta(weights).T)
+
+
+def test_factors_that_are_mixed_have_cross_terms() -> None:
+    a, b = torch.randn(2, 2, 4), torch.randn(2, 2, 3)
+    site = side_by_side("m", [Entry(a[0], b[0], 2.0), Entry(a[1], b[1], 0.5)])
+    u, w = torch.randn(1, 5, 4), torch.tensor([0.7, 0.2])
+    found = change(site, u, Mix(w[None], how="factors"))
+    mixed_a = 0.7 * a[0] + 0.2 * a[1]
+    mixed_b = 0.7 * 2.0 * b[0] + 0.2 * 0.5 * b[1]
+    torch.testing.assert_close(found, u @ mixed_a.T @ mixed_b)
+
+
+def _bank_of(model: torch.nn.Module, seed: int) -> tuple[Bank, list[dict[str, Tensor]]]:
+    """Two experts that change every matrix and vector of a model, and their whole weights."""
+    draw = torch.Generator().manual_seed(seed)
+    sites: dict[str, Site] = {}
+    vectors: dict[str, Tensor] = {}
+    whole: list[dict[str, Tensor]] = [{}, {}]
+    for name, value in model.named_parameters():
+        if value.dim() == 1:
+            vectors[name] = torch.randn(2, len(value), generator=draw) * 0.2
+            changes = list(vectors[name])
+        else:
+            entries = []
+            table = "embed" in name or "wte" in name or "wpe" in name
+            turned = "attn.c_" in name or "mlp.c_" in name  # Conv1D
+            for rank in (1, 3):
+                o, d = value.shape if not (table or turned) else value.shape[::-1]
+                a = torch.randn(d, rank, generator=draw)
+                b = torch.randn(rank, o, generator=draw) * 0.05
+                entries.append(Entry(a if table else a.T, b, 0.5))
+            kind = "embedding" if table else "linear"
+            head = model.get_output_embeddings()
+            tied = table and head is not None and head.weight is value
+            sites[name] = side_by_side(name, entries, kind=kind, tied=tied)  # type: ignore[arg-type, list-item]
+            changes = [sites[name].delta(torch.eye(2)[expert]) for expert in range(2)]
+            changes = [one.T if turned else one for one in changes]
+        for expert in range(2):
+            whole[expert][name] = changes[expert]
+    return Bank(("one", "two"), sites, vectors), whole
+
+
+@pytest.mark.parametrize("name", ["llama_tied", "gpt2", "qwen3", "gemma", "gpt_neox"])
+def test_a_bank_is_each_expert_and_any_mixture_of_them(family: Any, name: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(family(name).base, dtype=torch.float32).eval()
+    plain = copy.deepcopy(model)
+    ids = torch.randint(0, model.config.vocab_size, (3, 7), generator=torch.Generator().manual_seed(0))
+    bank, whole = _bank_of(model, 1)
+    attached = Attached(model, bank, RowGate())
+    rows = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.4, -0.3]])
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, plain(ids).logits)
+        with attached.running(Run(rows)):
+            together = model(ids).logits
+        for row, weights in enumerate(rows):
+            merged = copy.deepcopy(plain)
+            for key, value in merged.named_parameters():
+                value += weights[0] * whole[0][key] + weights[1] * whole[1][key]
+            torch.testing.assert_close(
+                together[row], merged(ids[row : row + 1]).logits[0], atol=2e-4, rtol=2e-4
+            )
+    attached.detach()
+    assert torch.equal(model(ids).logits, plain(ids).logits)
+
+
+def test_apply_leaves_the_output_alone() -> None:
+    site, u, y = two_experts(), torch.randn(2, 3, 2), torch.randn(2, 3, 2)
+    before = y.clone()
+    torch.testing.assert_close(
+        apply(site, u, y, Mix(torch.ones(2, 2))), y + change(site, u, Mix(torch.ones(2, 2)))
+    )
+    assert torch.equal(y, before)
