@@ -67,6 +67,20 @@ class Attached:
         finally:
             self.log = before
 
+    def by_row(self, u: Tensor) -> Tensor:
+        """``(B, T, d)`` of what a layer may see as ``(B * T, d)``, or ``(B, d)`` of one token of each row.
+
+        Raises:
+            MixmergeError: a layer that sees something else than every token of every row.
+        """
+        if u.dim() != 2 or self._run is None:
+            return u
+        rows = 1 if self._run.rows is None else len(self._run.rows)
+        if len(u) % rows:
+            what = f"a layer sees {tuple(u.shape)} for {rows} rows"
+            raise MixmergeError(Fault("bank", what, "Layers that see every token of every row"))
+        return u.view(rows, -1, u.shape[-1])
+
     def decide(self, site: str, u: Tensor) -> Mix | None:
         """What the gate says now; None outside ``running``."""
         if self._run is None:
@@ -135,8 +149,7 @@ class _Hooks:
         used = site if factor is None else replace(site, scale=site.scale * float(factor))
 
         def hook(_: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-            mix = self.attached.decide(site.name, given[0])
-            return None if mix is None else _applied(used, given[0], output, mix)
+            return self._changed(used, given[0], output)
 
         return module.register_forward_hook(hook)
 
@@ -148,20 +161,32 @@ class _Hooks:
             return _Nothing()
 
         def hook(_: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-            mix = self.attached.decide(site.name, given[0])
-            return None if mix is None else _applied(turned, given[0], output, mix)
+            return self._changed(turned, given[0], output)
 
         return head.register_forward_hook(hook)
+
+    def _changed(self, site: Site, u: Tensor, y: Tensor) -> Tensor | None:
+        flat = u.dim() == 2 and site.kind == "linear"
+        u = self.attached.by_row(u) if flat else u
+        mix = self.attached.decide(site.name, u)
+        if mix is None:
+            return None
+        return apply(site, u, self.attached.by_row(y), mix).view_as(y) if flat else apply(site, u, y, mix)
 
     def _vector(self, module: nn.Module, attribute: str, name: str) -> Any:
         deltas = self.bank.vectors[name]  # (E, n)
         slope = None if attribute == "bias" else _Slope(module)
 
         def hook(_: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-            mix = self.attached.decide(name, given[0])
+            u = self.attached.by_row(given[0])
+            mix = self.attached.decide(name, u)
             if mix is None:
                 return None
             added = dense(mix, len(deltas)).to(deltas.dtype) @ deltas  # (B, 1 or T, n)
+            if output.dim() == 2:
+                return (
+                    self.attached.by_row(output) + (added if slope is None else slope(u) * added)
+                ).view_as(output)
             if output.dim() == 4:  # norms of heads: (B, T, heads, n) or (B, heads, T, n)
                 if not mix.by_row:
                     raise MixmergeError(Fault(f"bank: {name}", "is of heads", "Weights for each row"))
@@ -188,18 +213,6 @@ class _Slope:
     def __call__(self, u: Tensor) -> Tensor:
         slope: Tensor = self._one(u) - self._none(u)
         return slope
-
-
-def _applied(site: Site, u: Tensor, y: Tensor, mix: Mix) -> Tensor:
-    """``apply``, of layers that see ``(B * T, d)`` too."""
-    rows = len(mix.weights)
-    flat = u.dim() == 2 and site.kind == "linear"
-    if not flat:
-        return apply(site, u, y, mix)
-    if len(u) % rows:
-        what = f"{site.name} sees {tuple(u.shape)} for {rows} rows"
-        raise MixmergeError(Fault("bank", what, "Layers that see every token of every row"))
-    return apply(site, u.view(rows, -1, u.shape[-1]), y.view(rows, -1, y.shape[-1]), mix).flatten(0, 1)
 
 
 class _Nothing:

@@ -114,3 +114,20 @@ def test_apply_leaves_the_output_alone() -> None:
         apply(site, u, y, Mix(torch.ones(2, 2))), y + change(site, u, Mix(torch.ones(2, 2)))
     )
     assert torch.equal(y, before)
+
+
+def test_layers_that_see_one_vector_a_row(family: Any) -> None:
+    """A pooler sees (B, d): the rows must not meet."""
+    from transformers import BertModel
+
+    model = BertModel.from_pretrained(family("bert").base, dtype=torch.float32).eval()
+    bank, _ = _bank_of(model, 2)
+    attached = Attached(model, bank, RowGate())
+    ids, rows = torch.randint(0, model.config.vocab_size, (3, 5)), torch.rand(3, 2)
+    with torch.no_grad():
+        with attached.running(Run(rows)):
+            together = model(ids).pooler_output
+        for row in range(3):
+            with attached.running(Run(rows[row : row + 1])):
+                alone = model(ids[row : row + 1]).pooler_output
+            torch.testing.assert_close(together[row : row + 1], alone)
