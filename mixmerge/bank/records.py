@@ -67,8 +67,9 @@ class Site:
     @cached_property
     def owners(self) -> Tensor:
         """``(R,)``: whose each rank is."""
-        counts = torch.tensor(self.ranks, device=self.b.device)
-        return torch.repeat_interleave(torch.arange(len(self.ranks), device=self.b.device), counts)
+        with torch.inference_mode(False):  # it is kept, and a gate may be trained afterwards
+            counts = torch.tensor(self.ranks, device=self.b.device)
+            return torch.repeat_interleave(torch.arange(len(self.ranks), device=self.b.device), counts)
 
     @property
     def rank(self) -> int:

@@ -131,3 +131,12 @@ def test_layers_that_see_one_vector_a_row(family: Any) -> None:
             with attached.running(Run(rows[row : row + 1])):
                 alone = model(ids[row : row + 1]).pooler_output
             torch.testing.assert_close(together[row : row + 1], alone)
+
+
+def test_a_site_that_was_run_can_be_trained_through() -> None:
+    site, u = two_experts(), torch.randn(1, 2, 2)
+    with torch.inference_mode():
+        change(site, u, Mix(torch.ones(1, 2)))
+    weights = torch.ones(1, 2, requires_grad=True)
+    change(site, u, Mix(weights)).sum().backward()
+    assert weights.grad is not None
