@@ -49,16 +49,14 @@ def standardised(vectors: Tensor) -> Tensor:
 
 
 def standard_scores(u: Tensor, vectors: Tensor) -> Tensor:
-    """``standardised(u) . v_e / sqrt(d)``, with no standardised copy of u.
+    """``standardised(u) . v_e / sqrt(d)``.
 
     Args:
         u: ``(..., d)``.
-        vectors: ``(E, d)``, standardised: their entries add up to 0, so the mean of u plays no part.
+        vectors: ``(E, d)``, standardised.
 
     Returns:
         ``(..., E)``.
     """
-    u = u.float()
-    spread = (u.var(-1, correction=0, keepdim=True) + EPS).rsqrt()
-    scores: Tensor = (u @ vectors.T) * (spread * u.shape[-1] ** -0.5)
+    scores: Tensor = dots(standardised(u), vectors) * u.shape[-1] ** -0.5
     return scores
