@@ -37,6 +37,7 @@ class Attached:
         like = next(model.parameters())
         self.model, self.gate = model, gate
         self.bank = bank.to(like.device, like.dtype)
+        gate.bind(self.bank)
         self._lock = threading.RLock()
         self._run: Run | None = None
         self.log: list[tuple[str, Mix]] | None = None

@@ -9,11 +9,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from pydantic import BaseModel
 from torch import Tensor, nn
 
 from mixmerge.bank.mix import Mix
+from mixmerge.bank.records import Bank
+from mixmerge.errors import Fault
 
 Features = Literal["", "hidden", "text"]
+Want = Literal["model", "rows", "rows of each expert", "encode", "given"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,11 +46,27 @@ class Gate(nn.Module):
     over the prompt's tokens of the base's last hidden states; ``text``, the features of a text encoder.
     ``second_pass``: it wants the base's hidden states of every token (``Run.hidden``). What is saved of a gate is its
     ``kind``, ``settings()``, of which ``build`` makes it again, and its ``state_dict``.
+
+    For ``fitting.fit_gate``: ``options``, the strict model of what a user may say of it; ``fitter``, the
+    ``module:function`` that fits it, none if ``build({})`` is all; ``wants``, what that takes beside a bank;
+    ``grows``: ``fitting.with_expert`` can make it one for an expert more without fitting it again for the others.
     """
 
     kind: ClassVar[str]
     features: ClassVar[Features] = ""
     second_pass: ClassVar[bool] = False
+    options: ClassVar[type[BaseModel] | None] = None
+    fitter: ClassVar[str] = ""
+    wants: ClassVar[tuple[Want, ...]] = ()
+    grows: ClassVar[bool] = False
+
+    @classmethod
+    def faults(cls, bank: Bank, options: BaseModel) -> list[Fault]:
+        """Why it cannot be a gate of this bank with these options; empty if it can."""
+        return []
+
+    def bind(self, bank: Bank) -> None:
+        """Told the bank it speaks for, on its device, before it is asked. What it keeps of it is not saved."""
 
     def settings(self) -> dict[str, Any]:
         """JSON values that say everything of it but its tensors' values."""
