@@ -40,13 +40,15 @@ class Gate(nn.Module):
 
     ``kind``: its name in ``GATES``. ``features``: what ``query`` is given of each prompt: nothing; ``hidden``, the mean
     over the prompt's tokens of the base's last hidden states; ``text``, the features of a text encoder.
-    ``second_pass``: it wants the base's hidden states of every token (``Run.hidden``). What is saved of a gate is its
+    ``second_pass``: it wants the base's hidden states of every token (``Run.hidden``). ``open_to_new``: it may be used
+    with experts that were added to its bank later, of which it was told nothing. What is saved of a gate is its
     ``kind``, ``settings()``, of which ``build`` makes it again, and its ``state_dict``.
     """
 
     kind: ClassVar[str]
     features: ClassVar[Features] = ""
     second_pass: ClassVar[bool] = False
+    open_to_new: ClassVar[bool] = False
 
     def settings(self) -> dict[str, Any]:
         """JSON values that say everything of it but its tensors' values."""
