@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from mixmerge.bank.records import Bank, Entry, Site, side_by_side
+from mixmerge.bank.records import Bank, Entry, side_by_side
 from mixmerge.errors import Fault, MixmergeError
 from mixmerge.registry import choices
 
@@ -179,15 +179,3 @@ def _names(parts: Iterable[Mapping[str, object]]) -> list[str]:
 def _stacked(vectors: Sequence[Tensor | None]) -> Tensor:
     like = next(one for one in vectors if one is not None)
     return torch.stack([torch.zeros_like(like) if one is None else one for one in vectors])
-
-
-def entry_of(site: Site, weights: Tensor) -> Entry:
-    """A fixed mixture at a site as one change, exact: ranks side by side, those of weight 0 left out.
-
-    Args:
-        weights: ``(E,)``.
-    """
-    each = weights.to(site.scale)[site.owners] * site.scale  # (R,)
-    kept = each != 0
-    a = site.a[:, kept] if site.kind == "embedding" else site.a[kept]
-    return Entry(a, site.b[kept], each[kept], site.kind, site.tied)

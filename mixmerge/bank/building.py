@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from mixmerge.bank.adapters import adapter_entries, base_faults
-from mixmerge.bank.assembling import Changes, assembled, changes_of, chosen, entry_of, extended
+from mixmerge.bank.assembling import Changes, assembled, changes_of, chosen, extended
 from mixmerge.bank.checkpoints import Difference, to_low_rank
 from mixmerge.bank.factors import allocate, check_size, low_rank, spectrum
 from mixmerge.bank.records import Bank
@@ -24,7 +24,6 @@ __all__ = [
     "bank_of",
     "changes_of",
     "chosen",
-    "entry_of",
     "extended",
     "fingerprint_of",
     "low_rank",

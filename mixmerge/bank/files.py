@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mixmerge.bank.assembling import Changes, extended
 from mixmerge.bank.cards import (
     AGAIN,
     CARD,
@@ -40,6 +41,7 @@ __all__ = [
     "FOLDER",
     "BankCard",
     "BankWriter",
+    "extend_bank",
     "load_bank",
     "load_gate",
     "read_card",
@@ -252,6 +254,38 @@ def save_bank(
         for name, values in bank.vectors.items():
             writer.add_vectors(name, values)
         return writer.close()
+
+
+def extend_bank(
+    folder: Path, out: Path, name: str, changes: Changes, *, fingerprint: str, overwrite: bool = False
+) -> BankCard:
+    """Write a bank with one more expert at its end, in the same bits.
+
+    Gates for the old bank that are ``open_to_new`` are taken by the new one: its card names the old one's hash.
+
+    Args:
+        folder: that has the old bank, which stays as it is.
+        out: in which the new one is made.
+        name: of the expert.
+        changes: as ``adapter_entries`` and ``to_low_rank`` give them.
+        fingerprint: the expert's.
+        overwrite: as in ``BankWriter``.
+
+    Raises:
+        CheckpointError: as ``load_bank``.
+        MixmergeError: as ``extended``.
+        OutputError: as ``BankWriter``.
+    """
+    card = read_card(folder)
+    return save_bank(
+        out,
+        extended(load_bank(folder), name, changes),
+        base=card.base,
+        hashes={**card.hashes, name: fingerprint},
+        bits=card.bits,
+        earlier=(*card.earlier, card.hash),
+        overwrite=overwrite,
+    )
 
 
 def load_bank(folder: Path) -> Bank:

@@ -16,6 +16,7 @@ from mixmerge.bank import gates
 from mixmerge.bank.files import (
     FOLDER,
     BankWriter,
+    extend_bank,
     load_bank,
     load_gate,
     read_card,
@@ -24,7 +25,7 @@ from mixmerge.bank.files import (
 )
 from mixmerge.bank.gate import Gate
 from mixmerge.bank.mix import Mix
-from mixmerge.bank.records import Bank, Kind, Site
+from mixmerge.bank.records import Bank, Entry, Kind, Site
 from mixmerge.errors import MixmergeError, OutputError
 
 HASHES = {"one": "1" * 64, "two": "2" * 64}
@@ -359,3 +360,21 @@ def test_a_gate_without_tensors(tmp_path: Path) -> None:
 
     save_gate(tmp_path, RowGate(), bank="x")
     assert isinstance(load_gate(tmp_path, bank="x"), RowGate)
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+@pytest.mark.usefixtures("kinds")
+def test_an_expert_that_comes_later(tmp_path: Path, bits: Any) -> None:
+    old = saved(tmp_path / "old", bits=bits)
+    before = load_bank(old)
+    save_gate(old, Open(2), bank=read_card(old).hash, experts=before.experts)
+    entry = Entry(torch.randn(2, 5), torch.randn(2, 4), 0.5)
+    card = extend_bank(old, tmp_path / "new", "three", ({"layer.1.weight": entry}, {}), fingerprint="3" * 64)
+    after = load_bank(tmp_path / "new")
+    assert after.experts == card.experts == ("one", "two", "three")
+    assert after.sites["layer.1.weight"].ranks == (0, 3, 2)
+    for name, site in before.sites.items():  # the others are what they were, in 8 bits too
+        first = torch.tensor([0.5, 2.0])
+        assert torch.equal(site.delta(first), after.sites[name].delta(torch.tensor([0.5, 2.0, 0.0])))
+    assert load_gate(old, bank=card.hash, earlier=card.earlier, experts=card.experts)
+    assert load_bank(old).experts == ("one", "two")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mixmerge.bank.attach import Attached
 from mixmerge.bank.building import (
     adapter_entries,
     allocate,
@@ -28,8 +26,7 @@ from mixmerge.bank.building import (
     spectrum,
     to_low_rank,
 )
-from mixmerge.bank.gate import RowGate, Run
-from mixmerge.bank.records import Bank, Entry
+from mixmerge.bank.records import Entry
 from mixmerge.checkpoint.reader import read_weights
 from mixmerge.errors import MixmergeError
 
@@ -250,56 +247,15 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.fixture(scope="session")
-def trained(
-    family: Any, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[..., tuple[Path, Path, Tensor]]:
-    """``trained(family, config, seed=0)``: base, an adapter on it, and the logits PEFT gives with it."""
-    import peft
-    from transformers import AutoModelForCausalLM
-
-    made: dict[str, tuple[Path, Path, Tensor]] = {}
-
-    def make(name: str, config: dict[str, Any], seed: int = 0) -> tuple[Path, Path, Tensor]:
-        key = json.dumps([name, config, seed])
-        if key not in made:
-            base = family(name, dtype="float32").base
-            folder = tmp_path_factory.mktemp("adapter")
-            model = AutoModelForCausalLM.from_pretrained(base)
-            wanted = peft.LoraConfig(**json.loads(json.dumps(config)))
-            adapted = peft.get_peft_model(model, wanted).eval()
-            draw = torch.Generator().manual_seed(seed)
-            with torch.no_grad():
-                for key_, value in sorted(adapted.named_parameters()):
-                    if value.requires_grad or "lora_" in key_:
-                        value += 0.1 * torch.randn(value.shape, generator=draw)
-                logits = adapted(TOKENS).logits
-            adapted.save_pretrained(folder)
-            made[key] = base, folder, logits
-        return made[key]
-
-    return make
-
-
-def logits_of(base: Path, bank: Bank, rows: Tensor) -> Tensor:
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
-    attached = Attached(model, bank, RowGate())
-    with torch.no_grad(), attached.running(Run(rows)):
-        logits: Tensor = model(TOKENS).logits
-    return logits
-
-
 @pytest.mark.parametrize("case", list(ADAPTERS))
-def test_an_adapter_in_a_bank_is_the_adapter(trained: Any, case: str) -> None:
+def test_an_adapter_in_a_bank_is_the_adapter(logits_of: Any, trained: Any, case: str) -> None:
     base, folder, expected = trained(*ADAPTERS[case])
     bank = bank_of(base, {"it": folder})
     found = logits_of(base, bank, torch.ones(2, 1))
     torch.testing.assert_close(found, expected, atol=2e-4, rtol=2e-4)
 
 
-def test_adapters_of_any_ranks_and_targets_share_a_bank(trained: Any) -> None:
+def test_adapters_of_any_ranks_and_targets_share_a_bank(logits_of: Any, trained: Any) -> None:
     cases = ("alpha", "rslora", "embedding and head", "norms saved")
     folders = {case: trained(*ADAPTERS[case])[1] for case in cases}
     base = trained(*ADAPTERS["alpha"])[0]
@@ -398,7 +354,7 @@ def _spoil(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama_tied", "llama_bias", "gpt2", "gemma", "gpt_neox", "qwen3"])
-def test_a_full_expert_at_full_rank_is_the_expert(family: Any, name: str) -> None:
+def test_a_full_expert_at_full_rank_is_the_expert(logits_of: Any, family: Any, name: str) -> None:
     from transformers import AutoModelForCausalLM
 
     made = family(name, dtype="float32")
@@ -431,7 +387,7 @@ def test_sizes_of_a_full_expert(family: Any) -> None:
     assert max(max(site.ranks) for site in shared.sites.values()) <= 4
 
 
-def test_an_expert_whose_head_is_its_own(family: Any, tmp_path: Path) -> None:
+def test_an_expert_whose_head_is_its_own(logits_of: Any, family: Any, tmp_path: Path) -> None:
     """The base ties its head to its table, the expert does not: head and table have changed apart."""
     from transformers import AutoModelForCausalLM
 
