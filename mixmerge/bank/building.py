@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from torch import Tensor
+
 from mixmerge.bank.adapters import adapter_entries, base_faults
 from mixmerge.bank.assembling import Changes, assembled, changes_of, chosen, extended
 from mixmerge.bank.checkpoints import Difference, to_low_rank
@@ -117,7 +119,15 @@ def _shared_out(
     differences: Mapping[str, Difference], budget: int, rank: int | None
 ) -> dict[str, dict[str, int]]:
     """For each expert the rank it may have at each site."""
-    found = {name: one.spectra() for name, one in differences.items()}
+    found: dict[str, dict[str, Tensor]] = {}
+    faults: list[Fault] = []
+    for name, one in differences.items():
+        try:
+            found[name] = one.spectra()
+        except MixmergeError as error:
+            faults += error.faults
+    if faults:
+        raise MixmergeError(faults)
     sides = {site: side for name, one in differences.items() for site, side in one.sides(found[name]).items()}
     none = next(iter(next(iter(found.values())).values()), None) if found else None
     if none is None:

@@ -378,3 +378,23 @@ def test_an_expert_that_comes_later(tmp_path: Path, bits: Any) -> None:
         assert torch.equal(site.delta(first), after.sites[name].delta(torch.tensor([0.5, 2.0, 0.0])))
     assert load_gate(old, bank=card.hash, earlier=card.earlier, experts=card.experts)
     assert load_bank(old).experts == ("one", "two")
+
+
+def test_writing_holds_no_more_than_a_shard(tmp_path: Path, peak_of: Any) -> None:
+    setup = """
+from pathlib import Path
+from mixmerge.bank.files import BankWriter
+from mixmerge.bank.records import Site
+def site(number):
+    return Site(f"w{number}", torch.ones(8, 65536), torch.ones(8, 4), torch.ones(8), (8,))
+BankWriter(Path(sys.argv[1]) / "warm", ["e"], base="b", hashes={"e": "h"}).add(site(0))
+"""
+    work = """
+with BankWriter(Path(sys.argv[1]) / "bank", ["e"], base="b", hashes={"e": "h"}, shard_size=8_000_000) as writer:
+    for number in range(40):
+        writer.add(site(number))
+told = {"bytes": writer.card.nbytes}
+"""
+    told = peak_of(setup, work, str(tmp_path))
+    assert told["bytes"] > 80_000_000
+    assert told["peak"] - told["before"] < 30_000_000

@@ -273,3 +273,31 @@ def test_what_cannot_be_exported(made: Any, family: Any, tmp_path: Path) -> None
         export_checkpoint(out, bank, WEIGHTS, out, overwrite=True)
     with pytest.raises(OutputError, match="holds no adapter_config"):
         export_adapter(bank, WEIGHTS, out, base=base, overwrite=True)
+
+
+@pytest.mark.parametrize("name", ["bert", "bert_mlm"])
+def test_encoders(family: Any, assert_loads: Any, tmp_path: Path, name: str) -> None:
+    from transformers import AutoModel, AutoModelForMaskedLM
+
+    from mixmerge.bank.attach import Attached
+    from mixmerge.bank.gate import RowGate, Run
+
+    auto = AutoModelForMaskedLM if name == "bert_mlm" else AutoModel
+    made = family(name, dtype="float32")
+    bank = bank_of(made.base, {"a": made.experts[0], "b": made.experts[1]}, energy=1.0)
+
+    def answer(model: Any) -> Tensor:
+        with torch.no_grad():
+            found: Tensor = model(TOKENS)[0]
+        return found
+
+    export_checkpoint(made.base, bank, WEIGHTS, tmp_path / "whole")
+    export_checkpoint(made.base, bank, {"b": 1.0}, tmp_path / "b")
+    expected = answer(assert_loads(tmp_path / "whole"))
+    model = auto.from_pretrained(made.base, dtype=torch.float32).eval()
+    attached = Attached(model, bank, RowGate())
+    with attached.running(Run(torch.tensor(WEIGHTS).expand(2, -1))):
+        torch.testing.assert_close(answer(model), expected, atol=3e-4, rtol=3e-4)
+    expert = auto.from_pretrained(made.experts[1], dtype=torch.float32).eval()
+    alone = auto.from_pretrained(tmp_path / "b", dtype=torch.float32).eval()
+    torch.testing.assert_close(answer(alone), answer(expert), atol=3e-4, rtol=3e-4)
