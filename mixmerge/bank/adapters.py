@@ -75,12 +75,15 @@ def base_faults(adapters: Mapping[str, Path], base: Path) -> list[Fault]:
         base: the folder they are to be used with.
 
     Raises:
-        CheckpointError: a config or the base's headers cannot be read.
+        CheckpointError: the headers of a base cannot be read.
     """
     named: dict[str, str] = {}
     faults = []
     for name, folder in adapters.items():
-        said = read_json(folder / CONFIG).get("base_model_name_or_path")
+        try:
+            said = read_json(folder / CONFIG).get("base_model_name_or_path")
+        except CheckpointError:  # what is wrong with it, reading it says too
+            continue
         if not isinstance(said, str) or not said:
             continue
         place = Path(said).expanduser()

@@ -12,9 +12,11 @@ from mixmerge.bank.assembling import Changes, assembled, changes_of, chosen, ext
 from mixmerge.bank.checkpoints import Difference, to_low_rank
 from mixmerge.bank.factors import allocate, check_size, low_rank, spectrum
 from mixmerge.bank.records import Bank
+from mixmerge.checkpoint.adapter import adapter_file
 from mixmerge.checkpoint.adapter_config import CONFIG
-from mixmerge.checkpoint.header import TensorHeader, read_header
+from mixmerge.checkpoint.header import read_header
 from mixmerge.checkpoint.identity import fingerprint
+from mixmerge.checkpoint.pickled import read_bin_header
 from mixmerge.checkpoint.reader import open_checkpoint
 from mixmerge.errors import Fault, MixmergeError
 
@@ -94,10 +96,9 @@ def fingerprint_of(folder: str | Path) -> str:
     folder = Path(folder)
     if not (folder / CONFIG).is_file():
         return fingerprint(folder, open_checkpoint(folder, name=str(folder)).tensors.values())
-    tensors: list[TensorHeader] = []
-    for file in sorted(folder.glob("*.safetensors")):
-        tensors += read_header(file).values()
-    return fingerprint(folder, tensors, config=CONFIG)
+    file = adapter_file(folder, where="adapter")
+    headers = read_bin_header(file) if file.suffix == ".bin" else read_header(file)
+    return fingerprint(folder, headers.values(), config=CONFIG)
 
 
 def _size_faults(

@@ -296,11 +296,14 @@ def test_all_faults_of_all_adapters_at_once(trained: Any, family: Any, clone: An
     _spoil(nan)
     other = family("llama", dtype="float32", seed=5).base
     _edit(renamed / "adapter_config.json", base_model_name_or_path=str(other))
+    cut = clone(good)
+    (cut / "adapter_config.json").write_text("{")
     gpt2 = trained(*ADAPTERS["conv1d"])[1]
     with pytest.raises(MixmergeError) as error:
-        bank_of(base, {"zero": zero, "nan": nan, "renamed": renamed, "gpt2": gpt2, "good": good})
+        bank_of(base, {"zero": zero, "nan": nan, "renamed": renamed, "cut": cut, "gpt2": gpt2, "good": good})
     text = str(error.value)
     assert "r is 0" in text
+    assert "is not JSON" in text
     assert "holds NaN or Inf" in text
     assert f"expert renamed: was trained on {other}, whose weights are not those of" in text
     assert "expert gpt2" in text
