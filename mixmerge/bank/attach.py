@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from mixmerge.bank.gate import Gate, Run
 from mixmerge.bank.mix import Mix, apply, dense
 from mixmerge.bank.records import Bank, Site
+from mixmerge.checkpoint.adapter_names import HEADS
 from mixmerge.errors import Fault, MixmergeError
 
 
@@ -93,8 +94,12 @@ class Attached:
 
 
 def places(model: nn.Module, names: Mapping[str, Any]) -> dict[str, tuple[nn.Module, str]]:
-    """Tensor names of a checkpoint to (module, attribute) of a model, with or without the prefix of its trunk."""
+    """Tensor names of a checkpoint to (module, attribute) of a model, with or without the prefix of its trunk.
+
+    A head goes by any of the names that checkpoints have for heads.
+    """
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    head = getattr(model, "get_output_embeddings", lambda: None)()
     known = dict(model.named_modules(remove_duplicate=False))
     found = {}
     for name in names:
@@ -103,6 +108,9 @@ def places(model: nn.Module, names: Mapping[str, Any]) -> dict[str, tuple[nn.Mod
             if path in known and isinstance(getattr(known[path], attribute, None), Tensor):
                 found[name] = known[path], attribute
                 break
+        else:
+            if head is not None and name in _HEADS:
+                found[name] = head, "weight"
     return found
 
 
@@ -221,4 +229,5 @@ class _Nothing:
         """Nothing was put on."""
 
 
+_HEADS = tuple(f"{head}.weight" for head in HEADS)
 _LAYERS = "Linear layers, Conv1D and embeddings can have factors"

@@ -44,7 +44,8 @@ class Gate(nn.Module):
 
     ``kind``: its name in ``GATES``. ``features``: what ``query`` is given of each prompt: nothing; ``hidden``, the mean
     over the prompt's tokens of the base's last hidden states; ``text``, the features of a text encoder.
-    ``second_pass``: it wants the base's hidden states of every token (``Run.hidden``). What is saved of a gate is its
+    ``second_pass``: it wants the base's hidden states of every token (``Run.hidden``). ``open_to_new``: it may be used
+    with experts that were added to its bank later, of which it was told nothing. What is saved of a gate is its
     ``kind``, ``settings()``, of which ``build`` makes it again, and its ``state_dict``.
 
     For ``fitting.fit_gate``: ``options``, the strict model of what a user may say of it; ``fitter``, the
@@ -55,6 +56,7 @@ class Gate(nn.Module):
     kind: ClassVar[str]
     features: ClassVar[Features] = ""
     second_pass: ClassVar[bool] = False
+    open_to_new: ClassVar[bool] = False
     options: ClassVar[type[BaseModel] | None] = None
     fitter: ClassVar[str] = ""
     wants: ClassVar[tuple[Want, ...]] = ()

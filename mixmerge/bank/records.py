@@ -23,14 +23,17 @@ class Entry:
     """One expert's change of one matrix: ``scale * b.T @ a``, of rank r.
 
     Args:
-        a: ``(r, d)``; of an embedding ``(V, r)``, whose rows belong to tokens.
+        a: ``(r, d)``; of an embedding ``(V, r)``, whose rows belong to tokens, and the change is ``scale * a @ b``.
         b: ``(r, o)``.
         scale: one factor, or ``(r,)`` one of each rank.
+        kind, tied: as in ``Site``.
     """
 
     a: Tensor
     b: Tensor
     scale: float | Tensor = 1.0
+    kind: Kind = "linear"
+    tied: bool = False
 
     @property
     def rank(self) -> int:
@@ -84,7 +87,7 @@ class Site:
         """One expert's part, as views."""
         start, stop = self.bounds[expert], self.bounds[expert + 1]
         a = self.a[:, start:stop] if self.kind == "embedding" else self.a[start:stop]
-        return Entry(a, self.b[start:stop], self.scale[start:stop])
+        return Entry(a, self.b[start:stop], self.scale[start:stop], self.kind, self.tied)
 
     def delta(self, weights: Tensor) -> Tensor:
         """``sum_e w_e * delta_e``, dense and in float32: ``(o, d)``; of an embedding ``(V, o)``.
@@ -103,16 +106,17 @@ class Site:
 
 
 def side_by_side(
-    name: str, entries: list[Entry | None], *, kind: Kind = "linear", tied: bool = False
+    name: str, entries: list[Entry | None], *, kind: Kind | None = None, tied: bool | None = None
 ) -> Site:
     """One site of what each expert has there.
 
     Args:
         name: of the tensor.
         entries: in the bank's order; None where an expert changes nothing. At least one is there.
-        kind, tied: as in ``Site``.
+        kind, tied: as in ``Site``; by default those of the first entry.
     """
     there = [one for one in entries if one is not None]
+    kind, tied = kind or there[0].kind, there[0].tied if tied is None else tied
     ranks = tuple(0 if one is None else one.rank for one in entries)
     scale = torch.cat([torch.as_tensor(one.scale, dtype=torch.float32).expand(one.rank) for one in there])
     a = torch.cat([one.a for one in there], dim=1 if kind == "embedding" else 0).contiguous()

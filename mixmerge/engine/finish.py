@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mixmerge import __version__
+from mixmerge.checkpoint.companions import companions
 from mixmerge.checkpoint.header import read_header
 from mixmerge.checkpoint.identity import content, digest, fingerprint
 from mixmerge.checkpoint.reader import read_json
@@ -25,13 +26,6 @@ from mixmerge.recipe import canonical
 
 RECIPE, MANIFEST, CARD = "mixmerge_recipe.yaml", "mixmerge_manifest.json", "README.md"
 
-# What a tokenizer or a processor may consist of. The weights' donor gives all of it.
-_COPIED = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
-    "chat_template.jinja", "chat_template.json", "generation_config.json", "preprocessor_config.json",
-    "processor_config.json", "video_preprocessor_config.json",
-)  # fmt: skip
 _VERSIONED = ("numpy", "numba", "safetensors")
 
 
@@ -46,10 +40,7 @@ def add_files(
     """Config, tokenizer, generation config, index, recipe, manifest and model card."""
     donor = plan.models[plan.donor].path
     output.add("config.json", json.dumps(plan.config, indent=2) + "\n")
-    names = [name for name in _COPIED if (donor / name).is_file()]
-    if "auto_map" in plan.config:
-        names += sorted(path.name for path in donor.glob("*.py"))
-    for name in names:
+    for name in companions(donor, plan.config):
         output.add(name, content(donor / name))
     if len(plan.shards) > 1:
         targets = [task.target for task in plan.tasks]

@@ -131,6 +131,20 @@ def load_with_head(
     return _ready(found, _tokenizer(folder, None, name), device, name)
 
 
+def outline(folder: Path, name: str) -> Any:
+    """The model of a folder without its values, on the meta device: what layer each of its tensors belongs to.
+
+    Raises:
+        MixmergeError: it is of a class that transformers does not have.
+    """
+    import torch
+
+    config = read_config(folder, name)
+    kind = _class_of(config, name)
+    with _reading(name), torch.device("meta"):
+        return (kind._from_config if hasattr(kind, "_from_config") else kind.from_config)(config).eval()
+
+
 def read_config(folder: Path, name: str) -> Any:
     """The config of transformers in a folder.
 
