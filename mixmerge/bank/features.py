@@ -1,4 +1,4 @@
-"""Features of prompts that a gate reads: means of a model's last hidden states over the tokens that are none of padding.
+"""Features of prompts that a gate reads: means of a model's last hidden states over the tokens that are no padding.
 
 Legend as in ``mixmerge.bank.gate``; N rows, L tokens in the longest of a batch, K tokens that are kept of a row.
 """

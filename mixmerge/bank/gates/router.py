@@ -114,9 +114,7 @@ class Router(Gate):
         return Mix(flat.view(*run.hidden.shape[:2], self.experts))
 
 
-def _network(
-    experts: int, inputs: int, hidden: int, width: int, norm: Norm, dropout: float
-) -> nn.Sequential:
+def _network(experts: int, inputs: int, hidden: int, width: int, norm: Norm, dropout: float) -> nn.Sequential:
     layers: list[nn.Module] = []
     wide = inputs
     for _ in range(hidden):

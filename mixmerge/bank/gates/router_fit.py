@@ -95,8 +95,8 @@ def fit_router(
 ) -> tuple[Router, Trained]:
     """Train a router on labelled features.
 
-    Source: Twin-Merging, arXiv:2406.15479, appendix on the router: cross-entropy on the experts' ids, AdamW. Departures:
-    experts with fewer rows count as much as those with many; the epoch is chosen by rows held out of the calibration
+    Source: Twin-Merging, arXiv:2406.15479, and its released code: cross-entropy on the experts' ids, AdamW. Departures:
+    experts with few rows count as much as those with many; the epoch is chosen by rows held out of the calibration
     rows, never by test rows; features are standardised; a temperature is fitted.
 
     Args:
