@@ -87,7 +87,9 @@ def merge(
         emit_json(_facts(merged))
         return
     resumed = f", {merged.resumed} of them by an earlier run" if merged.resumed else ""
-    print(f"{out}: {len(plan.tasks)} tensors{resumed}, {size(plan.bytes_written)} in {merged.seconds:.1f} s")
+    written = sum(shard.nbytes for shard in plan.shards)
+    beside = "" if merged.bank is None else f", and a bank of {size(merged.bank.nbytes)}"
+    print(f"{out}: {len(plan.tasks)} tensors{resumed}, {size(written)}{beside} in {merged.seconds:.1f} s")
 
 
 def _facts(merged: Merged) -> dict[str, Any]:
@@ -101,4 +103,5 @@ def _facts(merged: Merged) -> dict[str, Any]:
         "tensors": len(plan.tasks),
         "resumed": merged.resumed,
         "warnings": [*plan.warnings, *merged.notes],
+        **({} if merged.bank is None else {"bank": merged.bank.as_json()}),
     }

@@ -10,6 +10,7 @@ from mixmerge.plan.model import Plan, Task
 
 # Python, numpy and the compiled kernels, before any tensor.
 _INTERPRETER = 300_000_000
+_WITH_TORCH = 450_000_000
 CHUNK = 1 << 18
 
 
@@ -84,7 +85,10 @@ def as_json(plan: Plan, *, threads: int) -> dict[str, Any]:
         "to_download": plan.bytes_to_download,
         "bytes_read": plan.bytes_read,
         "bytes_written": plan.bytes_written,
-        "peak_memory": peak_memory(plan, threads=threads),
+        "peak_memory": max(
+            peak_memory(plan, threads=threads),
+            0 if plan.bank is None else _WITH_TORCH + bank_memory(plan.bank),
+        ),
         "shards": [{"file": shard.file, "bytes": shard.nbytes} for shard in plan.shards],
         "tensors": [
             {

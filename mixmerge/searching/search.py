@@ -108,6 +108,10 @@ def search(
         MixmergeError: a recipe that does not plan, no optimiser, a disk that refuses; every candidate failed.
     """
     plan = make_plan(recipe)
+    if plan.bank is not None:
+        what = f"{plan.made_by.name} leaves a bank, and a search scores what is merged alone"
+        run = f"Search a recipe of {plan.method.name}, and take the best one's parameters for shared"
+        raise RecipeError([Fault("merge_method", what, run=run)])
     stacks = depths(task.target.name for task in plan.tasks)
     found = slots(space, recipe, layers=max([1, *stacks.values()]))
     try:
