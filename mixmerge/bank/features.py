@@ -103,7 +103,8 @@ def _spread(hidden: Tensor, mask: Tensor, count: int) -> tuple[Tensor, list[int]
     """At most ``count`` tokens of each row, evenly spread, and whose row each is of in the batch."""
     found, places = [], []
     for place, length in enumerate(mask.sum(1).tolist()):
-        at = torch.linspace(0, length - 1, min(count, length)).round().long().unique()
+        most = min(count, length)
+        at = torch.linspace(0, length - 1, most).round().long()  # no place twice: no more of them than tokens
         found.append(hidden[place, at.to(hidden.device)].float())
         places += [place] * len(at)
     return torch.cat(found), places

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -88,8 +89,14 @@ def merge(
         return
     resumed = f", {merged.resumed} of them by an earlier run" if merged.resumed else ""
     written = sum(shard.nbytes for shard in plan.shards)
-    beside = "" if merged.bank is None else f", and a bank of {size(merged.bank.nbytes)}"
+    beside = "" if merged.bank is None else f", a bank of {size(merged.bank.nbytes)}{_gate(merged.bank.gate)}"
     print(f"{out}: {len(plan.tasks)} tensors{resumed}, {size(written)}{beside} in {merged.seconds:.1f} s")
+
+
+def _gate(gate: Mapping[str, Any] | None) -> str:
+    if gate is None or gate["accuracy"] is None:
+        return ""
+    return f" and a gate right on {100 * gate['accuracy']:.1f} % of {gate['held_out']} rows held out"
 
 
 def _facts(merged: Merged) -> dict[str, Any]:

@@ -145,8 +145,8 @@ expert as its gate says.
     if gate["accuracy"] is None:
         return text
     return text + (
-        f"\nIts gate sends {100 * gate['accuracy']:.1f} % of {gate['held_out']} calibration rows that it was not"
-        "\ntrained on to their own expert.\n"
+        f"\nIts gate sends {100 * gate['accuracy']:.1f} % of {gate['held_out']} calibration rows to their own expert."
+        "\nIt was not trained on them; they chose its epoch and its temperature.\n"
     )
 
 

@@ -14,6 +14,7 @@ from mixmerge.plan import Plan
 
 REPORT = f"{BANK}/training.json"
 _TOKENS = 16  # of each row, for a gate of tokens
+_WELL = 0.8  # below this share of rows a person is told
 
 
 def add_gate(
@@ -95,10 +96,12 @@ def add_gate(
 
 
 def notes_of(report: Mapping[str, Any]) -> list[str]:
-    """What a person should know of a gate: how well it tells the rows held out apart."""
+    """What a person should know of a gate that does not tell the experts' inputs apart."""
     if report["accuracy"] is None:
         return [
             "gate: too few rows to hold any out, so nothing says how well it tells the experts' inputs apart"
         ]
+    if report["accuracy"] >= _WELL:
+        return []
     share = f"{100 * report['accuracy']:.1f} % of {report['held_out']} rows held out"
-    return [f"gate: {share} go to their own expert"]
+    return [f"gate: only {share} go to their own expert; see {REPORT} for which it takes for which"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -60,7 +61,7 @@ def gate_need(plan: Plan, anatomy: Anatomy, shown: Shown, rows: int) -> Need:
         return Need()
     wide = max(1, round(block.width * anatomy.hidden))
     layers = [anatomy.hidden, *[wide] * block.hidden, len(experts_of(plan))]
-    network = sum(one * other for one, other in zip(layers, layers[1:], strict=False))
+    network = sum(one * other for one, other in itertools.pairwise(layers))
     return Need(
         {
             "the shared model": anatomy.loading,

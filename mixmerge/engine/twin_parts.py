@@ -103,7 +103,7 @@ def _weights(plan: Plan, task: Task) -> list[float] | None:
     if task.parameters.get("normalize"):
         total = sum(weights)
         weights = [weight / total for weight in weights]
-    factor = float(task.parameters.get("lambda") or 0.0) if "lambda" in task.parameters else 1.0
+    factor = float(task.parameters.get("lambda", 1.0))  # type: ignore[arg-type]
     return [factor * weight for weight in weights]
 
 

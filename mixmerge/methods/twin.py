@@ -50,4 +50,5 @@ def _truncated(part: Tensor, rank: int | None, energy: float | None) -> Tensor:
     if energy is not None:
         shares = s.square().cumsum(0)
         kept = min(kept, int((shares < energy * shares[-1]).sum()) + 1)
-    return ((u[:, :kept] * s[:kept]) @ vh[:kept]).to(part.dtype)
+    product: Tensor = (u[:, :kept] * s[:kept]) @ vh[:kept]
+    return product.to(part.dtype)

@@ -36,18 +36,18 @@ class GateBlock(Strict):
     features: Literal["hidden", "text"] = "hidden"
     encoder: str | None = None
     per_token: bool = False
-    hidden: int = Field(2, ge=0, le=8)
-    width: float = Field(2.0, gt=0, le=64)
+    hidden: int = Field(default=2, ge=0, le=8)
+    width: float = Field(default=2.0, gt=0, le=64)
     norm: Literal["batch", "layer", "none"] = "batch"
-    dropout: float = Field(0.5, ge=0, lt=1)
-    epochs: int = Field(50, ge=1, le=100_000)
-    batch: int = Field(256, ge=2, le=1_000_000)
-    learning_rate: float = Field(5e-4, gt=0)
-    weight_decay: float = Field(0.01, ge=0)
-    label_smoothing: float = Field(0.0, ge=0, lt=1)
-    holdout: float = Field(0.2, gt=0, lt=1)
+    dropout: float = Field(default=0.5, ge=0, lt=1)
+    epochs: int = Field(default=50, ge=1, le=100_000)
+    batch: int = Field(default=256, ge=2, le=1_000_000)
+    learning_rate: float = Field(default=5e-4, gt=0)
+    weight_decay: float = Field(default=0.01, ge=0)
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    holdout: float = Field(default=0.2, gt=0, lt=1)
     temperature: Literal["held_out", "one"] = "held_out"
-    top_k: int | None = Field(None, ge=1)
+    top_k: int | None = Field(default=None, ge=1)
 
     def canonical(self) -> dict[str, Any]:
         """Plain data, every value spelled out but those that are not set."""

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from mixmerge.checkpoint.identity import canonical_hash
 from mixmerge.engine.merge import merge
-from mixmerge.errors import Fault, MixmergeError, OutputError
+from mixmerge.errors import Fault, MixmergeError, OutputError, RecipeError
 from mixmerge.evaluate.intervals import Comparison, bootstrap_means, compare
 from mixmerge.plan import Plan, make_plan
 from mixmerge.plan.layers import depths

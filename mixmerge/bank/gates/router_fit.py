@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 from mixmerge.bank.gates.router import Norm, Router
 from mixmerge.errors import Fault, MixmergeError
 
-# Temperatures tried on the rows held out: of rows that are all told apart, the sharpest is the likeliest.
+# Temperatures tried on the rows held out.
 _COLDEST, _HOTTEST, _TRIED = 0.05, 20.0, 241
 _SMALLEST = 1e-6  # a feature that does not vary says nothing, and is not blown up
 
@@ -141,8 +141,7 @@ def _learn(
     progress: Told | None,
 ) -> int:
     """Train in place; the network of the best epoch stays. Returns that epoch, from 1."""
-    counts = torch.bincount(y, minlength=gate.experts).clamp_min(1)
-    balance = len(y) / (gate.experts * counts.float())
+    balance, balance_held = _balance(y, gate.experts), _balance(y_held, gate.experts)
     optimiser = torch.optim.AdamW(
         gate.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay
     )
@@ -155,13 +154,13 @@ def _learn(
                 gate.logits(x[rows]), y[rows], weight=balance, label_smoothing=training.label_smoothing
             )
             optimiser.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimiser.step()
         gate.eval()
         found = float(loss.detach())
         if len(y_held):
             with torch.no_grad():
-                found = float(cross_entropy(gate.logits(x_held), y_held))
+                found = float(cross_entropy(gate.logits(x_held), y_held, weight=balance_held))
             if found < best:
                 best, kept, state = found, epoch, copy.deepcopy(gate.state_dict())
         if progress is not None:
@@ -172,21 +171,36 @@ def _learn(
     return kept
 
 
+def _balance(y: Tensor, experts: int) -> Tensor:
+    """``(E,)``: what a row of each expert counts, so that all experts count alike."""
+    counts = torch.bincount(y, minlength=experts).clamp_min(1)
+    return len(y) / (experts * counts.float())
+
+
 def _batches(order: Tensor, size: int) -> list[Tensor]:
     """Rows of each step; a last one of a single row joins the step before, for it has no variance."""
-    parts = list(order.split(size))
+    parts = list(torch.split(order, size))
     if len(parts) > 1 and len(parts[-1]) == 1:
         parts[-2:] = [torch.cat(parts[-2:])]
     return parts
 
 
 def _temperature(gate: Router, x: Tensor, y: Tensor) -> float:
+    """The likeliest one if each expert had one row more, of which nothing is known: no row is ever certain.
+
+    Source: the targets of Platt, Probabilistic Outputs for Support Vector Machines, 1999, section 2.2, which keep rows
+    that are all told apart from making the weights as sharp as can be.
+    """
+    doubt = gate.experts / (len(y) + 2 * gate.experts)
     with torch.no_grad():
         logits = gate.logits(x)
         tried = torch.logspace(
             torch.log10(torch.tensor(_COLDEST)).item(), torch.log10(torch.tensor(_HOTTEST)).item(), _TRIED
         )
-        losses = torch.stack([cross_entropy(logits / one, y) for one in tried])
+        balance = _balance(y, gate.experts)
+        losses = torch.stack(
+            [cross_entropy(logits / one, y, weight=balance, label_smoothing=doubt) for one in tried]
+        )
     return float(tried[losses.argmin()])
 
 
@@ -202,7 +216,7 @@ def _report(gate: Router, x: Tensor, y: Tensor, *, rows: int, epoch: int) -> Tra
         rows,
         len(y),
         epoch,
-        float(cross_entropy(logits / gate.temperature, y)),
+        float(cross_entropy(logits / gate.temperature, y, weight=_balance(y, gate.experts))),
         float((chosen == y).float().mean()),
         tuple(tuple(row) for row in counts.tolist()),
         gate.temperature,
