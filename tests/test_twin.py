@@ -240,7 +240,7 @@ def test_what_a_bank_cannot_hold_is_said(family: Any, hollow: Any, tmp_path: Pat
     folders = [hollow(name, tensors) for name in ("base", "a", "b")]
     written = {**recipe_of(made, {"rank": 2}), "base_model": str(folders[0])}
     plan = make_plan({**written, "models": [{"model": str(folder)} for folder in folders[1:]]})
-    assert plan.warnings == ("bank: 1 tensors stay as in the shared model (3 dimensions): layers.0.experts",)
+    assert plan.warnings == ("bank: 1 tensor stays as in the shared model (3 dimensions): layers.0.experts",)
 
 
 def test_heads_are_kept_and_the_trunk_is_banked(family: Any, tmp_path: Path, tokenizer: Any) -> None:
