@@ -88,9 +88,10 @@ def merge(
         emit_json(_facts(merged))
         return
     resumed = f", {merged.resumed} of them by an earlier run" if merged.resumed else ""
-    written = sum(shard.nbytes for shard in plan.shards)
     beside = "" if merged.bank is None else f", a bank of {size(merged.bank.nbytes)}{_gate(merged.bank.gate)}"
-    print(f"{out}: {len(plan.tasks)} tensors{resumed}, {size(written)}{beside} in {merged.seconds:.1f} s")
+    print(
+        f"{out}: {len(plan.tasks)} tensors{resumed}, {size(plan.bytes_written)}{beside} in {merged.seconds:.1f} s"
+    )
 
 
 def _gate(gate: Mapping[str, Any] | None) -> str:

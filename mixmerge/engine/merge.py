@@ -227,7 +227,7 @@ def _bank(
 
     plan, left_out = fitted(plan, output.partial)
     notes.extend(left_out)
-    made = add_factors(plan, output, files, fingerprints=fingerprints, device=device, progress=gathering)
+    made = add_factors(plan, output, files, fingerprints=fingerprints, progress=gathering)
     gate = None
     if plan.bank is not None and plan.bank.gate is not None and data is not None:
         gate = add_gate(plan, data, output, bank=made, device=device, gathering=gathering, learning=learning)

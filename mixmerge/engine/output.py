@@ -154,7 +154,7 @@ class Output:
         os.ftruncate(self._journal, length)
 
     def _check_room(self) -> None:
-        free, needed = shutil.disk_usage(self.partial).free, self.plan.bytes_written
+        free, needed = shutil.disk_usage(self.partial).free, self.plan.room
         if free < needed:
             raise OutputError(
                 Fault(

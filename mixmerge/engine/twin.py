@@ -103,7 +103,6 @@ def add_factors(
     files: Files,
     *,
     fingerprints: Mapping[str, Any],
-    device: str,
     progress: Told | None = None,
 ) -> str:
     """Write the bank of a plan whose shared model is written, unless an earlier run has done so; returns its hash.
@@ -113,7 +112,6 @@ def add_factors(
         output: with the shared tensors and their config.
         files: open files of the inputs.
         fingerprints: of the inputs, by reference.
-        device: where matrices are decomposed.
         progress: called with ("bank", tensors done, tensors in all).
 
     Raises:
@@ -132,7 +130,7 @@ def add_factors(
     shared: dict[str, TensorHeader] = {}
     for shard in plan.shards:
         shared.update(read_header(output.partial / shard.file))
-    maker = _Maker(plan, bank, Parts(plan, shared, files, Adapters(), device), progress)
+    maker = _Maker(plan, bank, Parts(plan, shared, files, Adapters()), progress)
     hashes = {
         name: canonical_hash(fingerprints[str(plan.models[number].ref)])
         for name, number in zip(bank.experts, experts_of(plan), strict=True)

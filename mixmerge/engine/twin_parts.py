@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from mixmerge.bank.records import Entry
 
+_DEVICE = "cpu"  # where all decompositions are made, in float64
 # Shared parts that are weighted sums of the experts' changes, so that what remains of adapters are adapters.
 _SUMS = ("task_arithmetic", "adamerging", "expert_merging")
 
@@ -32,14 +33,10 @@ class Parts:
         plan: with a bank.
         shared: the written tensors, by name.
         files, adapters: what reads them.
-        device: where the parts are made.
     """
 
-    def __init__(
-        self, plan: Plan, shared: dict[str, TensorHeader], files: Files, adapters: Adapters, device: str
-    ) -> None:
-        self._plan, self._shared, self._files = plan, shared, files
-        self._adapters, self._device = adapters, device
+    def __init__(self, plan: Plan, shared: dict[str, TensorHeader], files: Files, adapters: Adapters) -> None:
+        self._plan, self._shared, self._files, self._adapters = plan, shared, files, adapters
 
     def matrix(self, task: Task, site: BankSite, expert: int) -> Tensor | Entry | None:
         """An expert's part of a matrix: ``(o, d)``, of a table as it is stored; None where the two are the same.
@@ -66,11 +63,11 @@ class Parts:
             return None
         work = torch.float64 if wide(task) else torch.float32
         source = task.sources[expert]
-        value = read_tensor(source, self._files, self._adapters, work, self._device)
+        value = read_tensor(source, self._files, self._adapters, work, _DEVICE)
         if source.delta_only and task.base is not None:
-            value = value + read_tensor(task.base, self._files, self._adapters, work, self._device)
+            value = value + read_tensor(task.base, self._files, self._adapters, work, _DEVICE)
         written = Source(source.model, self._shared[task.target.name])
-        value = value - read_tensor(written, self._files, self._adapters, work, self._device)
+        value = value - read_tensor(written, self._files, self._adapters, work, _DEVICE)
         return value.float()
 
     def _untouched(self, task: Task) -> bool:
@@ -83,7 +80,7 @@ class Parts:
 
         if _is_base(task, source):
             return ()
-        found = read_factors(source, self._adapters, torch.float32, self._device)
+        found = read_factors(source, self._adapters, torch.float32, _DEVICE)
         return None if found is None or found.ndim != 2 else (found.b, found.a)
 
 

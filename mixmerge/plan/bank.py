@@ -110,7 +110,7 @@ class BankPlan:
         for name, why in self.left_out.items():
             reasons.setdefault(why, []).append(name)
         return [
-            f"bank: {len(names)} {'tensor stays' if len(names) == 1 else 'tensors stay'} as in the shared model ({why}): "
+            f"bank: {len(names)} tensor{'s stay' if len(names) > 1 else ' stays'} as in the shared model ({why}): "
             + ", ".join(names[:_SHOWN])
             + (", ..." if len(names) > _SHOWN else "")
             for why, names in reasons.items()

@@ -203,7 +203,12 @@ class Plan:
 
     @property
     def bytes_written(self) -> int:
-        return sum(shard.nbytes for shard in self.shards) + (self.bank.nbytes if self.bank else 0)
+        return sum(shard.nbytes for shard in self.shards)
+
+    @property
+    def room(self) -> int:
+        """Bytes the output takes on the disk, at most; small files are not counted."""
+        return self.bytes_written + (self.bank.nbytes if self.bank else 0)
 
     @property
     def bytes_read(self) -> int:
