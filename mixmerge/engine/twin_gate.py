@@ -13,7 +13,6 @@ from mixmerge.errors import Fault, MixmergeError
 from mixmerge.plan import Plan
 
 REPORT = f"{BANK}/training.json"
-_TOKENS = 16  # of each row, for a gate of tokens
 _WELL = 0.8  # below this share of rows a person is told
 
 
@@ -47,7 +46,8 @@ def add_gate(
         return found
     from mixmerge.bank.features import features_of
     from mixmerge.bank.files import save_gate
-    from mixmerge.bank.gates.router_fit import Training, fit_router
+    from mixmerge.bank.gates.router import RouterOptions
+    from mixmerge.bank.gates.router_fit import TOKENS, fit_router
     from mixmerge.experts.loading import load_expert
 
     block = None if plan.bank is None else plan.bank.gate
@@ -68,7 +68,7 @@ def add_gate(
     shown = features_of(
         model, [row for row, _ in rows],
         max_tokens=asked.max_tokens, batch_size=asked.batch_size,
-        tokens=_TOKENS if block.per_token else 0, unit=encoder is not None, progress=told,
+        tokens=TOKENS if block.per_token else 0, unit=encoder is not None, progress=told,
     )  # fmt: skip
     del model
     import torch
@@ -77,18 +77,12 @@ def add_gate(
         shown.values,
         torch.tensor([rows[at][1] for at in shown.rows]),
         [rows[at][0].digest for at in shown.rows],
-        Training(
-            hidden=block.hidden, width=block.width, norm=block.norm, dropout=block.dropout,
-            top_k=block.top_k, epochs=block.epochs, batch=block.batch, learning_rate=block.learning_rate,
-            weight_decay=block.weight_decay, label_smoothing=block.label_smoothing, holdout=block.holdout,
-            temperature=block.temperature, seed=plan.recipe.seed,
-        ),
+        RouterOptions.model_validate(block.model_dump(exclude={"encoder"})),
         experts=len(numbers),
-        use=block.features,
-        per_token=block.per_token,
+        seed=plan.recipe.seed,
         encoder=encoder or "",
         progress=learning,
-    )  # fmt: skip
+    )
     save_gate(output.partial / BANK, gate, bank=bank, experts=plan.bank.experts)
     report = {**trained.as_json(), "experts": list(plan.bank.experts)}
     output.keep(REPORT, json.dumps(report, indent=2).encode() + b"\n")

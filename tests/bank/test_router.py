@@ -15,14 +15,14 @@ from mixmerge.bank.attach import Attached
 from mixmerge.bank.features import features_of, mean_of
 from mixmerge.bank.files import load_gate, save_gate
 from mixmerge.bank.gate import Run
-from mixmerge.bank.gates.router import Router
-from mixmerge.bank.gates.router_fit import Training, fit_router
+from mixmerge.bank.gates.router import Router, RouterOptions
+from mixmerge.bank.gates.router_fit import fit_router, held_out
 from mixmerge.bank.records import Bank, Entry, side_by_side
 from mixmerge.data.rows import Row
 from mixmerge.errors import CheckpointError, MixmergeError
 from mixmerge.experts.loading import load_expert
 
-QUICK = Training(epochs=20, batch=32, learning_rate=1e-2)
+QUICK = RouterOptions(epochs=20, batch=32, learning_rate=1e-2)
 
 
 def clusters(count: int, *, apart: float = 3.0, seed: int = 0) -> tuple[Tensor, Tensor, list[str]]:
@@ -64,18 +64,15 @@ def test_the_same_rows_in_any_order_give_the_same_router() -> None:
 
 @given(st.integers(0, 2**32), st.floats(0.05, 0.6))
 def test_copies_of_a_row_stay_together(seed: int, share: float) -> None:
-    from mixmerge.bank.gates.router_fit import _held_out
-
     keys = [f"row {at % 20}" for at in range(60)]
-    training = Training(holdout=share, seed=seed)
-    held = _held_out(keys, torch.arange(60) // 20, training, 3).view(3, 20)
+    held = held_out(keys, torch.arange(60) // 20, share=share, seed=seed, experts=3).view(3, 20)
     assert bool((held == held[0]).all())
 
 
 def test_the_epoch_and_the_temperature_are_those_of_the_rows_held_out() -> None:
     features, labels, keys = clusters(240, apart=0.4)
     losses: list[float] = []
-    long = Training(epochs=60, batch=32, learning_rate=2e-2, dropout=0.0, temperature="one")
+    long = RouterOptions(epochs=60, batch=32, learning_rate=2e-2, dropout=0.0, temperature="one")
     gate, found = fit_router(
         features, labels, keys, long, experts=3, progress=lambda *told: losses.append(told[2])
     )
@@ -90,7 +87,7 @@ def test_experts_with_few_rows_count_as_much() -> None:
     draw = torch.Generator().manual_seed(0)
     features = torch.randn(440, 2, generator=draw) + torch.tensor([[1.0, 0.0]] * 400 + [[-1.0, 0.0]] * 40)
     labels = torch.tensor([0] * 400 + [1] * 40)
-    plain = Training(hidden=0, epochs=60, batch=512, learning_rate=5e-2, temperature="one")
+    plain = RouterOptions(hidden=0, epochs=60, batch=512, learning_rate=5e-2, temperature="one")
     gate, _ = fit_router(features, labels, [str(at) for at in range(440)], plain, experts=2)
     middle = gate.query(torch.zeros(1, 2))[0, 0]
     assert abs(float(middle) - 0.5) < 0.2  # by their number alone it would be 0.4 off
@@ -103,7 +100,7 @@ def test_too_few_rows_hold_none_out() -> None:
 
 
 def test_top_k_and_temperature_by_hand() -> None:
-    gate = Router(3, 3, hidden=0, temperature=0.5, top_k=2)
+    gate = Router(3, 3, RouterOptions(hidden=0, top_k=2), temperature=0.5)
     with torch.no_grad():
         gate.network[0].weight.copy_(torch.eye(3))
         gate.network[0].bias.zero_()
@@ -115,7 +112,7 @@ def test_top_k_and_temperature_by_hand() -> None:
 @pytest.mark.parametrize("norm", ["batch", "layer", "none"])
 def test_weights_depend_on_nothing_but_the_row(norm: Any, tmp_path: Path) -> None:
     features, labels, keys = clusters(60)
-    training = Training(epochs=3, batch=16, norm=norm)
+    training = RouterOptions(epochs=3, batch=16, norm=norm)
     gate, _ = fit_router(features, labels, keys, training, experts=3)
     together = gate.query(features)
     before = {name: value.clone() for name, value in gate.state_dict().items()}
@@ -170,7 +167,7 @@ def test_a_gate_of_tokens_sees_no_later_ones(family: Any) -> None:
     entries: list[Entry | None] = [
         Entry(torch.randn(2, d, generator=draw), torch.randn(2, o, generator=draw)) for _ in range(2)
     ]
-    gate = Router(2, 32, per_token=True, hidden=1)
+    gate = Router(2, 32, RouterOptions(per_token=True, hidden=1))
     assert gate.second_pass
     assert gate.features == ""
     attached = Attached(model, Bank(("a", "b"), {name: side_by_side(name, entries)}, {}), gate)
@@ -197,3 +194,29 @@ def test_a_damaged_gate_is_refused(tmp_path: Path) -> None:
     file.write_bytes(content)
     with pytest.raises(CheckpointError, match=r"gate\.safetensors"):
         load_gate(tmp_path, bank="b")
+
+
+@pytest.mark.parametrize("options", [{}, {"per_token": True}, {"features": "text"}])
+def test_a_router_is_fitted_as_other_gates_are(family: Any, options: dict[str, Any]) -> None:
+    from mixmerge.bank.fitting import fit_gate
+
+    model = load_expert(family("llama", experts=0, dtype="float32").base)
+    name = "model.layers.0.mlp.up_proj.weight"
+    o, d = model.model.get_parameter(name).shape
+    entries: list[Entry | None] = [Entry(torch.randn(2, d), torch.randn(2, o)) for _ in range(2)]
+    bank = Bank(("words", "sums"), {name: side_by_side(name, entries)}, {})
+    rows = {
+        "words": [Row(text=f"the quick brown fox {number} jumps") for number in range(20)],
+        "sums": [Row(prompt=f"{number} + {number} = ", answer="?") for number in range(20)],
+    }
+
+    def encode(texts: Any) -> Tensor:
+        return torch.tensor([[float(len(text)), text.count("+")] for text in texts])
+
+    said = {"epochs": 12, "batch": 8, "learning_rate": 0.02, **options}
+    gate: Any = fit_gate("router", said, bank, model=model, rows=rows, encode=encode)
+    assert gate.second_pass == (options == {"per_token": True})
+    if options == {"features": "text"}:
+        assert gate.query(encode(["7 + 7 = "])).argmax() == 1
+    with pytest.raises(MixmergeError, match="the expert 'sums' has none"):
+        fit_gate("router", said, bank, model=model, rows={"words": rows["words"]}, encode=encode)

@@ -5,15 +5,55 @@ Legend as in ``mixmerge.bank.gate``.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from mixmerge.bank.gate import Features, Gate, Run
 from mixmerge.bank.mix import Mix
 
 Norm = Literal["batch", "layer", "none"]
+
+
+class RouterOptions(BaseModel):
+    """The network and its training; defaults as published. A recipe's block ``gate:`` says the same.
+
+    Args:
+        features: ``hidden`` or ``text``, of a query.
+        per_token: weights for each token, by the base's hidden state of it.
+        hidden: layers before the last.
+        width: of such a layer, as a multiple of the features' number.
+        norm: of such a layer.
+        dropout: of its outputs, in training.
+        top_k: experts that get anything, the likeliest, their weights made to sum to 1; None: all.
+        epochs: passes over the rows trained on.
+        batch: rows in a step.
+        learning_rate, weight_decay: of AdamW.
+        label_smoothing: share of a label given to all experts alike.
+        holdout: share of the rows held out.
+        temperature: ``held_out``: the likeliest on the rows held out; ``one``: 1.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    features: Literal["hidden", "text"] = "hidden"
+    per_token: bool = False
+    hidden: int = Field(default=2, ge=0, le=8)
+    width: float = Field(default=2.0, gt=0, le=64)
+    norm: Norm = "batch"
+    dropout: float = Field(default=0.5, ge=0, lt=1)
+    top_k: int | None = Field(default=None, ge=1)
+    epochs: int = Field(default=50, ge=1)
+    batch: int = Field(default=256, ge=2)
+    learning_rate: float = Field(default=5e-4, gt=0)
+    weight_decay: float = Field(default=0.01, ge=0)
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    holdout: float = Field(default=0.2, gt=0, lt=1)
+    temperature: Literal["held_out", "one"] = "held_out"
 
 
 class Router(Gate):
@@ -30,45 +70,37 @@ class Router(Gate):
     Args:
         experts: E, 1 or more.
         inputs: f, numbers in a feature; of ``per_token`` h.
-        use: the features of a query: ``hidden`` or ``text``.
-        per_token: weights for each token, by the base's hidden state of it.
-        hidden: layers before the last.
-        width: of such a layer, as a multiple of ``inputs``.
-        norm: of such a layer.
-        dropout: of its outputs, in training.
+        options: of the gate.
         temperature: above 0; below 1 sharpens.
-        top_k: experts that get anything, the likeliest, their weights made to sum to 1; None: all.
         encoder: which model gave the features, for ``text``.
     """
 
     kind = "router"
+    options = RouterOptions
+    fitter = "mixmerge.bank.gates.router_fit:router"
+    wants = ("rows of each expert",)
 
     def __init__(
         self,
         experts: int,
         inputs: int,
+        options: RouterOptions | None = None,
         *,
-        use: Literal["hidden", "text"] = "hidden",
-        per_token: bool = False,
-        hidden: int = 2,
-        width: float = 2.0,
-        norm: Norm = "batch",
-        dropout: float = 0.5,
         temperature: float = 1.0,
-        top_k: int | None = None,
         encoder: str = "",
     ) -> None:
         super().__init__()
-        self.experts, self.inputs, self.use, self.per_token = experts, inputs, use, per_token
-        self.hidden, self.width, self.norm, self.dropout = hidden, width, norm, dropout
-        self.temperature, self.top_k, self.encoder = temperature, top_k, encoder
+        said = options or RouterOptions()
+        self.experts, self.inputs, self.said = experts, inputs, said
+        self.temperature, self.encoder = temperature, encoder
         # A row's features are asked for by what the settings say, not by the class.
-        used: Features = "" if per_token else use
+        used: Features = "" if said.per_token else said.features
         self.features = used  # type: ignore[misc]
-        self.second_pass = per_token  # type: ignore[misc]
+        self.second_pass = said.per_token  # type: ignore[misc]
         self.register_buffer("mean", torch.zeros(inputs))
         self.register_buffer("deviation", torch.ones(inputs))
-        self.network = _network(experts, inputs, hidden, max(1, round(width * inputs)), norm, dropout)
+        self.network = _network(experts, inputs, said)
+        self._seen: WeakKeyDictionary[Run, Tensor] = WeakKeyDictionary()
         self.eval()
 
     mean: Tensor
@@ -78,16 +110,21 @@ class Router(Gate):
         return {
             "experts": self.experts,
             "inputs": self.inputs,
-            "use": self.use,
-            "per_token": self.per_token,
-            "hidden": self.hidden,
-            "width": self.width,
-            "norm": self.norm,
-            "dropout": self.dropout,
+            "options": self.said.model_dump(mode="json"),
             "temperature": self.temperature,
-            "top_k": self.top_k,
             "encoder": self.encoder,
         }
+
+    @classmethod
+    def build(cls, settings: Mapping[str, Any]) -> Router:
+        options = RouterOptions.model_validate(settings["options"])
+        return cls(
+            settings["experts"],
+            settings["inputs"],
+            options,
+            temperature=settings["temperature"],
+            encoder=settings["encoder"],
+        )
 
     def logits(self, features: Tensor) -> Tensor:
         """``(N, f)`` to ``(N, E)``, before the temperature."""
@@ -97,8 +134,9 @@ class Router(Gate):
     def weights(self, features: Tensor) -> Tensor:
         """``(N, f)`` to ``(N, E)`` that sum to 1."""
         logits = self.logits(features) / self.temperature
-        if self.top_k is not None and self.top_k < self.experts:
-            kept = logits.topk(self.top_k, dim=-1).indices
+        top = self.said.top_k
+        if top is not None and top < self.experts:
+            kept = logits.topk(top, dim=-1).indices
             logits = torch.full_like(logits, float("-inf")).scatter(-1, kept, logits.gather(-1, kept))
         return logits.softmax(-1)
 
@@ -106,21 +144,25 @@ class Router(Gate):
         return self.weights(features)
 
     def mix(self, site: str, u: Tensor, run: Run) -> Mix | None:
-        if not self.per_token:
+        if not self.said.per_token:
             return None if run.rows is None else Mix(run.rows)
         if run.hidden is None:
             return None
-        flat = self.weights(run.hidden.flatten(0, 1))  # (B * T, E)
-        return Mix(flat.view(*run.hidden.shape[:2], self.experts))
+        if run not in self._seen:  # all sites of a pass ask for the same
+            flat = self.weights(run.hidden.flatten(0, 1))  # (B * T, E)
+            self._seen[run] = flat.view(*run.hidden.shape[:2], self.experts)
+        found = self._seen[run]
+        # A pooler sees one token of each row, its first.
+        return Mix(found[:, :1] if u.dim() == 3 and u.shape[1] == 1 else found)
 
 
-def _network(experts: int, inputs: int, hidden: int, width: int, norm: Norm, dropout: float) -> nn.Sequential:
+def _network(experts: int, inputs: int, said: RouterOptions) -> nn.Sequential:
     layers: list[nn.Module] = []
-    wide = inputs
-    for _ in range(hidden):
+    width, wide = max(1, round(said.width * inputs)), inputs
+    for _ in range(said.hidden):
         layers.append(nn.Linear(wide, width))
-        if norm != "none":
-            layers.append(nn.BatchNorm1d(width) if norm == "batch" else nn.LayerNorm(width))
-        layers += [nn.LeakyReLU(), nn.Dropout(dropout)]
+        if said.norm != "none":
+            layers.append(nn.BatchNorm1d(width) if said.norm == "batch" else nn.LayerNorm(width))
+        layers += [nn.LeakyReLU(), nn.Dropout(said.dropout)]
         wide = width
     return nn.Sequential(*layers, nn.Linear(wide, experts))

@@ -10,50 +10,24 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from mixmerge.bank.gates.router import Norm, Router
+from mixmerge.bank.features import features_of
+from mixmerge.bank.fitting_job import Job
+from mixmerge.bank.gates.router import Router, RouterOptions
 from mixmerge.errors import Fault, MixmergeError
 
 # Temperatures tried on the rows held out.
 _COLDEST, _HOTTEST, _TRIED = 0.05, 20.0, 241
 _SMALLEST = 1e-6  # a feature that does not vary says nothing, and is not blown up
 
+TOKENS = 16  # of each row, for a gate of tokens
+
 Told = Callable[[int, int, float], None]
-
-
-@dataclass(frozen=True)
-class Training:
-    """How a router is trained; ranges as in ``mixmerge.recipe.gate.GateBlock``, defaults as published.
-
-    Args:
-        hidden, width, norm, dropout, top_k: of the network, see ``Router``.
-        epochs: passes over the rows trained on.
-        batch: rows in a step.
-        learning_rate, weight_decay: of AdamW.
-        label_smoothing: share of a label given to all experts alike.
-        holdout: share of the rows held out, over 0 and below 1.
-        temperature: ``held_out``: the likeliest on the rows held out; ``one``: 1.
-        seed: of the network, the order of rows, dropout, and which rows are held out.
-    """
-
-    hidden: int = 2
-    width: float = 2.0
-    norm: Norm = "batch"
-    dropout: float = 0.5
-    top_k: int | None = None
-    epochs: int = 50
-    batch: int = 256
-    learning_rate: float = 5e-4
-    weight_decay: float = 0.01
-    label_smoothing: float = 0.0
-    holdout: float = 0.2
-    temperature: Literal["held_out", "one"] = "held_out"
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -81,15 +55,36 @@ class Trained:
         return asdict(self)
 
 
+def router(kind: type[Router], options: RouterOptions, job: Job) -> Router:
+    """What ``fitting.fit_gate`` fits a router by: the rows of each expert, as the base or a text encoder sees them."""
+    rows = [(row, expert) for expert, name in enumerate(job.bank.experts) for row in job.rows[name]]
+    shown = [row for row, _ in rows]
+    if options.features == "text":
+        texts = [row.text or row.prompt or "\n".join(content for _, content in row.messages) for row in shown]
+        values, owners = job.encoded(texts), tuple(range(len(rows)))
+    else:
+        found = features_of(job.base, shown, tokens=TOKENS if options.per_token else 0)
+        values, owners = found.values, found.rows
+    made, _ = fit_router(
+        values,
+        torch.tensor([rows[at][1] for at in owners]),
+        [rows[at][0].digest for at in owners],
+        options,
+        experts=len(job.bank.experts),
+        seed=job.seed,
+        progress=lambda done, total, loss: job.progress("router", done, total, loss),
+    )
+    return made
+
+
 def fit_router(
     features: Tensor,
     labels: Tensor,
     keys: Sequence[str],
-    training: Training,
+    options: RouterOptions,
     *,
     experts: int,
-    use: Literal["hidden", "text"] = "hidden",
-    per_token: bool = False,
+    seed: int = 0,
     encoder: str = "",
     progress: Told | None = None,
 ) -> tuple[Router, Trained]:
@@ -104,9 +99,10 @@ def fit_router(
         labels: ``(N,)``, whose each is: 0 to E - 1.
         keys: N names of the rows they are of: what has one key is held out together, however often it comes. The order
             of the rows does not matter.
-        training: how.
+        options: of the network and its training.
         experts: E.
-        use, per_token, encoder: of the gate.
+        seed: of the network, the order of rows, dropout, and which rows are held out.
+        encoder: which model gave the features, for ``text``.
         progress: called with (epochs done, epochs in all, loss) after every epoch.
 
     Raises:
@@ -115,18 +111,14 @@ def fit_router(
     _check(features, labels, experts)
     order = sorted(range(len(keys)), key=lambda row: (keys[row], int(labels[row]), row))
     x, y = features.detach()[order].float(), labels[order].long()
-    held = _held_out([keys[row] for row in order], y, training, experts)
-    with _alone(training.seed):
-        gate = Router(
-            experts, int(x.shape[1]), use=use, per_token=per_token, hidden=training.hidden,
-            width=training.width, norm=training.norm, dropout=training.dropout, top_k=training.top_k,
-            encoder=encoder,
-        )  # fmt: skip
+    held = held_out([keys[row] for row in order], y, share=options.holdout, seed=seed, experts=experts)
+    with _alone(seed):
+        gate = Router(experts, int(x.shape[1]), options, encoder=encoder)
         kept = x[~held]
         gate.mean.copy_(kept.mean(0))
         gate.deviation.copy_(kept.std(0, correction=0).clamp_min(_SMALLEST))
-        epoch = _learn(gate, kept, y[~held], x[held], y[held], training, progress)
-        if training.temperature == "held_out" and held.any():
+        epoch = _learn(gate, kept, y[~held], x[held], y[held], progress)
+        if options.temperature == "held_out" and held.any():
             gate.temperature = _temperature(gate, x[held], y[held])
     return gate, _report(gate, x[held], y[held], rows=len(kept), epoch=epoch)
 
@@ -137,10 +129,10 @@ def _learn(
     y: Tensor,
     x_held: Tensor,
     y_held: Tensor,
-    training: Training,
     progress: Told | None,
 ) -> int:
     """Train in place; the network of the best epoch stays. Returns that epoch, from 1."""
+    training = gate.said
     balance, balance_held = _balance(y, gate.experts), _balance(y_held, gate.experts)
     optimiser = torch.optim.AdamW(
         gate.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay
@@ -223,10 +215,9 @@ def _report(gate: Router, x: Tensor, y: Tensor, *, rows: int, epoch: int) -> Tra
     )
 
 
-def _held_out(keys: Sequence[str], labels: Tensor, training: Training, experts: int) -> Tensor:
+def held_out(keys: Sequence[str], labels: Tensor, *, share: float, seed: int, experts: int) -> Tensor:
     """``(N,)``: which rows are not trained on, by a hash of their key; none where an expert would have none left."""
-    limit = training.holdout * 2**32
-    chosen = torch.tensor([_drawn(key, training.seed) < limit for key in keys])
+    chosen = torch.tensor([_drawn(key, seed) < share * 2**32 for key in keys])
     left = torch.bincount(labels[~chosen], minlength=experts)
     return chosen if bool((left > 0).all()) else torch.zeros(len(keys), dtype=torch.bool)
 
