@@ -306,6 +306,23 @@ def _new(folder: Path, text: str) -> Path:
     return path
 
 
+@pytest.mark.parametrize("gate", [{"epochs": 2, "batch": 8}, "none"])
+def test_a_shared_part_may_need_data(family: Any, tmp_path: Path, read_tensors: Any, gate: Any) -> None:
+    made = family("llama", dtype="float32")
+    recipe = {**gated(made, tmp_path), "shared": {"merge_method": "regmean"}, "gate": gate}
+    _, outlook = plan_with_data(recipe)
+    assert outlook is not None
+    assert outlook.work == "gathering"
+    done = mixmerge.merge(recipe, tmp_path / "out")
+    static = {key: recipe[key] for key in ("models", "calibration", "dtype", "seed")}
+    mixmerge.merge({**static, "merge_method": "regmean"}, tmp_path / "static")
+    written = read_tensors(tmp_path / "out")
+    assert all(torch.equal(value, written[key]) for key, value in read_tensors(tmp_path / "static").items())
+    assert done.bank is not None
+    assert (done.bank.gate is None) == (gate == "none")
+    assert (tmp_path / "out" / "bank" / "gate.json").is_file() == (gate != "none")
+
+
 def test_features_of_texts_and_of_tokens(family: Any, tmp_path: Path) -> None:
     made = family("llama", dtype="float32")
     encoder = family("bert", experts=0, dtype="float32").base
