@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -87,7 +88,16 @@ def merge(
         emit_json(_facts(merged))
         return
     resumed = f", {merged.resumed} of them by an earlier run" if merged.resumed else ""
-    print(f"{out}: {len(plan.tasks)} tensors{resumed}, {size(plan.bytes_written)} in {merged.seconds:.1f} s")
+    beside = "" if merged.bank is None else f", a bank of {size(merged.bank.nbytes)}{_gate(merged.bank.gate)}"
+    print(
+        f"{out}: {len(plan.tasks)} tensors{resumed}, {size(plan.bytes_written)}{beside} in {merged.seconds:.1f} s"
+    )
+
+
+def _gate(gate: Mapping[str, Any] | None) -> str:
+    if gate is None or gate["accuracy"] is None:
+        return ""
+    return f" and a gate right on {100 * gate['accuracy']:.1f} % of {gate['held_out']} rows held out"
 
 
 def _facts(merged: Merged) -> dict[str, Any]:
@@ -101,4 +111,5 @@ def _facts(merged: Merged) -> dict[str, Any]:
         "tensors": len(plan.tasks),
         "resumed": merged.resumed,
         "warnings": [*plan.warnings, *merged.notes],
+        **({} if merged.bank is None else {"bank": merged.bank.as_json()}),
     }

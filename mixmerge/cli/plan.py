@@ -96,6 +96,29 @@ def _of_data(calibration: dict[str, Any] | None) -> list[tuple[str, str]]:
     return [(f"memory for {work}", f"{size(sum(calibration['memory'].values()))}: {parts}"), *disk]
 
 
+def _of_bank(bank: dict[str, Any] | None) -> list[tuple[str, str]]:
+    """Rows of the summary: what stands beside a shared model."""
+    if bank is None:
+        return []
+    share = 100 * bank["bytes_at_most"] / max(1, bank["bytes_of_experts"])
+    left = f", {len(bank['left_out'])} tensors as in the shared model" if bank["left_out"] else ""
+    gate = (
+        "none: weights are given"
+        if bank["gate"] is None
+        else f"a router on {bank['gate']['features']} features"
+    )
+    return [
+        ("shared part", bank["shared"]),
+        (
+            "bank",
+            f"{bank['sites']} matrices, {bank['vectors']} vectors of {len(bank['experts'])} experts{left}",
+        ),
+        ("bank to write", f"at most {size(bank['bytes_at_most'])}, {share:.0f} % of the experts"),
+        ("memory for the bank", size(bank["memory"])),
+        ("gate", gate),
+    ]
+
+
 def _print_data(experts: list[dict[str, Any]]) -> None:
     rows = []
     for seen in experts:
@@ -126,6 +149,7 @@ def _print_summary(report: dict[str, Any]) -> None:
         ("to read", size(report["bytes_read"])),
         ("to write", f"{size(report['bytes_written'])} in {len(report['shards'])} file(s)"),
         ("peak memory", size(report["peak_memory"])),
+        *_of_bank(report.get("bank")),
         *_of_data(report.get("calibration")),
         ("plan hash", report["hash"]),
     ]

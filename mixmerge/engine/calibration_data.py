@@ -50,13 +50,13 @@ class Data:
 
 
 def read_data(plan: Plan) -> Data | None:
-    """The rows a plan may look at, or None if its method needs none.
+    """The rows a plan may look at, or None if neither its method nor a gate needs any.
 
     Raises:
         MixmergeError: what is wrong with the data of any expert, all at once.
     """
     asked = plan.recipe.calibration
-    if asked is None or not plan.method.needs_data:
+    if asked is None or not plan.needs_data:
         return None
     faults: list[Fault] = []
     refs = {number: plan.models[number].ref for number in experts_of(plan)}

@@ -19,6 +19,8 @@ from mixmerge.engine.heads import FOLDER as HEADS
 from mixmerge.engine.heads import WEIGHTS
 from mixmerge.engine.lineage import inherited, inherited_card
 from mixmerge.engine.output import Output
+from mixmerge.engine.target import BANK, BANK_CARD
+from mixmerge.engine.twin import Banked
 from mixmerge.errors import Fault, OutputError
 from mixmerge.plan import Plan
 from mixmerge.plan.layout import index_json
@@ -29,15 +31,8 @@ RECIPE, MANIFEST, CARD = "mixmerge_recipe.yaml", "mixmerge_manifest.json", "READ
 _VERSIONED = ("numpy", "numba", "safetensors")
 
 
-def add_files(
-    output: Output,
-    plan: Plan,
-    fingerprints: Mapping[str, Any],
-    *,
-    data: Data | None = None,
-    notes: Sequence[str] = (),
-) -> None:
-    """Config, tokenizer, generation config, index, recipe, manifest and model card."""
+def add_config(output: Output, plan: Plan) -> None:
+    """Config, tokenizer, generation config and index: what a model is loaded by, beside its weights."""
     donor = plan.models[plan.donor].path
     output.add("config.json", json.dumps(plan.config, indent=2) + "\n")
     for name in companions(donor, plan.config):
@@ -45,15 +40,29 @@ def add_files(
     if len(plan.shards) > 1:
         targets = [task.target for task in plan.tasks]
         output.add("model.safetensors.index.json", index_json(targets, list(plan.shards)))
+
+
+def add_record(
+    output: Output,
+    plan: Plan,
+    fingerprints: Mapping[str, Any],
+    *,
+    data: Data | None = None,
+    notes: Sequence[str] = (),
+    bank: Banked | None = None,
+) -> None:
+    """Recipe, manifest and model card: what the output was made of."""
     output.add(RECIPE, plan.text)
     facts = manifest(plan, fingerprints)
     if data is not None:
         facts["calibration"] = manifest_entry(plan, data, notes)
+    if bank is not None:
+        facts["bank"] = {"shared": plan.method.name, **bank.as_json()}
     before = inherited(plan, MANIFEST)
     if before is not None:
         facts["inherited"] = before
     output.add(MANIFEST, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
-    output.add(CARD, card(plan, data) + inherited_card(before))
+    output.add(CARD, card(plan, data, bank) + inherited_card(before))
 
 
 def manifest(plan: Plan, fingerprints: Mapping[str, Any]) -> dict[str, Any]:
@@ -63,7 +72,7 @@ def manifest(plan: Plan, fingerprints: Mapping[str, Any]) -> dict[str, Any]:
         "mixmerge": __version__,
         "versions": {"python": platform.python_version(), **versions},
         "plan": plan.hash,
-        "method": plan.method.name,
+        "method": plan.made_by.name,
         "seed": plan.recipe.seed,
         "recipe": canonical(plan.recipe),
         "inputs": [
@@ -79,7 +88,7 @@ def manifest(plan: Plan, fingerprints: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def card(plan: Plan, data: Data | None = None) -> str:
+def card(plan: Plan, data: Data | None = None, bank: Banked | None = None) -> str:
     """A model card: where the model is from, in the hub's front matter and in words."""
     bases = "\n".join(f"- {json.dumps(str(model.ref))}" for model in plan.models)
     listed = "\n".join(f"- `{model.ref}`" for model in plan.models)
@@ -88,6 +97,7 @@ def card(plan: Plan, data: Data | None = None) -> str:
     if heads:
         heads = f"\n## Heads\n\nEach expert's own, not merged; a request says which one it is for.\n\n{heads}"
     shown = "" if data is None else card_section(plan, data)
+    beside = "" if bank is None else _bank_section(plan, bank)
     return f"""---
 base_model:
 {bases}
@@ -98,8 +108,8 @@ tags:
 ---
 # Merged model
 
-Made by mixmerge {__version__} with **{plan.method.name}**:
-{plan.method.summary} ({plan.method.paper}).
+Made by mixmerge {__version__} with **{plan.made_by.name}**:
+{plan.made_by.summary} ({plan.made_by.paper}).
 
 ## Inputs
 
@@ -107,12 +117,37 @@ Made by mixmerge {__version__} with **{plan.method.name}**:
 
 Config and tokenizer are those of `{plan.models[plan.donor].ref}`. Fingerprints of the inputs are in
 `{MANIFEST}`.
-{heads}{shown}
+{heads}{beside}{shown}
 ## Recipe
 
 ```yaml
 {recipe}```
 """
+
+
+def _bank_section(plan: Plan, bank: Banked) -> str:
+    """What stands beside the weights, and how much it takes."""
+    experts = "" if plan.bank is None else ", ".join(f"`{name}`" for name in plan.bank.experts)
+    share = 100 * bank.nbytes / max(1, bank.bytes_of_experts)
+    least, most = bank.ranks
+    ranks = str(most) if least == most else f"{least} to {most}"
+    text = f"""
+## Bank
+
+The weights here are the shared part, merged by **{plan.method.name}**: loaded by transformers, this is an ordinary
+model. `{BANK}/` holds what {experts} have besides, at ranks of {ranks}: {bank.nbytes / 1e6:.1f} MB, {share:.1f} % of
+what the experts take. `mixmerge.dynamic.DynamicModel.load` adds to the weights, for every input, as much of each
+expert as its gate says.
+"""
+    gate = bank.gate
+    if gate is None:
+        return text + "\nIt has no gate: weights are given with the input.\n"
+    if gate["accuracy"] is None:
+        return text
+    return text + (
+        f"\nIts gate sends {100 * gate['accuracy']:.1f} % of {gate['held_out']} calibration rows to their own expert."
+        "\nIt was not trained on them; they chose its epoch and its temperature.\n"
+    )
 
 
 def input_fingerprints(plan: Plan, *, every_byte: bool) -> dict[str, dict[str, str]]:
@@ -154,6 +189,8 @@ def verify(folder: Path, plan: Plan) -> None:
         facts = {name: (header.shape, header.dtype) for name, header in kept.items()}
         if facts != {name: (header.shape, header.dtype) for name, header in expected.items()}:
             wrong.append(f"{HEADS}/{head.expert}")
+    if plan.bank is not None and not (folder / BANK_CARD).is_file():
+        wrong.append(BANK)
     config = read_json(folder / "config.json")
     if config != json.loads(json.dumps(plan.config)):
         wrong.append("config.json")

@@ -12,16 +12,18 @@ from mixmerge import __version__
 from mixmerge.checkpoint.files import Files, opened
 from mixmerge.checkpoint.identity import canonical_hash
 from mixmerge.engine.calibrating import Calibrated, GatheringProgress, cache_folder, calibrated, forget
+from mixmerge.engine.calibration_data import Data, read_data
 from mixmerge.engine.calibration_data import identity as shown
-from mixmerge.engine.calibration_data import read_data
 from mixmerge.engine.copying import copy
-from mixmerge.engine.finish import add_files, input_fingerprints, verify
+from mixmerge.engine.finish import add_config, add_record, input_fingerprints, verify
 from mixmerge.engine.heads import add_heads
 from mixmerge.engine.kernels import Context
 from mixmerge.engine.learning import LearningProgress, draw, with_learned
 from mixmerge.engine.outlook import plan_with_data
-from mixmerge.engine.output import Output, check_target
+from mixmerge.engine.output import Output
 from mixmerge.engine.schedule import Job, Schedule
+from mixmerge.engine.target import check_target
+from mixmerge.engine.twin import Banked, add_factors, fitted, measured
 from mixmerge.engine.worker import Adapters, Worker, chunk_length
 from mixmerge.errors import CheckpointError, DependencyError, Fault, MethodError
 from mixmerge.kernels.layout import WIDTHS
@@ -49,6 +51,7 @@ class Merged:
         resumed: output tensors an earlier, killed run had finished.
         notes: what was found on the way that a person should know.
         learned: the coefficients, if the method learned some in this run or before it was killed.
+        bank: what stands beside the shared model, if the method leaves a bank.
     """
 
     path: Path
@@ -57,6 +60,7 @@ class Merged:
     resumed: int
     notes: tuple[str, ...] = ()
     learned: Coefficients | None = None
+    bank: Banked | None = None
 
 
 def default_threads() -> int:
@@ -189,14 +193,46 @@ def run(
             )  # fmt: skip
         output.flush()
         _check_unchanged(stamps, _stamps(plan))
-        add_files(output, plan, fingerprints, data=data, notes=found.notes)
+        add_config(output, plan)
+        bank = None
+        if plan.bank is not None:
+            plan, bank = _bank(
+                plan, data, output, files, found.notes,
+                device=device, fingerprints=fingerprints, gathering=gathering, learning=learning,
+            )  # fmt: skip
+        add_record(output, plan, fingerprints, data=data, notes=found.notes, bank=bank)
         add_heads(output, plan, files)
         if learned is not None:
             draw(output, learned)
         verify(output.partial, plan)
         output.publish()
     forget(out)
-    return Merged(out, plan, time.perf_counter() - began, resumed, tuple(found.notes), learned)
+    return Merged(out, plan, time.perf_counter() - began, resumed, tuple(found.notes), learned, bank)
+
+
+def _bank(
+    plan: Plan,
+    data: Data | None,
+    output: Output,
+    files: Files,
+    notes: list[str],
+    *,
+    device: str,
+    fingerprints: Mapping[str, Any],
+    gathering: GatheringProgress | None,
+    learning: LearningProgress | None,
+) -> tuple[Plan, Banked]:
+    """Bank and gate beside a shared model that is written."""
+    from mixmerge.engine.twin_gate import add_gate, notes_of
+
+    plan, left_out = fitted(plan, output.partial)
+    notes.extend(left_out)
+    made = add_factors(plan, output, files, fingerprints=fingerprints, progress=gathering)
+    gate = None
+    if plan.bank is not None and plan.bank.gate is not None and data is not None:
+        gate = add_gate(plan, data, output, bank=made, device=device, gathering=gathering, learning=learning)
+        notes.extend(notes_of(gate))
+    return plan, measured(plan, output.partial, gate)
 
 
 def _check_device(device: str) -> None:

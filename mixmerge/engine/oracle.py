@@ -6,7 +6,7 @@ import importlib.util
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from mixmerge.engine.output import check_target
+from mixmerge.engine.target import check_target
 from mixmerge.errors import DependencyError, Fault, MixmergeError, OutputError
 from mixmerge.plan import make_plan
 from mixmerge.recipe import canonical

@@ -12,6 +12,8 @@ from mixmerge.data.rows import Row
 from mixmerge.engine.calibrating import gathering, measure_of, statistic_of
 from mixmerge.engine.calibration_data import Part, experts_of, read_parts
 from mixmerge.engine.maps import is_map, singular
+from mixmerge.engine.twin import fitted
+from mixmerge.engine.twin_outlook import WORK, gate_need, prompt_batches, row_faults, shared_reader
 from mixmerge.errors import Fault, MixmergeError, RecipeError
 from mixmerge.experts.loading import Kind, check_tokenizer, kind_of, read_config, read_tokenizer
 from mixmerge.methods.roles import role_of
@@ -54,7 +56,7 @@ class Outlook:
     """What a merge by data will look at and take.
 
     Args:
-        work: ``gathering`` of statistics or ``learning`` of coefficients.
+        work: ``gathering`` of statistics, ``learning`` of coefficients, or ``training the gate``.
         experts: their data, in the recipe's order.
         need: of the stage that takes most; its memory is beside ``RUNTIME``.
         notes: what a person should know and can ignore.
@@ -87,6 +89,8 @@ def plan_with_data(
 ) -> tuple[Plan, Outlook | None]:
     """``make_plan``, and what its calibration data are; data sets of the hub are not asked for.
 
+    A bank is held against the layers of the model it is for.
+
     Args:
         source: path of a recipe, or a recipe.
         allow_tokenizer_mismatch: as in ``make_plan``.
@@ -105,8 +109,10 @@ def plan_with_data(
     except RecipeError as error:
         faults += error.faults
     asked = parsed.calibration
-    if asked is None or (plan is not None and not plan.method.needs_data):
-        if plan is None:
+    if plan is not None and plan.bank is not None:
+        plan = _fitted(plan, faults)
+    if asked is None or (plan is not None and not plan.needs_data):
+        if plan is None or faults:
             raise RecipeError(faults)
         return plan, None
     experts = _experts(parsed, asked)
@@ -116,6 +122,17 @@ def plan_with_data(
     if plan is None or faults:
         raise RecipeError(faults)
     return plan, outlook
+
+
+def _fitted(plan: Plan, faults: list[Fault]) -> Plan:
+    """The plan with the bank its model's layers can take, and notes about what they cannot."""
+    donor = plan.models[plan.donor]
+    try:
+        plan, notes = fitted(plan, donor.path)
+    except MixmergeError as error:
+        faults += error.faults
+        return plan
+    return replace(plan, warnings=(*plan.warnings, *notes))
 
 
 def _experts(parsed: Parsed, asked: Calibration) -> list[ModelRef]:
@@ -129,6 +146,9 @@ def _outlook(
     plan: Plan, asked: Calibration, parts: Mapping[ModelRef, Part], faults: list[Fault]
 ) -> Outlook | None:
     models = [plan.models[number] for number in experts_of(plan)]
+    gated = plan.bank is not None and plan.bank.gate is not None
+    if not plan.method.needs_data:
+        return _gate_outlook(plan, asked, models, parts, faults)
     readers = _readers(plan, models, faults)
     seen, shown, notes, places, tokens = [], [], [], 0, []
     for model, reader in zip(models, readers, strict=True):
@@ -152,6 +172,12 @@ def _outlook(
     if faults:
         return None
     found = [reader for reader in readers if reader is not None]
+    if gated:
+        wrong, more = row_faults(plan, parts)
+        faults += wrong
+        notes += more
+        if shared_reader(plan, faults) is None or faults:
+            return None
     if plan.method.statistics:
         notes += _singular(plan, tokens, faults)
         anatomies = [_anatomy(model, one) for model, one in zip(models, found, strict=True)]
@@ -161,6 +187,40 @@ def _outlook(
     return Outlook(
         "learning", tuple(seen), _learning(plan, found[0], shown, places), tuple(dict.fromkeys(notes))
     )
+
+
+def _gate_outlook(
+    plan: Plan,
+    asked: Calibration,
+    models: Sequence[Model],
+    parts: Mapping[ModelRef, Part],
+    faults: list[Fault],
+) -> Outlook | None:
+    """Of rows that nothing but the gate looks at: all are shown to the shared model."""
+    reader = shared_reader(plan, faults)
+    wrong, notes = row_faults(plan, parts)
+    faults += wrong
+    seen, shown, rows = [], [], 0
+    for model in models:
+        source, part = asked.source(model.ref) or "", parts.get(model.ref)
+        batches: Sequence[Batch] = ()
+        if reader is not None and part is not None and sum(map(_size, part.rows)) <= _MOST:
+            try:
+                batches = prompt_batches(asked, part.rows, reader)
+            except MixmergeError as error:
+                faults.extend(replace(fault, where=_where(fault, model, source)) for fault in error.faults)
+        rows += asked.max_examples if part is None else len(part.rows)
+        if reader is not None:
+            shown.append(_largest(plan, asked, batches, reader))
+        count = sum(batch.tokens for batch in batches) if batches else None
+        name = str(model.ref)
+        seen.append(Seen(name, source, len(part.rows), part.there, count) if part else Seen(name, source))
+        notes += _notes(asked, seen[-1])
+    if faults or reader is None:
+        return None
+    largest = max(shown, key=lambda one: one.places)
+    need = gate_need(plan, _anatomy(plan.models[plan.donor], reader), largest, rows)
+    return Outlook(WORK, tuple(seen), need, tuple(dict.fromkeys(notes)))
 
 
 def _where(fault: Fault, model: Model, source: str) -> str:

@@ -16,84 +16,13 @@ import threading
 from pathlib import Path
 from types import TracebackType
 
+from mixmerge.engine.target import check_target, named, unwritten
 from mixmerge.errors import Fault, MixmergeError, OutputError
 from mixmerge.plan import Plan, Shard, Task
 
 _JOURNAL = "journal.jsonl"
 # Bytes written between two calls of fdatasync: what a kill can cost, and how early the disk starts.
 FLUSH_BYTES = 64_000_000
-_WEIGHTS = ("*.safetensors", "*.bin", "*.index.json")
-
-
-def _fault(path: Path, error: OSError) -> OutputError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return OutputError(
-            Fault(str(path), "the disk is full", run="Free some space and run the same command: it goes on")
-        )
-    return OutputError(Fault(str(path), f"cannot be written: {error.strerror}"))
-
-
-def check_target(plan: Plan, out: Path, *, overwrite: bool) -> None:
-    """Refuse an output that exists, or that would destroy something.
-
-    Raises:
-        OutputError: see the message.
-    """
-    try:
-        _check_target(plan, _named(out), overwrite=overwrite)
-    except OSError as error:
-        raise _fault(out, error) from error
-
-
-def _named(out: Path) -> Path:
-    """The folder's own name in its real parent: ``.``, ``..`` and links on the way are followed."""
-    return out.resolve() if out.name in ("", "..") else out.parent.resolve() / out.name
-
-
-def _check_target(plan: Plan, out: Path, *, overwrite: bool) -> None:
-    for model in plan.models:
-        for path in filter(None, (model.path, model.adapter, *model.files)):
-            if path.resolve().is_relative_to(out.resolve()):
-                raise OutputError(
-                    Fault(str(out), f"{path} is an input of this merge and in it", run="Name another folder")
-                )
-    if not out.exists() and not out.is_symlink():
-        nearest = next(folder for folder in out.parents if folder.exists())
-        if not nearest.is_dir():
-            raise OutputError(Fault(str(nearest), "it is a file, so no folder can be made in it"))
-        return
-    if not overwrite:
-        raise OutputError(Fault(str(out), "it exists", run="Name another folder, or pass --overwrite"))
-    refused = ""
-    if out.is_symlink():
-        refused = "it is a link"
-    elif not out.is_dir() or not _replaceable(out):
-        refused = "it is not a model folder and nothing else"
-    elif Path.cwd().is_relative_to(out):
-        refused = "it is the folder this command runs in"
-    elif out.is_mount():
-        refused = "another disk is mounted on it"
-    if refused:
-        raise OutputError(
-            Fault(str(out), f"it exists and {refused}, so it is not overwritten", run="Name another folder")
-        )
-
-
-def _replaceable(folder: Path) -> bool:
-    """Only a model would be lost: config, weights and heads, no other folder (.git, checkpoints); or nothing."""
-    entries = list(folder.iterdir())
-    weights = any(entry.match(pattern) for pattern in _WEIGHTS for entry in entries)
-    folders = [entry for entry in entries if entry.is_dir() and not (entry.name == "heads" and _heads(entry))]
-    model = weights and (folder / "config.json").is_file() and not folders
-    return model or not entries
-
-
-def _heads(folder: Path) -> bool:
-    """Whether a folder holds heads of experts as a merge keeps them, and nothing else."""
-    known = {"config.json", "head.safetensors"}
-    return all(
-        head.is_dir() and {entry.name for entry in head.iterdir()} <= known for head in folder.iterdir()
-    )
 
 
 class Output:
@@ -107,7 +36,7 @@ class Output:
     """
 
     def __init__(self, plan: Plan, out: Path, *, identity: str, overwrite: bool) -> None:
-        self.plan, self.out, self._identity, self._overwrite = plan, _named(out), identity, overwrite
+        self.plan, self.out, self._identity, self._overwrite = plan, named(out), identity, overwrite
         self.partial = self.out.parent / f".{self.out.name}.mixmerge-partial"
         self._old = self.out.parent / f".{self.out.name}.mixmerge-old"
         self.finished: set[str] = set()
@@ -134,7 +63,7 @@ class Output:
             self._open_shards()
         except OSError as error:
             self._leave(error)
-            raise _fault(self.partial, error) from error
+            raise unwritten(self.partial, error) from error
         except OutputError as error:
             self._leave(error)
             raise
@@ -225,7 +154,7 @@ class Output:
         os.ftruncate(self._journal, length)
 
     def _check_room(self) -> None:
-        free, needed = shutil.disk_usage(self.partial).free, self.plan.bytes_written
+        free, needed = shutil.disk_usage(self.partial).free, self.plan.room
         if free < needed:
             raise OutputError(
                 Fault(
@@ -254,7 +183,7 @@ class Output:
                 count = os.pwrite(self._shards[task.target.shard], data, at)
                 at, data = at + count, data[count:]
         except OSError as error:
-            raise _fault(self.partial / self.plan.shards[task.target.shard].file, error) from error
+            raise unwritten(self.partial / self.plan.shards[task.target.shard].file, error) from error
         with self._wake:
             self._bytes += size
             if self._flush_error is not None:
@@ -279,7 +208,7 @@ class Output:
                 self._flush()
             except OSError as error:
                 with self._wake:
-                    self._flush_error = _fault(self.partial, error)
+                    self._flush_error = unwritten(self.partial, error)
                 return
 
     def _flush(self) -> None:
@@ -297,22 +226,33 @@ class Output:
             (self.partial / name).parent.mkdir(parents=True, exist_ok=True)
             (self.partial / name).write_bytes(content.encode() if isinstance(content, str) else content)
         except OSError as error:
-            raise _fault(self.partial / name, error) from error
+            raise unwritten(self.partial / name, error) from error
 
     def keep(self, name: str, content: bytes) -> None:
         """Write a file that took long to make, and note it in the journal: the same merge, killed, has it again."""
         self.add(name, content)
+        self.vouch(name)
+
+    def vouch(self, name: str) -> None:
+        """Note that a file, and what else is in its folder, is whole."""
         try:
-            _sync(self.partial / name)
+            folder = (self.partial / name).parent
+            for path in [self.partial / name] if folder == self.partial else sorted(folder.iterdir()):
+                _sync(path)
+            _sync(folder)
             _sync(self.partial)
             os.write(self._journal, _line({"file": name}))
             os.fsync(self._journal)
         except OSError as error:
-            raise _fault(self.partial / name, error) from error
+            raise unwritten(self.partial / name, error) from error
 
     def kept(self, name: str) -> bytes | None:
         """What an earlier run of the same merge kept under this name."""
         return (self.partial / name).read_bytes() if name in self._kept else None
+
+    def has(self, name: str) -> bool:
+        """Whether an earlier run of the same merge vouched for a file."""
+        return name in self._kept and (self.partial / name).is_file()
 
     def flush(self) -> None:
         """Put every byte on the disk and note it in the journal, after the last write."""
@@ -323,7 +263,7 @@ class Output:
         try:
             self._flush()
         except OSError as error:
-            raise _fault(self.partial, error) from error
+            raise unwritten(self.partial, error) from error
 
     def publish(self) -> None:
         """Give the finished folder its name.
@@ -354,7 +294,7 @@ class Output:
             if self._old.exists():
                 shutil.rmtree(self._old)
         except OSError as error:
-            raise _fault(self.out, error) from error
+            raise unwritten(self.out, error) from error
 
 
 def _line(value: object) -> bytes:

@@ -6,7 +6,14 @@ the file of rows of its family.
 
 from __future__ import annotations
 
-from mixmerge.methods import rows_learned, rows_masks, rows_plain, rows_spectral, rows_statistics
+from mixmerge.methods import (
+    rows_dynamic,
+    rows_learned,
+    rows_masks,
+    rows_plain,
+    rows_spectral,
+    rows_statistics,
+)
 from mixmerge.methods.records import ANY, REQUIRED, Method, Parameter, Role, Value
 
 __all__ = ["ANY", "METHODS", "REQUIRED", "Method", "Parameter", "Role", "Value"]
@@ -17,5 +24,6 @@ _FAMILIES = (
     rows_spectral.ROWS,
     rows_statistics.ROWS,
     rows_learned.ROWS,
+    rows_dynamic.ROWS,
 )
 METHODS: dict[str, Method] = {row.name: row for rows in _FAMILIES for row in rows}

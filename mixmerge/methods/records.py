@@ -73,6 +73,8 @@ class Method:
         sketch: ``module:attr`` of what it must know of the whole model first (``mixmerge.methods.sketch``).
         statistics: name of the statistics of calibration data it takes, one of each expert; empty for none.
         learner: name of what learns its coefficients from calibration data; empty for none.
+        bank: the result depends on the input: a shared model by another method, and a bank of what each expert has
+            besides. The definition is that for given weights.
         no_effect: parameters mergekit accepts here that change nothing: warned about, then dropped.
         summary: one line.
         paper: title and where to find it.
@@ -95,6 +97,7 @@ class Method:
     sketch: str = ""
     statistics: str = ""
     learner: str = ""
+    bank: bool = False
     no_effect: tuple[str, ...] = ()
 
     @property

@@ -16,7 +16,8 @@ from mixmerge.errors import Fault, MixmergeError, RecipeError
 from mixmerge.methods import Method, Value
 from mixmerge.methods.roles import role_of
 from mixmerge.plan.agree import Agreement, agree, compare_configs, compare_tokenizers, some
-from mixmerge.plan.heads import head_notes, kept_heads, outside_of, trunks
+from mixmerge.plan.bank import BankPlan, plan_bank
+from mixmerge.plan.heads import head_notes, kept_heads, names_of, outside_of, trunks
 from mixmerge.plan.layers import depths, layer_of
 from mixmerge.plan.layout import Wanted, lay_out
 from mixmerge.plan.model import Model, Plan, Source, Target, Task
@@ -31,6 +32,7 @@ from mixmerge.recipe import (
     read,
     resolve_tensor,
 )
+from mixmerge.recipe.twin import bank_recipe, shared_recipe
 from mixmerge.registry import find
 
 _STORED = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}
@@ -68,7 +70,7 @@ def make_plan(
         warnings += compare_tokenizers(models, donor, allow=allow_tokenizer_mismatch, faults=faults)
     if parsed.recipe is None or agreement is None or faults:
         raise RecipeError(faults)
-    recipe = parsed.recipe
+    recipe = shared_recipe(parsed.recipe)
     method: Method = find("method", recipe.merge_method)
     order = {model.ref: number for number, model in enumerate(models)}
     base = order[recipe.base_model] if recipe.base_model is not None else None
@@ -81,14 +83,16 @@ def make_plan(
     tasks = _tasks(recipe, method, groups, targets, kind, faults)
     tasks = replayed(recipe, method, tasks, faults, warnings)
     _check_scope(tasks, faults)
+    bank = _bank(parsed.recipe, names_of(models, entries), tasks, faults)
+    warnings += bank.notes() if bank else []
     if faults:
         raise RecipeError(faults)
     config = _output_config(split.models[donor].config, agreement, targets)
     heads = kept_heads(split, models, entries)
     dropped = (*agreement.dropped, *outside_of(split, heads))
     plan = Plan(
-        recipe, parsed.text, method, models, needs_base, donor, tuple(tasks), dropped, tuple(shards),
-        config, tuple(warnings), heads,
+        parsed.recipe, parsed.text, method, models, needs_base, donor, tuple(tasks), dropped, tuple(shards),
+        config, tuple(warnings), heads, bank,
     )  # fmt: skip
     return dataclasses.replace(plan, hash=_hash(plan))
 
@@ -197,10 +201,8 @@ def _tasks(
         copied = target.dtype not in FLOATS
         parameters: dict[str, Value | tuple[Value, ...]] = {}
         if not copied:
-            layer = layer_of(target.name)
-            position = layer_position(layer[1], stacks[layer[0]]) if layer else layer_position(None, 0)
             try:
-                resolved = values.of(target.name, position)
+                resolved = values.of(target.name, _position(target.name, stacks))
             except RecipeError as error:
                 faults.extend(fault for fault in error.faults if fault not in faults)
                 continue
@@ -212,6 +214,26 @@ def _tasks(
         role = role_of(target.name, target.shape, model_type)
         tasks.append(Task(target, inputs_, None if copied else base, copied, parameters, role))
     return tasks
+
+
+def _bank(
+    recipe: Recipe, experts: Sequence[str], tasks: Sequence[Task], faults: list[Fault]
+) -> BankPlan | None:
+    """The bank of a recipe whose method leaves one."""
+    if recipe.shared is None:
+        return None
+    method: Method = find("method", recipe.merge_method)
+    stacks, values = depths(task.target.name for task in tasks), _Values(bank_recipe(recipe), method)
+
+    def asked(name: str) -> dict[str, Value]:
+        return values.of(name, _position(name, stacks)).merge
+
+    return plan_bank(recipe, method, experts, tasks, asked, faults)
+
+
+def _position(name: str, stacks: Mapping[str, int]) -> float:
+    layer = layer_of(name)
+    return layer_position(layer[1], stacks[layer[0]]) if layer else layer_position(None, 0)
 
 
 def _check_scope(tasks: Sequence[Task], faults: list[Fault]) -> None:
@@ -293,5 +315,7 @@ def _hash(plan: Plan) -> str:
         head.expert: [head.config, *(_header_facts(source.tensor) for source in head.tensors)]
         for head in plan.heads
     }
-    kept = {"heads": heads} if heads else {}
+    kept: dict[str, Any] = {"heads": heads} if heads else {}
+    if plan.bank is not None:
+        kept["bank"] = plan.bank.facts()
     return canonical_hash({"recipe": recipe, "config": plan.config, "tasks": tasks, **kept})

@@ -155,18 +155,22 @@ def kept_heads(found: Trunks, models: Sequence[Model], entries: Sequence[int]) -
         entries: which of them are experts.
     """
     experts = [number for number in entries if found.heads.get(number)]
-    names = [
-        PurePath(models[number].ref.adapter or models[number].ref.path).name or "head" for number in experts
-    ]
     heads = []
-    for place, (number, name) in enumerate(zip(experts, names, strict=True)):
+    for number, unique in zip(experts, names_of(models, experts), strict=True):
         model = models[number]
-        unique = name if names.count(name) == 1 else f"{name}-{place}"
         sources = tuple(
             Source(number, header, model.deltas.get(stored)) for stored, header in found.heads[number].items()
         )
         heads.append(Head(unique, number, sources, model.config))
     return tuple(heads)
+
+
+def names_of(models: Sequence[Model], experts: Sequence[int]) -> tuple[str, ...]:
+    """A name for each expert: the last part of its path, with its place where two are called alike."""
+    names = [
+        PurePath(models[number].ref.adapter or models[number].ref.path).name or "head" for number in experts
+    ]
+    return tuple(name if names.count(name) == 1 else f"{name}-{place}" for place, name in enumerate(names))
 
 
 def outside_of(found: Trunks, heads: Sequence[Head]) -> tuple[Dropped, ...]:

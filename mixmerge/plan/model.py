@@ -10,6 +10,7 @@ from mixmerge.checkpoint.adapter import AdapterDelta
 from mixmerge.checkpoint.header import TensorHeader
 from mixmerge.checkpoint.hub import Snapshot
 from mixmerge.methods import Method, Role, Value
+from mixmerge.plan.bank import BankPlan
 from mixmerge.recipe import ModelRef, Recipe
 
 
@@ -152,7 +153,7 @@ class Plan:
 
     Args:
         recipe: the recipe; ``text`` is its source.
-        method: the row of its method.
+        method: the row of its method; of a recipe with a bank, of its shared part.
         models: every distinct input; ``base`` is an index into it, ``donor`` the one whose config and
             tokenizer the output gets.
         tasks: one for each output tensor, in the order of the output's bytes.
@@ -161,6 +162,7 @@ class Plan:
         config: the output's ``config.json``.
         warnings: what a person should know and can ignore.
         heads: of the experts that have some, in their order.
+        bank: what stands beside the shared model; None where the method leaves nothing else.
         hash: SHA-256 of everything that decides the output, except the values in the inputs and their paths.
     """
 
@@ -176,7 +178,18 @@ class Plan:
     config: dict[str, Any]
     warnings: tuple[str, ...]
     heads: tuple[Head, ...] = ()
+    bank: BankPlan | None = None
     hash: str = field(default="")
+
+    @property
+    def made_by(self) -> Method:
+        """The row of the method that the recipe names."""
+        return self.method if self.bank is None else self.bank.method
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether rows are looked at: for the merge, or to train a gate."""
+        return self.method.needs_data or (self.bank is not None and self.bank.gate is not None)
 
     @property
     def remote(self) -> tuple[Snapshot, ...]:
@@ -191,6 +204,11 @@ class Plan:
     @property
     def bytes_written(self) -> int:
         return sum(shard.nbytes for shard in self.shards)
+
+    @property
+    def room(self) -> int:
+        """Bytes the output takes on the disk, at most; small files are not counted."""
+        return self.bytes_written + (self.bank.nbytes if self.bank else 0)
 
     @property
     def bytes_read(self) -> int:

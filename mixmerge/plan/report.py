@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+from mixmerge.plan.bank import BankPlan
 from mixmerge.plan.model import Plan, Task
 
 # Python, numpy and the compiled kernels, before any tensor.
 _INTERPRETER = 300_000_000
+_WITH_TORCH = 450_000_000
 CHUNK = 1 << 18
 
 
@@ -30,10 +33,43 @@ def peak_memory(plan: Plan, *, threads: int) -> int:
     return _INTERPRETER + threads * per_thread + masks * plan.method.stochastic + factors
 
 
+def _bank(plan: Plan, bank: BankPlan) -> dict[str, Any]:
+    ranks = [site.most for site in bank.sites]
+    return {
+        "shared": plan.method.name,
+        "experts": list(bank.experts),
+        "sites": len(bank.sites),
+        "vectors": len(bank.vectors),
+        "largest_rank": max(ranks, default=0),
+        "bytes_at_most": bank.nbytes,
+        "bytes_of_experts": bank.bytes_of_experts,
+        "memory": bank_memory(bank),
+        "gate": None if bank.gate is None else bank.gate.canonical(),
+        "left_out": dict(bank.left_out),
+    }
+
+
+def bank_memory(bank: BankPlan) -> int:
+    """Bytes while the parts of the largest matrix are decomposed, the interpreter and torch not counted.
+
+    The part itself and what it is the difference of in float32, the smaller Gram matrix with its eigenvectors and work
+    space in float64, and the factors of all experts.
+    """
+    return max(
+        (
+            16 * math.prod(site.shape)
+            + 32 * site.side**2
+            + 8 * len(bank.experts) * site.most * sum(site.shape)
+            for site in bank.sites
+        ),
+        default=0,
+    )
+
+
 def as_json(plan: Plan, *, threads: int) -> dict[str, Any]:
     """Everything a plan says, as JSON data."""
     return {
-        "method": plan.method.name,
+        "method": plan.made_by.name,
         "hash": plan.hash,
         "models": [
             {
@@ -49,7 +85,10 @@ def as_json(plan: Plan, *, threads: int) -> dict[str, Any]:
         "to_download": plan.bytes_to_download,
         "bytes_read": plan.bytes_read,
         "bytes_written": plan.bytes_written,
-        "peak_memory": peak_memory(plan, threads=threads),
+        "peak_memory": max(
+            peak_memory(plan, threads=threads),
+            0 if plan.bank is None else _WITH_TORCH + bank_memory(plan.bank),
+        ),
         "shards": [{"file": shard.file, "bytes": shard.nbytes} for shard in plan.shards],
         "tensors": [
             {
@@ -70,5 +109,6 @@ def as_json(plan: Plan, *, threads: int) -> dict[str, Any]:
             for drop in plan.dropped
         ],
         "heads": [head.expert for head in plan.heads],
+        **({} if plan.bank is None else {"bank": _bank(plan, plan.bank)}),
         "warnings": list(plan.warnings),
     }

@@ -16,6 +16,7 @@ from mixmerge.registry import choices
 LAYOUTS = ("padded", "packed")
 _DATA = "A file of rows, a data set of the hub, or builtin:NAME"
 _ADD = "Add calibration: {data: PATH}"
+_ADD_EACH = "Add calibration: {per_expert: {EXPERT: PATH}}"
 DEFAULT_EXAMPLES = 256
 # name -> (default, largest, smallest)
 _AMOUNTS = {
@@ -66,7 +67,12 @@ class Calibration(BaseModel):
 
 
 def read_calibration(
-    top: dict[str, Node], method: Method | None, experts: Sequence[ModelRef] | None, report: Report
+    top: dict[str, Node],
+    method: Method | None,
+    experts: Sequence[ModelRef] | None,
+    report: Report,
+    *,
+    needed: bool | None = None,
 ) -> Calibration | None:
     """The block of a recipe, held against the method and its experts; None if there is none or it has no effect.
 
@@ -75,17 +81,19 @@ def read_calibration(
         method: its method, if it is known.
         experts: the inputs of the merge, if all could be read.
         report: gets every fault; a block the method does not use is warned about.
+        needed: whether there must be data, where not the method alone decides that.
     """
     node = given(top, "calibration")
+    needed = method is not None and method.needs_data if needed is None else needed
     if node is None:
-        if method is not None and method.needs_data:
+        if method is not None and needed:
             what = f"{method.name} learns from data, and the recipe has none"
-            report.fault("calibration", what, _DATA, _ADD)
+            report.fault("calibration", what, _DATA, _ADD_EACH if method.bank else _ADD)
         return None
     entries = read_mapping(node, report, "where the data is, and how much of it to use")
     unknown_keys(entries, list(Calibration.model_fields), report)
     block = _block(entries, experts, report)
-    if method is not None and not method.needs_data:
+    if method is not None and not needed:
         report.warn(node, f"has no effect: {method.name} uses no data", run="Remove it")
         return None
     if isinstance(node.value, dict) and experts is not None and method is not None:

@@ -55,7 +55,7 @@ class Draft:
         if not inner:
             return outer
         found = outer.value.get(inner) if isinstance(outer.value, dict) else None
-        return found or Node(f"{key}.{inner}", outer.line, None)
+        return found or Node(f"{outer.path}.{inner}", outer.line, None)
 
     def value(self, own: dict[str, Setting | None], parameter: Parameter) -> Scalar | None:
         """The value an input has for every tensor, or None if that is not known or not so simple."""
@@ -69,7 +69,19 @@ class Draft:
 def check(draft: Draft, report: Report) -> None:
     """Report every fault that needs more than one part of the recipe to see."""
     _base(draft, report)
-    _count(draft, report)
+    check_shared(draft, report, count=True)
+
+
+def check_shared(draft: Draft, report: Report, *, count: bool) -> None:
+    """The same of a shared part, whose base is that of the whole.
+
+    Args:
+        draft: with the method and the parameters of the shared part.
+        report: gets every fault.
+        count: look at the number of experts too.
+    """
+    if count:
+        _count(draft, report)
     _required(draft, report)
     _aggregation(draft, report)
     _zero_sum(draft, report)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from mixmerge.document import (
     Kind,
@@ -23,9 +21,10 @@ from mixmerge.document import (
     to_data,
     unknown_keys,
 )
-from mixmerge.methods import METHODS, Method, Parameter
+from mixmerge.methods import METHODS, Method
 from mixmerge.recipe.calibration import Calibration, read_calibration
 from mixmerge.recipe.checks import Draft, DraftEntry, check, check_models
+from mixmerge.recipe.choosing import DEAD, Settings, known_parameters, read_method
 from mixmerge.recipe.references import ModelRef, read_ref
 from mixmerge.recipe.replay import read_replay
 from mixmerge.recipe.schema import (
@@ -40,8 +39,9 @@ from mixmerge.recipe.schema import (
     size_in_bytes,
     to_yaml,
 )
-from mixmerge.recipe.settings import read_setting
-from mixmerge.registry import choices, find, nearest, table
+from mixmerge.recipe.twin import KEYS as BANK_KEYS
+from mixmerge.recipe.twin import Blocks, check_blocks, check_rows, read_blocks
+from mixmerge.registry import choices, nearest, table
 
 RECIPE = Kind(
     "recipe",
@@ -62,8 +62,6 @@ _NOT_YET = {
     "tokenizer_source": ("building a merged tokenizer", _SHARED_TOKENIZER),
     "chat_template": ("setting a chat template", "Remove it; the output keeps the template of its tokenizer"),
 }
-# Keys and parameters of old mergekit recipes that mergekit itself no longer reads.
-_DEAD = ("input_model_parameters", "embed_slerp", "residual_weight")
 _ALSO_DEAD_AT_TOP = {
     "name": "Only files with several documents need it",
     "normalize": "Write it under parameters",
@@ -122,31 +120,37 @@ def _parsed(root: Node | None, text: str, where: str, report: Report) -> Parsed:
 
 
 def _recipe(
-    top: dict[str, Node], report: Report, refs: list[tuple[str, ModelRef]], blocks: list[Calibration]
+    top: dict[str, Node], report: Report, refs: list[tuple[str, ModelRef]], found: list[Calibration]
 ) -> Recipe | None:
     asked = top.get("merge_method")
     built_in = asked is not None and isinstance(asked.value, str) and asked.value in METHODS
     rows = METHODS if built_in else table("method")  # looking for plug-ins takes 10 ms
     name, method = _method(top, rows, report)
-    known = _known_parameters(method, rows)
-    _top_keys(top, list(known), report)
+    known = known_parameters(method, rows)
+    _top_keys(top, [*_KEYS, *(BANK_KEYS if method and method.bank else ())], list(known), report)
     base_node = given(top, "base_model")
     base = read_ref(base_node, report) if base_node else None
     if base_node and base:
         refs.append((base_node.path, base))
-    reader = _Settings(method, known, rows, report)
-    entries = _entries(top, base, reader, report)
+    reader = Settings(method, known, rows, report)
+    blocks = read_blocks(top, method, report)
+    entries = _entries(top, base, blocks.reader if blocks else reader, report)
     refs.extend((f"{entry.node.path}.model", entry.ref) for entry in entries if entry.ref)
     settings = reader.read(top.get("parameters"), "merge")
     check_models(entries, base, base_node or Node("base_model", None, None), report)
     draft = Draft(method, base, entries, settings, top) if method else None
     if draft:
         check(draft, report)
+    if draft and blocks:
+        check_blocks(blocks, draft, report)
     coefficients = read_replay(top, method, report)
     calibration = None
     if coefficients is None:
-        calibration = read_calibration(top, method, draft.experts() if draft else None, report)
-        blocks += [calibration] if calibration is not None else []
+        experts = draft.experts() if draft else None
+        calibration = read_calibration(top, method, experts, report, needed=_needs_data(method, blocks))
+        found += [calibration] if calibration is not None else []
+        if calibration and experts and blocks and blocks.gate:
+            check_rows(calibration, experts, top["calibration"], report)
     dtype, out_dtype = _dtype(top, "dtype", report), _dtype(top, "out_dtype", report)
     seed, output = _seed(top, report), _output(top, report)
     tuned_on = _tuned_on(top, report)
@@ -169,7 +173,14 @@ def _recipe(
         calibration=calibration,
         coefficients=coefficients,
         tuned_on=tuned_on,
+        shared=blocks.shared() if blocks else None,
+        gate=blocks.gate if blocks else None,
     )
+
+
+def _needs_data(method: Method | None, blocks: Blocks | None) -> bool | None:
+    """Whether there must be data; None if the method is not known."""
+    return blocks.needs_data if blocks else None if method is None else method.needs_data
 
 
 def _set(settings: dict[str, Setting | None]) -> dict[str, Setting]:
@@ -181,41 +192,25 @@ def _method(top: dict[str, Node], rows: Mapping[str, Any], report: Report) -> tu
     if node is None:
         report.fault("merge_method", "the recipe names no merge method", f"Known: {', '.join(sorted(rows))}")
         return "", None
-    name = read_text(node, report, "the name of a merge method")
-    if name is None:
-        return "", None
-    if name not in rows:
-        report.fault(node, f"no merge method is called {show(name)}", choices(name, list(rows)))
-        return name, None
-    row = rows[name]
-    return name, row if isinstance(row, Method) else find("method", name)
+    return read_method(node, rows, report)
 
 
-def _known_parameters(method: Method | None, rows: Mapping[str, Any]) -> dict[str, Parameter]:
-    """The method's parameters; if there is no method, those of all methods, held to nothing but their kinds."""
-    if method is not None:
-        return {parameter.name: parameter for parameter in method.parameters}
-    return {
-        parameter.name: replace(parameter, low=-math.inf, high=math.inf, constant=False)
-        for row in rows.values()
-        if isinstance(row, Method)
-        for parameter in row.parameters
-    }
-
-
-def _top_keys(top: dict[str, Node], parameters: list[str], report: Report) -> None:
+def _top_keys(top: dict[str, Node], keys: list[str], parameters: list[str], report: Report) -> None:
     for name, node in top.items():
         if name in _NOT_YET and node.value not in (None, "", (), {}):
             what, instead = _NOT_YET[name]
             report.fault(node, f"{name} is not supported yet ({what})", run=instead)
-        elif name in _DEAD:
+        elif name in DEAD:
             report.warn(node, "has no effect, here as in mergekit", run="Remove it")
         elif name in _ALSO_DEAD_AT_TOP:
             report.warn(
                 node, "has no effect at the top level, here as in mergekit", run=_ALSO_DEAD_AT_TOP[name]
             )
-        elif name not in _KEYS and name not in _NOT_YET:
-            _unknown_key(name, node, _KEYS, parameters, report)
+        elif name in BANK_KEYS and name not in keys:
+            having = ", ".join(row.name for row in METHODS.values() if row.bank)
+            report.fault(node, f"{name} is for methods that leave a bank", f"These do: {having}", "Remove it")
+        elif name not in keys and name not in _NOT_YET:
+            _unknown_key(name, node, keys, parameters, report)
         if report.full:
             return
 
@@ -228,7 +223,7 @@ def _unknown_key(name: str, node: Node, keys: list[str], parameters: list[str], 
 
 
 def _entries(
-    top: dict[str, Node], base: ModelRef | None, reader: _Settings, report: Report
+    top: dict[str, Node], base: ModelRef | None, reader: Settings, report: Report
 ) -> tuple[DraftEntry, ...]:
     node = given(top, "models")
     if node is None or node.value in ((), {}, ""):
@@ -243,7 +238,7 @@ def _entries(
     return tuple(_entry(item, base, reader, report) for item in node.value)
 
 
-def _entry(node: Node, base: ModelRef | None, reader: _Settings, report: Report) -> DraftEntry:
+def _entry(node: Node, base: ModelRef | None, reader: Settings, report: Report) -> DraftEntry:
     if not isinstance(node.value, dict):
         what = f"expected a mapping with model and parameters, got {show(node.value)}"
         report.fault(node, what, run="Write - model: PATH")
@@ -252,7 +247,7 @@ def _entry(node: Node, base: ModelRef | None, reader: _Settings, report: Report)
     for name, child in entries.items():
         if name == "layer_range":
             report.warn(child, "has no effect under models: whole models are merged", run="Remove it")
-        elif name in _DEAD:
+        elif name in DEAD:
             report.warn(child, "has no effect, here as in mergekit", run="Remove it")
         elif name not in ("model", "parameters"):
             _unknown_key(name, child, ["model", "parameters"], list(reader.known), report)
@@ -264,52 +259,6 @@ def _entry(node: Node, base: ModelRef | None, reader: _Settings, report: Report)
     ref = read_ref(model, report) if model else None
     idle = ref is not None and ref == base and reader.method is not None and reader.method.base == "required"
     return DraftEntry(node, ref, reader.read(entries.get("parameters"), "base" if idle else "model"))
-
-
-@dataclass(frozen=True)
-class _Settings:
-    """Reads ``parameters`` for one method; without a known method, for any."""
-
-    method: Method | None
-    known: dict[str, Parameter]
-    rows: Mapping[str, Any]
-    report: Report
-
-    def read(
-        self, parameters: Node | None, level: Literal["merge", "model", "base"]
-    ) -> dict[str, Setting | None]:
-        """The settings of one level: global, of a model, or of a base that is no expert."""
-        nodes = read_mapping(parameters, self.report, "parameters") if parameters else {}
-        settings: dict[str, Setting | None] = {}
-        for name, node in nodes.items():
-            parameter = self.known.get(name)
-            if parameter is None:
-                self.unknown(name, node)
-            elif level != "merge" and parameter.per == "merge" and self.method:
-                what = f"{name} has no effect under a model, here as in mergekit: it holds for all models"
-                self.report.warn(node, what, run="Move it to the top-level parameters")
-            elif level == "base":
-                what = f"{name} has no effect on the base_model, here as in mergekit"
-                self.report.warn(node, what, run="Remove it")
-            else:
-                setting = read_setting(node, parameter, self.report)
-                if setting != ():
-                    settings[name] = setting
-            if self.report.full:
-                break
-        return settings
-
-    def unknown(self, name: str, node: Node) -> None:
-        no_effect = self.method.no_effect if self.method else ()
-        if name in (*_DEAD, "int8_mask", *no_effect):
-            where = f" in {self.method.name}" if self.method else ""
-            self.report.warn(node, f"{name} has no effect{where}, here as in mergekit", run="Remove it")
-            return
-        rows = [row for row in self.rows.values() if isinstance(row, Method)]
-        having = sorted(row.name for row in rows if row.parameter(name))
-        elsewhere = f" (it belongs to {', '.join(having)})" if having else ""
-        what = f"unknown parameter {show(name)}{elsewhere}"
-        self.report.fault(node, what, choices(name, list(self.known)))
 
 
 def _dtype(top: dict[str, Node], key: str, report: Report) -> str | None:

@@ -23,8 +23,9 @@ def read_replay(top: dict[str, Node], method: Method | None, report: Report) -> 
     path = read_text(node, report, "the path of a file of learned coefficients")
     if path is None:
         return None
-    if method is not None and not method.learner and method.name != PLAIN:
-        known = ", ".join([PLAIN, *(row.name for row in METHODS.values() if row.learner)])
+    if method is not None and (not method.learner or method.bank) and method.name != PLAIN:
+        learners = [row.name for row in METHODS.values() if row.learner and not row.bank]
+        known = ", ".join([PLAIN, *learners])
         report.fault(node, f"{method.name} takes no learned coefficients", f"These do: {known}")
         return None
     if given(top, "calibration") is not None:

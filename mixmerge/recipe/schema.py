@@ -13,6 +13,7 @@ from mixmerge.document import Scalar
 from mixmerge.errors import Fault, RecipeError
 from mixmerge.methods import METHODS, Method
 from mixmerge.recipe.calibration import Calibration
+from mixmerge.recipe.gate import NONE, GateBlock
 from mixmerge.recipe.references import ModelRef
 from mixmerge.registry import find
 
@@ -48,6 +49,13 @@ class ModelEntry(_Frozen):
     parameters: dict[str, Setting] = Field(default_factory=dict)
 
 
+class Shared(_Frozen):
+    """How the shared part of a method with a bank is merged: any method, and its parameters for all experts."""
+
+    merge_method: str
+    parameters: dict[str, Setting] = Field(default_factory=dict)
+
+
 class Output(_Frozen):
     """How the result is written. ``shard_size`` is in bytes."""
 
@@ -58,6 +66,8 @@ class Recipe(_Frozen):
     """A merge, fully spelled out: no parameters without effect, every setting a tuple of conditionals.
 
     ``tuned_on`` names rows that the values were chosen by (``Row.digest``): an evaluation must not meet them again.
+    Of a method with a bank the experts' own parameters are those of ``shared``, and no ``gate`` is ``gate: none``;
+    other methods have neither.
     """
 
     merge_method: str
@@ -71,6 +81,8 @@ class Recipe(_Frozen):
     calibration: Calibration | None = None
     coefficients: str | None = None
     tuned_on: tuple[str, ...] = ()
+    shared: Shared | None = None
+    gate: GateBlock | None = None
 
 
 @dataclass(frozen=True)
@@ -159,6 +171,11 @@ def canonical(recipe: Recipe) -> dict[str, Any]:
         plain["models"].append(model)
     if recipe.parameters:
         plain["parameters"] = _plain_parameters(recipe.parameters)
+    if recipe.shared is not None:
+        plain["shared"] = {"merge_method": recipe.shared.merge_method}
+        if recipe.shared.parameters:
+            plain["shared"]["parameters"] = _plain_parameters(recipe.shared.parameters)
+        plain["gate"] = NONE if recipe.gate is None else recipe.gate.canonical()
     for name in ("dtype", "out_dtype"):
         if getattr(recipe, name) is not None:
             plain[name] = getattr(recipe, name)

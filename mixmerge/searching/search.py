@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from mixmerge.checkpoint.identity import canonical_hash
 from mixmerge.engine.merge import merge
-from mixmerge.errors import Fault, MixmergeError, OutputError
+from mixmerge.errors import Fault, MixmergeError, OutputError, RecipeError
 from mixmerge.evaluate.intervals import Comparison, bootstrap_means, compare
 from mixmerge.plan import Plan, make_plan
 from mixmerge.plan.layers import depths
@@ -108,6 +108,10 @@ def search(
         MixmergeError: a recipe that does not plan, no optimiser, a disk that refuses; every candidate failed.
     """
     plan = make_plan(recipe)
+    if plan.bank is not None:
+        what = f"{plan.made_by.name} leaves a bank, and a search scores what is merged alone"
+        run = f"Search a recipe of {plan.method.name}, and take the best one's parameters for shared"
+        raise RecipeError([Fault("merge_method", what, run=run)])
     stacks = depths(task.target.name for task in plan.tasks)
     found = slots(space, recipe, layers=max([1, *stacks.values()]))
     try:

@@ -16,4 +16,5 @@ GATES: dict[str, str] = {
     "smora": "mixmerge.bank.gates.ranks:SmoraGate",
     "flylora": "mixmerge.bank.gates.ranks:FlyloraGate",
     "self_rank": "mixmerge.bank.gates.ranks:SelfRankGate",
+    "router": "mixmerge.bank.gates.router:Router",
 }

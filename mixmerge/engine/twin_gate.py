@@ -1,0 +1,101 @@
+"""The gate of a bank: trained on the experts' calibration rows, as the written shared model sees them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from mixmerge.engine.calibration_data import Data, experts_of
+from mixmerge.engine.output import Output
+from mixmerge.engine.target import BANK
+from mixmerge.errors import Fault, MixmergeError
+from mixmerge.plan import Plan
+
+REPORT = f"{BANK}/training.json"
+_WELL = 0.8  # below this share of rows a person is told
+
+
+def add_gate(
+    plan: Plan,
+    data: Data,
+    output: Output,
+    *,
+    bank: str,
+    device: str,
+    gathering: Any = None,
+    learning: Any = None,
+) -> Mapping[str, Any]:
+    """Train and save the gate of a plan, unless an earlier run has done so; returns what training found.
+
+    Args:
+        plan: with a bank and a gate.
+        data: rows of every expert; some are held out of training, and no other rows are looked at.
+        output: with the shared model, its config and its tokenizer.
+        bank: hash of the bank.
+        device: where the shared model runs.
+        gathering: called with ("features", rows done, rows in all).
+        learning: called with (epochs done, epochs in all, loss).
+
+    Raises:
+        MixmergeError: the model cannot be run on the rows, or rows of an expert give no tokens.
+    """
+    kept = output.kept(REPORT)
+    if kept is not None:
+        found: dict[str, Any] = json.loads(kept)
+        return found
+    from mixmerge.bank.features import features_of
+    from mixmerge.bank.files import save_gate
+    from mixmerge.bank.gates.router import RouterOptions
+    from mixmerge.bank.gates.router_fit import TOKENS, fit_router
+    from mixmerge.experts.loading import load_expert
+
+    block = None if plan.bank is None else plan.bank.gate
+    asked = plan.recipe.calibration
+    if plan.bank is None or block is None or asked is None:
+        raise MixmergeError(Fault("plan", "has no gate"))
+    encoder = block.encoder if block.features == "text" else None
+    model = load_expert(output.partial if encoder is None else encoder, device=device)
+    numbers = experts_of(plan)
+    rows = [(row, expert) for expert, number in enumerate(numbers) for row in data.rows[number]]
+
+    def told(done: int, total: int) -> None:
+        if gathering is not None:
+            gathering("features", done, total)
+
+    for left in (output.partial / BANK).glob(".gate*"):
+        left.unlink()
+    shown = features_of(
+        model, [row for row, _ in rows],
+        max_tokens=asked.max_tokens, batch_size=asked.batch_size,
+        tokens=TOKENS if block.per_token else 0, unit=encoder is not None, progress=told,
+    )  # fmt: skip
+    del model
+    import torch
+
+    gate, trained = fit_router(
+        shown.values,
+        torch.tensor([rows[at][1] for at in shown.rows]),
+        [rows[at][0].digest for at in shown.rows],
+        RouterOptions.model_validate(block.model_dump(exclude={"encoder"})),
+        experts=len(numbers),
+        seed=plan.recipe.seed,
+        encoder=encoder or "",
+        progress=learning,
+    )
+    save_gate(output.partial / BANK, gate, bank=bank, experts=plan.bank.experts)
+    report = {**trained.as_json(), "experts": list(plan.bank.experts)}
+    output.keep(REPORT, json.dumps(report, indent=2).encode() + b"\n")
+    return report
+
+
+def notes_of(report: Mapping[str, Any]) -> list[str]:
+    """What a person should know of a gate that does not tell the experts' inputs apart."""
+    if report["accuracy"] is None:
+        return [
+            "gate: too few rows to hold any out, so nothing says how well it tells the experts' inputs apart"
+        ]
+    if report["accuracy"] >= _WELL:
+        return []
+    share = f"{100 * report['accuracy']:.1f} % of {report['held_out']} rows held out"
+    return [f"gate: only {share} go to their own expert; see {REPORT} for which it takes for which"]

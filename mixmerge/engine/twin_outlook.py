@@ -1,0 +1,97 @@
+"""What training a gate will look at and take, said before any weight is read."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from mixmerge.calibrate.anatomy import Anatomy, Need, Shown
+from mixmerge.data.rows import Row
+from mixmerge.engine.calibration_data import Part, experts_of
+from mixmerge.errors import Fault, MixmergeError
+from mixmerge.experts.loading import check_tokenizer, kind_of, read_config, read_tokenizer
+from mixmerge.plan import Plan
+from mixmerge.recipe import Calibration, ModelRef
+
+if TYPE_CHECKING:
+    from mixmerge.calibrate.gathering import Reader
+    from mixmerge.data.batches import Batch
+
+WORK = "training the gate"
+_LEAST = 10  # rows of an expert below which a gate learns little
+
+
+def shared_reader(plan: Plan, faults: list[Fault]) -> Reader | None:
+    """How the shared model reads rows: as the base, whose config and tokenizer it has."""
+    from mixmerge.calibrate.gathering import Reader
+
+    donor = plan.models[plan.donor]
+    name = str(donor.ref)
+    try:
+        config = read_config(donor.path, name)
+        tokenizer = read_tokenizer(donor.path, name)
+        check_tokenizer(tokenizer, name)
+    except MixmergeError as error:
+        faults.extend(fault for fault in error.faults if fault not in faults)
+        return None
+    architecture = str((plan.config.get("architectures") or ["AutoModel"])[0])
+    return Reader(name, architecture, kind_of(architecture), config, tokenizer)
+
+
+def prompt_batches(asked: Calibration, rows: Sequence[Row], reader: Reader) -> tuple[Batch, ...]:
+    """The prompts of rows as the shared model will read them.
+
+    Raises:
+        MixmergeError: as ``make_batches``.
+    """
+    from mixmerge.bank.features import prompts
+    from mixmerge.data.batches import make_batches
+
+    return make_batches(
+        prompts(rows), reader.tokenizer, task=reader.task, max_tokens=min(asked.max_tokens, reader.context),
+        batch_size=asked.batch_size, order="length",
+    )  # fmt: skip
+
+
+def gate_need(plan: Plan, anatomy: Anatomy, shown: Shown, rows: int) -> Need:
+    """Memory while features are gathered and the gate is trained; of a text encoder only what is known of the gate."""
+    block = None if plan.bank is None else plan.bank.gate
+    if block is None:
+        return Need()
+    wide = max(1, round(block.width * anatomy.hidden))
+    layers = [anatomy.hidden, *[wide] * block.hidden, len(experts_of(plan))]
+    network = sum(one * other for one, other in itertools.pairwise(layers))
+    return Need(
+        {
+            "the shared model": anatomy.loading,
+            "a batch": anatomy.forward(shown),
+            "features": 8 * rows * anatomy.hidden,
+            # Weights, gradients, two moments, and the best epoch's weights.
+            "the gate": 4 * (5 * network + 3 * block.batch * sum(layers)),
+        }
+    )
+
+
+def row_faults(plan: Plan, parts: Mapping[ModelRef, Part]) -> tuple[list[Fault], list[str]]:
+    """Rows a gate cannot learn from, and what a person should know of them.
+
+    Returns:
+        Faults of experts whose rows are all another's too; notes about rows of several experts, and about few.
+    """
+    seen: dict[str, set[str]] = {}
+    for ref, part in parts.items():
+        for row in part.rows:
+            seen.setdefault(row.digest, set()).add(str(ref))
+    faults, notes = [], []
+    for ref, part in parts.items():
+        own = sum(len(seen[row.digest]) == 1 for row in part.rows)
+        if part.rows and not own:
+            what = f"all of its {len(part.rows)} rows are another expert's too"
+            run = "Give each expert rows of its own task, or write gate: none"
+            faults.append(Fault(f"{part.source} for {ref}", what, run=run))
+        elif own < len(part.rows):
+            notes.append(f"{part.source}: {len(part.rows) - own} rows are another expert's too")
+        if 0 < len(part.rows) < _LEAST:
+            notes.append(f"{part.source}: has {len(part.rows)} rows, of which a gate learns little")
+    return faults, notes

@@ -1,0 +1,87 @@
+"""The block ``gate:`` of a recipe with a bank: how the router that weighs the experts for an input is trained."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from mixmerge.document import Node, Report, show
+from mixmerge.document.sections import Strict, read_section
+
+NONE = "none"
+
+
+class GateBlock(Strict):
+    """A small network from features of a prompt to weights of the experts, and its training. Defaults: Twin-Merging's.
+
+    Args:
+        features: ``hidden``: mean over the prompt's tokens of the shared model's last hidden states; ``text``: those of
+            a text encoder.
+        encoder: of ``text``: a folder or hub id.
+        per_token: every token has its own weights, by its hidden state of a pass without the bank.
+        hidden: layers between features and weights, 0 to 8.
+        width: of such a layer, as a multiple of the features' number.
+        norm: of such a layer. What is learned depends on the batches of ``batch``; what comes out later never does.
+        dropout: share of a layer's outputs that are dropped in training.
+        epochs: passes over the rows; the best one on the rows held out is kept.
+        batch: rows in a step; the paper has 1024 and 256.
+        learning_rate, weight_decay: of AdamW.
+        label_smoothing: share of a row's label given to all experts alike.
+        holdout: share of the calibration rows not trained on: they choose the epoch and the temperature.
+        temperature: ``held_out``: what makes the held-out rows likeliest; ``one``: 1, as published.
+        top_k: experts that an input gets anything of, the likeliest; None: all.
+    """
+
+    features: Literal["hidden", "text"] = "hidden"
+    encoder: str | None = None
+    per_token: bool = False
+    hidden: int = Field(default=2, ge=0, le=8)
+    width: float = Field(default=2.0, gt=0, le=64)
+    norm: Literal["batch", "layer", "none"] = "batch"
+    dropout: float = Field(default=0.5, ge=0, lt=1)
+    epochs: int = Field(default=50, ge=1, le=100_000)
+    batch: int = Field(default=256, ge=2, le=1_000_000)
+    learning_rate: float = Field(default=5e-4, gt=0)
+    weight_decay: float = Field(default=0.01, ge=0)
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    holdout: float = Field(default=0.2, gt=0, lt=1)
+    temperature: Literal["held_out", "one"] = "held_out"
+    top_k: int | None = Field(default=None, ge=1)
+
+    def canonical(self) -> dict[str, Any]:
+        """Plain data, every value spelled out but those that are not set."""
+        return self.model_dump(exclude_none=True)
+
+
+def read_gate(node: Node | None, report: Report) -> GateBlock | None:
+    """The block; with nothing written all is as published, and ``none`` is no gate at all.
+
+    Args:
+        node: of the key ``gate``, if it is there.
+        report: gets every fault.
+    """
+    if node is None or node.value is None:
+        return GateBlock()
+    if node.value == NONE:
+        return None
+    if not isinstance(node.value, dict):
+        allowed = "A mapping, or none: then weights are given with every input"
+        report.fault(node, f"expected the settings of a gate, got {show(node.value)}", allowed)
+        return None
+    block = read_section(node, GateBlock, report, what="how the gate is trained")
+    if block is not None:
+        _agree(node, block, report)
+    return block
+
+
+def _agree(node: Node, block: GateBlock, report: Report) -> None:
+    inner = node.value if isinstance(node.value, dict) else {}
+    if block.features == "text" and block.encoder is None:
+        run = "Add encoder: PATH of a model that embeds text"
+        report.fault(node, "features: text needs an encoder", run=run)
+    if block.features == "hidden" and block.encoder is not None:
+        report.fault(inner["encoder"], "is for features: text", run="Remove it, or add features: text")
+    if block.features == "text" and block.per_token:
+        what = "a text encoder says nothing of single tokens"
+        report.fault(inner["per_token"], what, run="Use features: hidden, or per_token: false")
