@@ -1,4 +1,4 @@
-"""Features of prompts that a gate reads: means of a model's last hidden states over the tokens that are no padding.
+"""Features of prompts that a gate reads: means of a model's hidden states over the tokens that are no padding.
 
 Legend as in ``mixmerge.bank.gate``; N rows, L tokens in the longest of a batch, K tokens that are kept of a row.
 """
@@ -44,6 +44,7 @@ def features_of(
     max_tokens: int = 512,
     batch_size: int = 8,
     tokens: int = 0,
+    layers: bool = False,
     unit: bool = False,
     progress: Told | None = None,
 ) -> Shown:
@@ -55,6 +56,7 @@ def features_of(
         max_tokens: of a row; the rest is cut off.
         batch_size: rows in a batch. Nothing depends on it but the rounding.
         tokens: of each row the states of so many single tokens, evenly spread, in place of their mean; 0: the mean.
+        layers: the states of all layers side by side, the embeddings' first.
         unit: of length 1, as features of text are.
         progress: called with (rows done, rows in all).
 
@@ -68,7 +70,7 @@ def features_of(
         max_tokens=most, batch_size=batch_size, order="length",
     )  # fmt: skip
     values, owners, done = [], [], 0
-    for batch, hidden in _states(model, batches):
+    for batch, hidden in _states(model, batches, layers):
         mask = batch.attention_mask.bool()
         if tokens:
             found, places = _spread(hidden, mask, tokens)
@@ -90,13 +92,19 @@ def mean_of(hidden: Tensor, mask: Tensor) -> Tensor:
     return torch.where(there, hidden.float(), 0.0).sum(1) / there.sum(1).clamp(min=1)
 
 
-def _states(model: LoadedExpert, batches: Sequence[Batch]) -> Iterator[tuple[Batch, Tensor]]:
+def states_of(output: Any, layers: bool) -> Tensor:
+    """``(B, L, h)``: the last hidden states in what a trunk gives; of all layers ``(B, L, (layers + 1) * h)``."""
+    found: Tensor = torch.cat(output.hidden_states, dim=-1) if layers else output.last_hidden_state
+    return found
+
+
+def _states(model: LoadedExpert, batches: Sequence[Batch], layers: bool) -> Iterator[tuple[Batch, Tensor]]:
     trunk: Any = model.model.base_model
     device = str(next(trunk.parameters()).device)
     with torch.no_grad():
         for batch in batches:
             on = batch.to(device)
-            yield on, trunk(**on.inputs()).last_hidden_state
+            yield on, states_of(trunk(**on.inputs(), output_hidden_states=layers), layers)
 
 
 def _spread(hidden: Tensor, mask: Tensor, count: int) -> tuple[Tensor, list[int]]:

@@ -68,7 +68,8 @@ def add_gate(
     shown = features_of(
         model, [row for row, _ in rows],
         max_tokens=asked.max_tokens, batch_size=asked.batch_size,
-        tokens=TOKENS if block.per_token else 0, unit=encoder is not None, progress=told,
+        tokens=TOKENS if block.per_token else 0, layers=block.features == "layers",
+        unit=encoder is not None, progress=told,
     )  # fmt: skip
     del model
     import torch

@@ -59,14 +59,15 @@ def gate_need(plan: Plan, anatomy: Anatomy, shown: Shown, rows: int) -> Need:
     block = None if plan.bank is None else plan.bank.gate
     if block is None:
         return Need()
-    wide = max(1, round(block.width * anatomy.hidden))
-    layers = [anatomy.hidden, *[wide] * block.hidden, len(experts_of(plan))]
+    inputs = anatomy.hidden * (anatomy.layers + 1 if block.features == "layers" else 1)
+    wide = max(1, round(block.width * inputs))
+    layers = [inputs, *[wide] * block.hidden, len(experts_of(plan))]
     network = sum(one * other for one, other in itertools.pairwise(layers))
     return Need(
         {
             "the shared model": anatomy.loading,
             "a batch": anatomy.forward(shown),
-            "features": 8 * rows * anatomy.hidden,
+            "features": 8 * rows * inputs,
             # Weights, gradients, two moments, and the best epoch's weights.
             "the gate": 4 * (5 * network + 3 * block.batch * sum(layers)),
         }
@@ -77,7 +78,7 @@ def row_faults(plan: Plan, parts: Mapping[ModelRef, Part]) -> tuple[list[Fault],
     """Rows a gate cannot learn from, and what a person should know of them.
 
     Returns:
-        Faults of experts whose rows are all another's too; notes about rows of several experts, and about few.
+        A fault if no expert has a row of its own; notes about rows of several experts, and about few.
     """
     seen: dict[str, set[str]] = {}
     for ref, part in parts.items():
@@ -88,10 +89,13 @@ def row_faults(plan: Plan, parts: Mapping[ModelRef, Part]) -> tuple[list[Fault],
         own = sum(len(seen[row.digest]) == 1 for row in part.rows)
         if part.rows and not own:
             what = f"all of its {len(part.rows)} rows are another expert's too"
-            run = "Give each expert rows of its own task, or write gate: none"
-            faults.append(Fault(f"{part.source} for {ref}", what, run=run))
+            notes.append(f"{part.source} for {ref}: {what}: by a text the gate cannot tell them apart")
         elif own < len(part.rows):
             notes.append(f"{part.source}: {len(part.rows) - own} rows are another expert's too")
         if 0 < len(part.rows) < _LEAST:
             notes.append(f"{part.source}: has {len(part.rows)} rows, of which a gate learns little")
+    if parts and all(len(experts) > 1 for experts in seen.values()):
+        what = "every row is of several experts, and the gate learns whose rows are whose"
+        run = "Give each expert rows of its own task, or write gate: none"
+        faults.append(Fault("calibration", what, run=run))
     return faults, notes

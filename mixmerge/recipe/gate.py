@@ -16,7 +16,8 @@ class GateBlock(Strict):
     """A small network from features of a prompt to weights of the experts, and its training. Defaults: Twin-Merging's.
 
     Args:
-        features: ``hidden``: mean over the prompt's tokens of the shared model's last hidden states; ``text``: those of
+        features: ``hidden``: mean over the prompt's tokens of the shared model's last hidden states; ``layers``: of
+            all its layers; ``text``: those of
             a text encoder.
         encoder: of ``text``: a folder or hub id.
         per_token: every token has its own weights, by its hidden state of a pass without the bank.
@@ -33,7 +34,7 @@ class GateBlock(Strict):
         top_k: experts that an input gets anything of, the likeliest; None: all.
     """
 
-    features: Literal["hidden", "text"] = "hidden"
+    features: Literal["hidden", "layers", "text"] = "hidden"
     encoder: str | None = None
     per_token: bool = False
     hidden: int = Field(default=2, ge=0, le=8)
@@ -80,8 +81,8 @@ def _agree(node: Node, block: GateBlock, report: Report) -> None:
     if block.features == "text" and block.encoder is None:
         run = "Add encoder: PATH of a model that embeds text"
         report.fault(node, "features: text needs an encoder", run=run)
-    if block.features == "hidden" and block.encoder is not None:
+    if block.features != "text" and block.encoder is not None:
         report.fault(inner["encoder"], "is for features: text", run="Remove it, or add features: text")
-    if block.features == "text" and block.per_token:
-        what = "a text encoder says nothing of single tokens"
+    if block.features != "hidden" and block.per_token:
+        what = f"features: {block.features} are of whole prompts, not of single tokens"
         report.fault(inner["per_token"], what, run="Use features: hidden, or per_token: false")

@@ -155,6 +155,10 @@ def test_features_leave_padding_and_answers_out(family: Any) -> None:
     tokens = features_of(model, rows, tokens=4)
     assert sorted(set(tokens.rows)) == [0, 1]
     assert tokens.rows.count(0) == 4
+    deep = features_of(model, rows, batch_size=2, layers=True)
+    width = together.values.shape[1]
+    assert deep.values.shape[1] == width * (model.model.config.num_hidden_layers + 1)
+    torch.testing.assert_close(deep.values[:, -width:], together.values)
     unit = features_of(model, rows, unit=True)
     torch.testing.assert_close(unit.values.norm(dim=1), torch.ones(2))
 

@@ -23,7 +23,8 @@ class RouterOptions(BaseModel):
     """The network and its training; defaults as published. A recipe's block ``gate:`` says the same.
 
     Args:
-        features: ``hidden`` or ``text``, of a query.
+        features: ``hidden``, ``layers`` or ``text``, of a query. The last hidden states are the published ones; early
+            layers tell kinds of texts apart better.
         per_token: weights for each token, by the base's hidden state of it.
         hidden: layers before the last.
         width: of such a layer, as a multiple of the features' number.
@@ -40,7 +41,7 @@ class RouterOptions(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    features: Literal["hidden", "text"] = "hidden"
+    features: Literal["hidden", "layers", "text"] = "hidden"
     per_token: bool = False
     hidden: int = Field(default=2, ge=0, le=8)
     width: float = Field(default=2.0, gt=0, le=64)

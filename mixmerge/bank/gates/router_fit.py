@@ -63,7 +63,8 @@ def router(kind: type[Router], options: RouterOptions, job: Job) -> Router:
         texts = [row.text or row.prompt or "\n".join(content for _, content in row.messages) for row in shown]
         values, owners = job.encoded(texts), tuple(range(len(rows)))
     else:
-        found = features_of(job.base, shown, tokens=TOKENS if options.per_token else 0)
+        tokens = TOKENS if options.per_token else 0
+        found = features_of(job.base, shown, tokens=tokens, layers=options.features == "layers")
         values, owners = found.values, found.rows
     made, _ = fit_router(
         values,
