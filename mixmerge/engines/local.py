@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["Dtype", "TransformersEngine", "no_bars"]
 
 T = TypeVar("T")
-_FULL = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+FULL = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _LOGITS_A_TOKEN = 8192  # as many logits take about the memory of one token's activations
 
 
@@ -69,8 +69,8 @@ class TransformersEngine(Engine):
     ) -> None:
         super().__init__(name or model)
         faults = []
-        if dtype != "auto" and dtype not in _FULL:
-            faults.append(Fault(f"engine {self.name}: dtype", f"is {dtype!r}", f"auto, {', '.join(_FULL)}"))
+        if dtype != "auto" and dtype not in FULL:
+            faults.append(Fault(f"engine {self.name}: dtype", f"is {dtype!r}", f"auto, {', '.join(FULL)}"))
         if batch_tokens < 1:
             faults.append(Fault(f"engine {self.name}: batch_tokens", f"is {batch_tokens}", "1 or more"))
         if faults:
@@ -130,7 +130,7 @@ class TransformersEngine(Engine):
         if self.dtype == "auto":
             widest = max(DTYPE_BYTES[header.dtype] for header in headers)
             return sum(header.nbytes for header in headers) + added * widest
-        return (sum(header.elements for header in headers) + added) * DTYPE_BYTES[_FULL[self.dtype]]
+        return (sum(header.elements for header in headers) + added) * DTYPE_BYTES[FULL[self.dtype]]
 
     def check(self, requests: Sequence[Request]) -> list[Fault | None]:
         return [self._unable(request) or self._read(request)[1] for request in requests]
