@@ -101,7 +101,7 @@ class DynamicEngine(TransformersEngine):
         if self._running is not None:
             return self._running.experts
         if self._experts is None:
-            from mixmerge.bank.files import read_card
+            from mixmerge.bank.cards import read_card
 
             self._experts = tuple(read_card(Path(self.model).expanduser()).experts)
         return self._experts

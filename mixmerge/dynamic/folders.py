@@ -9,17 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from mixmerge.bank.files import FOLDER, BankCard, read_card
+from mixmerge.bank.building import fingerprint_of
+from mixmerge.bank.cards import CARD, FOLDER, BankCard, read_card
 from mixmerge.checkpoint.header import DTYPE_BYTES, TensorHeader, read_header
-from mixmerge.checkpoint.identity import fingerprint
 from mixmerge.checkpoint.locate import locate
-from mixmerge.checkpoint.reader import open_checkpoint
 from mixmerge.document import Kind, Report, load, read_file
 from mixmerge.document.tree import to_data
 from mixmerge.errors import CheckpointError, Fault, MixmergeError
 
 MIXTURE = "mixture.yaml"
-CARD = "bank.json"
 _KIND = Kind("mixture", needs="compose: {kind: adapters, base: FOLDER}")
 _WANTED = f"A model folder with {FOLDER}/, or a folder that mixmerge fit made"
 
@@ -92,7 +90,7 @@ def checked_card(parts: Parts) -> BankCard:
         MixmergeError: it is damaged, or of another base.
     """
     card = read_card(parts.folder)
-    found = base_fingerprint(parts.base)
+    found = fingerprint_of(parts.base)
     if card.base != found:
         what = f"its bank was made for another base than {parts.base}"
         more = f"Its fingerprint begins with {card.base[:12]}, that of the base with {found[:12]}"
@@ -100,11 +98,6 @@ def checked_card(parts: Parts) -> BankCard:
             Fault(str(parts.folder), what, more, "Give the base it was made for, or fit it again")
         )
     return card
-
-
-def base_fingerprint(folder: Path) -> str:
-    """What tells a base from another: ``checkpoint.identity.fingerprint`` of its files."""
-    return fingerprint(folder, open_checkpoint(folder, name=str(folder)).tensors.values())
 
 
 def weights_of(parts: Parts) -> list[TensorHeader]:

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixmerge.bank.files import load_bank, load_gate
+from mixmerge.bank.files import load_bank
 from mixmerge.bank.gate import Gate, RowGate
+from mixmerge.bank.gate_files import GATE, load_gate
 from mixmerge.dynamic.folders import Parts, checked_card
 from mixmerge.dynamic.running import Embed, Running, mean_of_tokens
 from mixmerge.experts.loading import LoadedExpert, check_tokenizer, load_expert
 
-GATE = "gate.json"
 _ROWS = 32  # texts of a batch
 _LONGEST = 512  # tokens of a text
 
@@ -36,10 +36,12 @@ def running(
         MixmergeError: bank or gate are damaged, of another base or of another bank.
     """
     card = checked_card(parts)
-    gate: Gate = load_gate(parts.folder, bank=card.hash) if (parts.bank / GATE).is_file() else RowGate()
+    gate: Gate = RowGate()
+    if (parts.bank / GATE).is_file():
+        gate = load_gate(parts.bank, bank=card.hash, earlier=card.earlier, experts=card.experts)
     if gate.features == "text" and embed is None:
-        told = encoder or getattr(gate, "encoder", None)
-        embed = None if told is None else TextEncoder(str(told), device=str(model.device))
+        told = encoder or getattr(gate, "encoder", "")
+        embed = None if not told else TextEncoder(str(told), device=str(model.device))
     return Running(model, tokenizer, load_bank(parts.folder), gate, embed=embed, name=str(parts.folder))
 
 

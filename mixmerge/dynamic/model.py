@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from mixmerge.bank.gate import Gate, RowGate
+from mixmerge.bank.mix import How
 from mixmerge.bank.records import Bank
 from mixmerge.dynamic.explaining import Explanation, Tally
+from mixmerge.dynamic.exporting import Form
 from mixmerge.dynamic.folders import Parts, parts_of
 from mixmerge.dynamic.loading import running
 from mixmerge.dynamic.running import Embed, Running
@@ -24,7 +26,6 @@ from mixmerge.engines.records import Request, Scoring
 from mixmerge.errors import Fault, MixmergeError
 from mixmerge.experts.loading import check_tokenizer, kind_of, load_expert, load_with_head
 
-Kind = Literal["checkpoint", "adapter", "vllm"]
 _ROWS = 32  # texts of a batch that are explained
 
 
@@ -253,15 +254,22 @@ class DynamicModel:
         return found
 
     def export(
-        self, weights: Weights, out: str | Path, *, kind: Kind = "checkpoint", overwrite: bool = False
+        self,
+        weights: Weights,
+        out: str | Path,
+        *,
+        form: Form = "checkpoint",
+        how: How = "outputs",
+        overwrite: bool = False,
     ) -> None:
         """Write a fixed mixture as an ordinary model folder or a PEFT adapter.
 
         Args:
             weights: of the experts, by name or ``(E,)``.
             out: the folder to make.
-            kind: ``checkpoint``: the base with the changes in it; ``adapter``: the factors side by side, exact too;
+            form: ``checkpoint``: the base with the changes in it; ``adapter``: the factors side by side, exact too;
                 ``vllm``: an adapter that vLLM can serve, or a refusal by name.
+            how: as in ``bank.mix.Mix``.
             overwrite: replace the folder.
 
         Raises:
@@ -271,13 +279,8 @@ class DynamicModel:
 
         if self._parts is None:
             raise MixmergeError(Fault("export", "the network came from no folder", run="Load it from one"))
-        export(
-            self._parts,
-            weights_of_rows(weights, self.experts, 1)[0],
-            Path(out),
-            kind=kind,
-            overwrite=overwrite,
-        )
+        told = weights_of_rows(weights, self.experts, 1)[0]
+        export(self._parts, told, Path(out), form=form, how=how, overwrite=overwrite)
 
     def detach(self) -> None:
         """Take the hooks off: the model is its base again."""

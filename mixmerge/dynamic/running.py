@@ -38,6 +38,9 @@ class _Either(Gate):
         super().__init__()
         self.gate = gate
 
+    def bind(self, bank: Bank) -> None:
+        self.gate.bind(bank)
+
     def mix(self, site: str, u: Tensor, run: Run) -> Mix | None:
         if isinstance(run, Forced) and run.rows is not None:
             return Mix(run.rows)

@@ -73,10 +73,10 @@ def check_gated(
         if node is not None:
             report.fault(node, "has no effect: the gate weighs the experts", run="Remove it")
     for name, one in experts.items():
-        _check_expert(top["experts"].value[name], name, one, report)
+        _check_expert(_inner(top["experts"])[name], name, one, report)
     if compose is None:
         return
-    entries = dict(top["compose"].value)
+    entries = _inner(top["compose"])
     options = AdaptersOptions.model_validate(compose.options)
     if options.folder is not None:
         for key in _MADE_ALREADY:
@@ -88,6 +88,11 @@ def check_gated(
     _check_base(top, experts, options, report)
     _check_sizes(top, experts, options, report)
     _check_gate(top, names, options, report)
+
+
+def _inner(node: Node) -> dict[str, Node]:
+    """Keys of a mapping."""
+    return node.value if isinstance(node.value, dict) else {}
 
 
 def _check_expert(node: Node, name: str, expert: ExpertSpec, report: Report) -> None:
@@ -131,9 +136,12 @@ def _check_sizes(
     if full and not sizes:
         what = f"{', '.join(full)} {'is a full model' if len(full) == 1 else 'are full models'}, and no size is said"
         report.fault(top["compose"], what, "rank, energy or budget of their factors")
-    if sizes and not full and len(experts) == len(top["experts"].value):
+    if sizes and not full and len(experts) == len(_inner(top["experts"])):
         report.fault(
-            top["compose"].value[sizes[0]], "has no effect on adapters", "It is for full models", "Remove it"
+            _inner(top["compose"])[sizes[0]],
+            "has no effect on adapters",
+            "It is for full models",
+            "Remove it",
         )
 
 
@@ -144,7 +152,7 @@ def _check_gate(
     from mixmerge.bank.fitting import gate_options
 
     compose = top["compose"]
-    entries = dict(compose.value)
+    entries = _inner(compose)
     node = given(entries, "gate")
     if node is None or options.gate is None:
         report.fault(node or compose, "the key gate is missing", "gate: {kind: NAME, ...}")
@@ -160,8 +168,7 @@ def _check_gate(
     except MixmergeError as error:
         for fault in error.faults:
             key = fault.where.removeprefix("compose.gate.").split(".")[0]
-            at = node.value.get(key, node) if isinstance(node.value, dict) else node
-            report.fault(at, fault.what, fault.allowed, fault.run)
+            report.fault(_inner(node).get(key, node), fault.what, fault.allowed, fault.run)
         return
     _check_data(entries, compose, names, options, kind, wants, report)
     for want, key, what in (
@@ -200,7 +207,7 @@ def _check_data(
     for name in data:
         if name not in names:
             what = f"the mixture has no expert {show(name)}"
-            report.fault(node.value[name], what, registry.choices(name, list(names)))
+            report.fault(_inner(node)[name], what, registry.choices(name, list(names)))
     lacking = [name for name in names if name not in data]
     if each and lacking:
         report.fault(node, f"there are no rows of {', '.join(lacking)}", f"{kind} learns from rows of each")

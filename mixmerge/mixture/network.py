@@ -1,4 +1,4 @@
-"""Mixtures whose experts are one network, at work: one expert for the batch runner, and a decision that is always it."""
+"""Mixtures whose experts are one network, at work: one unit for the batch runner, and a decision that is always it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def check_fitted(spec: MixtureSpec) -> MixtureSpec:
         )
     if not is_dynamic(folder):
         raise MixmergeError(Fault("compose.folder", f"{folder} has no bank", run="Fit the mixture again"))
-    from mixmerge.bank.files import read_card
+    from mixmerge.bank.cards import read_card
 
     known = tuple(read_card(Path(folder)).experts)
     if known != tuple(spec.experts):

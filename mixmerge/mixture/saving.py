@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mixmerge.decision.files import FILE as POLICY
 from mixmerge.decision.files import read_calibration, write_policy
-from mixmerge.dynamic.folders import MIXTURE as FILE
-from mixmerge.dynamic.folders import is_dynamic
+from mixmerge.dynamic.folders import MIXTURE, is_dynamic
 from mixmerge.errors import Fault, MixmergeError
 from mixmerge.mixture.gated import AdaptersOptions
 from mixmerge.mixture.reading import read
@@ -19,6 +18,7 @@ from mixmerge.routers.storage import CARD, replacing, write
 if TYPE_CHECKING:
     from mixmerge.mixture.wiring import Mixture
 
+FILE = MIXTURE
 HERE = "."  # as a router's or a network's folder: the one that the YAML lies in
 _ALLOWED = f"A mixture YAML, or a folder with {FILE} and what was fitted"
 _FIT = "Make one: mixmerge fit MIXTURE.yaml FOLDER"
