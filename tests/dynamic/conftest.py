@@ -9,12 +9,14 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mixmerge.bank.gate import Features, Gate, RowGate, Run
 from mixmerge.bank.mix import Mix
 from mixmerge.bank.records import Bank, Entry, side_by_side
 from mixmerge.dynamic.model import DynamicModel
+from mixmerge.zoo.adapters import save_adapter
 
 EXPERTS = ("one", "two", "three")
 
@@ -135,3 +137,44 @@ class Standins:
 @pytest.fixture
 def standins() -> Standins:
     return Standins(bank_of, GATES)
+
+
+TARGETS = ("q_proj", "v_proj", "o_proj", "gate_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class Loras:
+    """Adapters over one base, in a folder of their own.
+
+    Args:
+        base: model folder, float32.
+        adapters: name -> folder.
+        experts: the models that they are of.
+    """
+
+    base: Path
+    adapters: dict[str, Path]
+    experts: dict[str, Path]
+
+    def entries(self) -> str:
+        """The ``experts`` of a mixture's YAML."""
+        lines = [f"  {name}: {{adapter: {path}, base: {self.base}}}" for name, path in self.adapters.items()]
+        return "experts:\n" + "\n".join(lines) + "\n"
+
+
+@pytest.fixture(scope="session")
+def loras(family: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Loras:
+    """Adapters of ranks 2, 4 and 3, some of other layers, over a tiny Llama."""
+    made = family("llama", experts=3, dtype="float32")
+    base = load_file(made.base / "model.safetensors")
+    folder, adapters = tmp_path_factory.mktemp("loras"), {}
+    for name, expert, rank, targets in zip(
+        EXPERTS, made.experts, (2, 4, 3), (TARGETS, TARGETS[:2], TARGETS), strict=True
+    ):
+        tuned = load_file(expert / "model.safetensors")
+        deltas = {
+            key: 6 * (tuned[key] - value) for key, value in base.items() if key.split(".")[-2] in targets
+        }
+        adapters[name] = folder / name
+        save_adapter(adapters[name], deltas, targets=targets, rank=rank)
+    return Loras(made.base, adapters, dict(zip(EXPERTS, made.experts, strict=True)))
