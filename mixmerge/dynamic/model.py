@@ -92,9 +92,26 @@ class DynamicModel:
         else:
             full = "float32" if dtype == "auto" else dtype
             expert = load_with_head(parts.base, head, device=device, dtype=full)
+        return cls.around(parts, expert.model, expert.tokenizer, embed=embed, encoder=encoder)
+
+    @classmethod
+    def around(
+        cls,
+        parts: Parts,
+        model: Any,
+        tokenizer: Any,
+        *,
+        embed: Embed | None = None,
+        encoder: str | Path | None = None,
+    ) -> Self:
+        """The network of a folder around its base that is loaded already, with whatever head.
+
+        Raises:
+            MixmergeError: as ``load``.
+        """
         made = cls.__new__(cls)
         told = None if encoder is None else str(encoder)
-        made._set(running(parts, expert.model, expert.tokenizer, embed=embed, encoder=told), parts)
+        made._set(running(parts, model, tokenizer, embed=embed, encoder=told), parts)
         return made
 
     def _set(self, running: Running, parts: Parts | None) -> None:

@@ -198,11 +198,9 @@ def _check_data(
     node = entries["data"]
     if not each and "rows" not in wants:
         report.fault(node, f"{kind} learns from no rows", run="Remove it")
-    elif isinstance(data, str):
-        if each:
-            report.fault(
-                node, f"{kind} learns from rows of each expert by itself", "data: {EXPERT: FILE, ...}"
-            )
+    elif isinstance(data, str) and each:
+        report.fault(node, f"{kind} learns from rows of each expert by itself", "data: {EXPERT: FILE, ...}")
+    if isinstance(data, str):
         return
     for name in data:
         if name not in names:
