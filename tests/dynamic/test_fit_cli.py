@@ -289,8 +289,9 @@ def test_a_network_in_another_base_or_with_other_experts(
 
 def test_a_mixture_with_a_router_is_fitted_too(loras: Any, tmp_path: Path) -> None:
     lines = [
-        {"id": str(at), "query": f"{word} {at}", "scores": {"one": float(at % 2), "two": float(1 - at % 2)}}
+        {"query": f"{word} {at}", "expert": name, "score": float((at + number) % 2)}
         for at, word in enumerate(("a", "b", "c", "d", "e", "f"))
+        for number, name in enumerate(("one", "two"))
     ]
     (tmp_path / "table.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
     (tmp_path / "mix.yaml").write_text(
@@ -301,3 +302,71 @@ def test_a_mixture_with_a_router_is_fitted_too(loras: Any, tmp_path: Path) -> No
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["queries"] == 6
     assert Mixture.load(tmp_path / "out").answer(["a 1"])[0].fault is None
+
+
+def test_a_network_is_evaluated_as_a_model_is(fitted: Path, loras: Any, tmp_path: Path) -> None:
+    """Its own answers, and with --task-id those of each task's expert, which an adapter gives too."""
+    tasks = []
+    for name in ("one", "two"):
+        model = DynamicModel.load(fitted, dtype="auto")
+        texts = model.generate(TEXTS, weights={name: 1.0}, max_new_tokens=4)
+        rows = [
+            {"prompt": text, "answer": answer.strip() or "-"}
+            for text, answer in zip(TEXTS, texts, strict=True)
+        ]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+        tasks.append(
+            f"- {{name: {name}, data: {tmp_path / name}.jsonl, metric: exact, expert: {name}, max_new_tokens: 4}}"
+        )
+    (tmp_path / "tasks.yaml").write_text("tasks:\n" + "\n".join(tasks) + "\n")
+    asked = ("eval", fitted, "--tasks", tmp_path / "tasks.yaml", "--json", "-q", "--resamples", "100")
+    named = [("--experts", f"{name}={loras.base}+{loras.adapters[name]}") for name in ("one", "two")]
+    done = run(*asked, "--task-id", *named[0], *named[1])
+    assert done.exit_code == 0, done.output
+    report = json.loads(done.stdout)
+    rows_by_name = {row["name"]: row for row in report["rows"]}
+    for name in ("one", "two"):
+        own = rows_by_name[name]["scores"][name]["value"]
+        assert rows_by_name["net"]["scores"][name]["value"] == own
+    assert any("Told which expert" in note for note in report["notes"])
+    base = sum(path.stat().st_size for path in loras.base.glob("*.safetensors"))
+    assert rows_by_name["net"]["storage"] > base
+    gated = json.loads(run(*asked).stdout)
+    assert not any("Told which expert" in note for note in gated["notes"])
+    refused = run("eval", fitted, "--lm-eval", "arc_easy")
+    assert refused.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "gate",
+    [
+        "{kind: xlora, steps: 2}, data: {all}",
+        "{kind: glider, steps: 2}, data: {each}, encoder: {encoder}",
+    ],
+    ids=["xlora", "glider"],
+)
+def test_gates_with_a_second_pass_or_an_encoder(
+    loras: Any, rows: dict[str, Path], family: Callable[..., Any], tmp_path: Path, gate: str
+) -> None:
+    """Rows are alone, and a text read whole is the text read token by token."""
+    each = "{" + ", ".join(f"{name}: {path}" for name, path in rows.items()) + "}"
+    said = gate.replace("{all}", str(rows["one"])).replace("{each}", each)
+    said = said.replace("{encoder}", str(family("bert").base))
+    (tmp_path / "mix.yaml").write_text(loras.entries() + f"compose: {{kind: adapters, gate: {said}}}\n")
+    done = run("fit", tmp_path / "mix.yaml", tmp_path / "net", "-q")
+    assert done.exit_code == 0, done.output
+    model = DynamicModel.load(tmp_path / "net", encoder=family("bert").base)
+    together = model.generate(TEXTS, max_new_tokens=4)
+    assert [model.generate([text], max_new_tokens=4)[0] for text in TEXTS] == together
+    continued = ["!", " and more", " 1 2", "."]
+    scores = model.score(TEXTS, continued)
+    for text, more, score in zip(TEXTS, continued, scores, strict=True):
+        prompt, whole = (model.tokenizer(one)["input_ids"] for one in (text, text + more))
+        if whole[: len(prompt)] != prompt:
+            continue
+        with torch.no_grad():
+            logits = model(torch.tensor([whole]), prompt=[len(prompt)], texts=[text])[0].log_softmax(-1)
+        told = sum(float(logits[at - 1, whole[at]]) for at in range(len(prompt), len(whole)))
+        assert score == pytest.approx(told, abs=1e-4)
+    mixture = Mixture.load(tmp_path / "net")
+    assert [one.fault for one in mixture.answer(list(TEXTS))] == [None] * len(TEXTS)
