@@ -44,7 +44,16 @@ class _Either(Gate):
     def mix(self, site: str, u: Tensor, run: Run) -> Mix | None:
         if isinstance(run, Forced) and run.rows is not None:
             return Mix(run.rows)
-        return self.gate.mix(site, u, run)
+        return self.gate.mix(site, u, _of_last_tokens(run, u))
+
+
+def _of_last_tokens(run: Run, u: Tensor) -> Run:
+    """What is known of the tokens that a site sees: a head is shown the last ones alone where no others are scored."""
+    hidden = run.hidden
+    if hidden is None or u.dim() != 3 or u.shape[1] >= hidden.shape[1]:
+        return run
+    count = u.shape[1]
+    return Run(run.rows, hidden[:, -count:], None if run.mask is None else run.mask[:, -count:])
 
 
 class Running:

@@ -83,10 +83,10 @@ def embed(texts: list[str]) -> Tensor:
 
 
 def bank_of(model: Any, *, scale: float = 0.08) -> Bank:
-    """Three experts of other ranks at every matrix of a model's layers, and at one norm."""
+    """Three experts of other ranks at every matrix of a model's layers, and of its head."""
     draw, sites, vectors = torch.Generator().manual_seed(1), {}, {}
     for name, value in model.named_parameters():
-        if "layers." not in name and "layer." not in name:
+        if "layers." not in name and "layer." not in name and name != "lm_head.weight":
             continue
         if value.dim() == 2:
             entries: list[Entry | None] = [

@@ -52,7 +52,7 @@ def test_weights_come_with_the_answer_for_who_asks(dynamic: Make) -> None:
     last = list(engine.stream(asked[0]))[-1].generation
     assert last is not None
     assert last.weights is not None
-    assert last.weights["layers"].keys() == {"0", "1"}
+    assert last.weights["layers"].keys() == {"0", "1", "lm_head"}
 
 
 def test_a_bank_takes_no_further_adapters(dynamic: Make) -> None:

@@ -138,7 +138,7 @@ def test_weights_by_layer_are_explained(dynamic: Make) -> None:
     model = dynamic("prompt")
     first, second = model.explain(["a b c", "x"])
     assert first.experts == model.experts == ("one", "two", "three")
-    assert list(first.layers()) == ["0", "1"]
+    assert list(first.layers()) == ["0", "1", "lm_head"]
     assert sum(first.mean().values()) == pytest.approx(1, abs=1e-4)
     assert first.mean() != second.mean()
     assert model.explain(["x"])[0].mean() == pytest.approx(second.mean(), abs=1e-4)
