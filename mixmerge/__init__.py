@@ -19,11 +19,13 @@ _PUBLIC = {
     "Decision": "mixmerge.decision.records:Decision",
     "Query": "mixmerge.decision.records:Query",
     "Mixture": "mixmerge.mixture:Mixture",
+    "DynamicModel": "mixmerge.dynamic.model:DynamicModel",
     "MixmergeError": "mixmerge.errors:MixmergeError",
 }
 
 __all__ = [
     "Decision",
+    "DynamicModel",
     "MixmergeError",
     "Mixture",
     "OutcomeTable",

@@ -87,7 +87,7 @@ def _yaml_fault(block: Block, folder: Path) -> str:
     if named:
         (folder / named["name"]).write_text(block.text, encoding="utf-8")
     content = yaml.safe_load(block.text)
-    if isinstance(content, dict) and "router" in content:
+    if isinstance(content, dict) and "experts" in content:
         return "\n".join(map(str, parse_mixture(block.text, where=f"block at line {block.line}").faults))
     if not isinstance(content, dict) or "merge_method" not in content:
         return "neither a recipe nor a mixture, so nothing can check it"

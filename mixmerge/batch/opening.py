@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mixmerge.checkpoint.header import DTYPE_BYTES, read_header
 from mixmerge.checkpoint.reader import read_json
+from mixmerge.dynamic.folders import Parts, is_dynamic, nbytes, parts_of
 from mixmerge.engines.base import Engine
 from mixmerge.engines.process_wire import arguments_taken, make_engine
 from mixmerge.experts import Expert
@@ -75,11 +76,9 @@ def _on_cluster(unit: Sequence[Expert], cluster: Cluster, device: str, name: str
     from mixmerge.engines.ray import RayEngine
 
     slot = cluster.slot(device)
-    there = [
-        replace(one, model=_absolute(one.model), adapter=one.adapter and _absolute(one.adapter))
-        for one in unit
-    ]
-    places = {place for one in there for place in (one.model, one.adapter) if place is not None}
+    there = [_placed(one) for one in unit]
+    base = str(_parts(there[0]).base.absolute()) if there[0].engine == "dynamic" else None
+    places = {place for one in there for place in (one.model, one.adapter, base) if place is not None}
     return RayEngine(
         unit[0].engine,
         arguments_of(there, device="cuda" if slot.gpu else "cpu"),
@@ -87,6 +86,18 @@ def _on_cluster(unit: Sequence[Expert], cluster: Cluster, device: str, name: str
         slot=slot,
         folders=sorted(place for place in places if Path(place).is_absolute()),
     )
+
+
+def _placed(one: Expert) -> Expert:
+    """With paths from the root; the adapter of a network is the name of one of its experts."""
+    if one.engine == "dynamic":
+        return replace(one, model=_absolute(one.model))
+    return replace(one, model=_absolute(one.model), adapter=one.adapter and _absolute(one.adapter))
+
+
+def _parts(expert: Expert) -> Parts:
+    """Where a network and its base are."""
+    return parts_of(expert.model, base=expert.options.get("base"))
 
 
 def _absolute(place: str) -> str:
@@ -100,15 +111,20 @@ def size_of(unit: Sequence[Expert]) -> int:
     first = unit[0]
     if first.remote:
         return 0
-    places = [first.model, *(one.adapter for one in unit if one.adapter is not None)]
     wanted = _DTYPES.get(str(first.options.get("dtype", "auto")))
+    if first.engine == "dynamic":
+        return nbytes(_parts(first), wanted) if is_dynamic(first.model) else 0
+    places = [first.model, *(one.adapter for one in unit if one.adapter is not None)]
     return sum(_weights(Path(place).expanduser(), wanted) for place in places)
 
 
 def token_bytes(unit: Sequence[Expert]) -> int:
     """Bytes that keys and values of one token take, by the model's config; 0 if that cannot be told from files here."""
     first = unit[0]
-    path = Path(first.model).expanduser() / "config.json"
+    folder = Path(first.model).expanduser()
+    if first.engine == "dynamic" and is_dynamic(folder):
+        folder = _parts(first).base
+    path = folder / "config.json"
     if first.remote or not path.is_file():
         return 0
     config = read_json(path)

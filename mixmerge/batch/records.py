@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mixmerge.engines.records import Finish, Message
+from mixmerge.engines.records import Finish, Message, said_by_users
 from mixmerge.errors import Fault
 
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
@@ -49,8 +49,7 @@ class Item:
         """What a router reads: the text, or what users said in the chat, with empty lines between."""
         if isinstance(self.prompt, str):
             return self.prompt
-        said = [turn.content for turn in self.prompt if turn.role == "user"]
-        return "\n\n".join(said or [turn.content for turn in self.prompt])
+        return said_by_users(self.prompt)
 
 
 @dataclass(frozen=True)

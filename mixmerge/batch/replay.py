@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -90,6 +90,7 @@ class Replay:
             seed=_seed(defaults.seed if asked.seed is None else asked.seed, ask.draw),
             logprobs=asked.logprobs or ask.logprobs,
             adapter=expert.name if expert.adapter is not None else None,
+            explain=defaults.explain,
         )
 
     def asked(self, stage: Stage, call: int) -> Request:
@@ -127,7 +128,7 @@ class Replay:
             cost=self._cost(there),
             logprobs=None if logprobs is None else tuple(logprobs),
             decision={} if self.item.expert is not None else decision.as_dict(),
-            reason=settled.reason,
+            reason={**settled.reason, **_weights(source)},
             fault=None if settled.fault is None else Fault(where, settled.fault),
             row=self.row,
         )
@@ -179,8 +180,12 @@ def key(request: Request, stage: int, ask: Ask) -> int:
     """The name of an answer: whose, in which stage, and all that was asked."""
     prompt = request.prompt
     words = prompt if isinstance(prompt, str) else json.dumps([[turn.role, turn.content] for turn in prompt])
-    asked = replace(request, id="", prompt="asked")
+    asked = replace(request, id="", prompt="asked", explain=False)  # it changes no answer
     return key_of(request.id, stage, ask.expert, ask.draw, words, repr(asked))
+
+
+def _weights(said: Mapping[str, Any] | None) -> dict[str, Any]:
+    return {} if said is None or "weights" not in said else {"weights": said["weights"]}
 
 
 def _seed(seed: int, draw: int) -> int:

@@ -205,7 +205,9 @@ def _said(one: Generation) -> dict[str, object]:
         "tokens_out": one.tokens_out,
         "finish": one.finish,
     }
-    return said if one.logprobs is None else {**said, "logprobs": list(one.logprobs)}
+    if one.logprobs is not None:
+        said["logprobs"] = list(one.logprobs)
+    return said if one.weights is None else {**said, "weights": dict(one.weights)}
 
 
 def _all_done(futures: Sequence[Future[None]], stop: threading.Event) -> None:

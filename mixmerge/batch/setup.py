@@ -80,6 +80,7 @@ class Defaults:
     top_p: float = 1.0
     stop: tuple[str, ...] = ()
     seed: int = 0
+    explain: bool = False
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,6 +11,8 @@ from typer.core import TyperGroup
 import mixmerge.cli.ask as ask_command
 import mixmerge.cli.batch as batch_command
 import mixmerge.cli.eval as eval_command
+import mixmerge.cli.export as export_command
+import mixmerge.cli.fit as fit_command
 import mixmerge.cli.inspect as inspect_command
 import mixmerge.cli.merge as merge_command
 import mixmerge.cli.plan as plan_command
@@ -55,6 +57,8 @@ app.command("inspect")(inspect_command.inspect)
 app.command("profile", cls=batch_command.WithRay)(profile_command.profile)
 app.command("eval")(eval_command.evaluate)
 app.command("search")(search_command.search)
+app.command("fit")(fit_command.fit)
+app.command("export")(export_command.export)
 app.command("batch", cls=batch_command.WithRay)(batch_command.batch)
 app.command("ask")(ask_command.ask)
 app.add_typer(recipes_commands.app, name="recipes")

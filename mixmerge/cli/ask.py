@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,7 +18,7 @@ from mixmerge.cli.batch import (
     conditions_of,
 )
 from mixmerge.cli.route.options import Meta
-from mixmerge.cli.show import emit_json
+from mixmerge.cli.show import emit_json, table
 
 if TYPE_CHECKING:
     from mixmerge.batch.records import Answer
@@ -31,7 +32,10 @@ def ask(
         typer.Option("--expert", help="Who answers; by default the router decides.", show_default=False),
     ] = None,
     meta: Meta = None,
-    explain: Annotated[bool, typer.Option("--explain", help="Say on stderr who answers, and why.")] = False,
+    explain: Annotated[
+        bool,
+        typer.Option("--explain", help="Say on stderr who answers, and why; of a network, weights by layer."),
+    ] = False,
     max_new_tokens: Annotated[
         int | None, typer.Option("--max-new-tokens", min=1, help="Of the answer.", show_default=False)
     ] = None,
@@ -64,7 +68,7 @@ def ask(
     conditions = conditions_of(device, memory, batch_tokens, None)
     shown = ""
     answer: Answer | None = None
-    for piece in loaded.stream(item, conditions=conditions):
+    for piece in loaded.stream(item, conditions=conditions, explain=explain):
         answer = piece.answer
         if not json and piece.text:
             print(piece.text, end="", flush=True)
@@ -99,10 +103,17 @@ def explained(answer: Answer) -> None:
     decision = answer.decision
     lines = [f"answered by {answer.expert}, {answer.calls} generations, {answer.tokens_out} tokens"]
     if decision:
+        lines.append(f"policy {decision['policy']}: {decision['reason'].get('rule', '')}")
         scores = ", ".join(f"{name} {score:.3g}" for name, score in decision["scores"].items())
-        lines += [
-            f"policy {decision['policy']}: {decision['reason'].get('rule', '')}",
-            f"expected scores: {scores}",
-        ]
-    lines += [f"{name}: {value}" for name, value in answer.reason.items()]
+        lines += [f"expected scores: {scores}"] if scores else []
+    lines += [f"{name}: {value}" for name, value in answer.reason.items() if name != "weights"]
     print("\n".join(lines), file=sys.stderr)
+    if "weights" in answer.reason:
+        show_weights(answer.reason["weights"])
+
+
+def show_weights(weights: Mapping[str, Any]) -> None:
+    """How much of each expert the answer got, layer by layer, on stderr."""
+    rows = [*weights["layers"].items(), ("all", list(weights["mean"].values()))]
+    shown = [(str(layer), *(f"{value:.3f}" for value in values)) for layer, values in rows if values]
+    table("weights of the experts", ("layer", *weights["experts"]), shown, to_stderr=True)

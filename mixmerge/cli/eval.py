@@ -62,6 +62,9 @@ LmEval = Annotated[
 LmEvalPath = Annotated[
     Path | None, typer.Option(help="Folder with tasks of your own for it.", show_default=False)
 ]
+TaskId = Annotated[
+    bool, typer.Option("--task-id", help="Tell networks with a gate whose a task is: that expert answers.")
+]
 Limit = Annotated[
     int | None, typer.Option(min=1, help="Rows of each task, the first ones.", show_default=False)
 ]
@@ -95,6 +98,7 @@ def evaluate(
     calibration: Calibration = None,
     lm_eval: LmEval = None,
     lm_eval_path: LmEvalPath = None,
+    task_id: TaskId = False,
     limit: Limit = None,
     seed: Seed = 0,
     resamples: Resamples = 2000,
@@ -141,6 +145,7 @@ def evaluate(
             calibration=calibration,
             lm_eval=harness,
             lm_eval_path=lm_eval_path,
+            task_id=task_id,
             progress=progress,
         )
     if html is not None:
@@ -163,7 +168,7 @@ def _listed(values: Sequence[str] | None) -> list[str]:
 def _named(models: Sequence[str], *, where: str) -> dict[str, str]:
     """``NAME=MODEL``, or a model that is named as its folder; a path that exists is never taken apart."""
     from mixmerge.errors import Fault, MixmergeError
-    from mixmerge.evaluate.models import is_folder, named
+    from mixmerge.evaluate.model_entries import is_folder, named
 
     found: dict[str, str] = {}
     plain = []

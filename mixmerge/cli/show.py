@@ -146,9 +146,14 @@ def step_progress(*, quiet: bool) -> Iterator[Callable[[str, int, int], None] | 
 
 
 def table(
-    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, text: Sequence[int] = (0,)
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    text: Sequence[int] = (0,),
+    to_stderr: bool = False,
 ) -> None:
-    """A table on stdout; these columns are text, the others are numbers."""
+    """A table on stdout, or on stderr; these columns are text, the others are numbers."""
     from rich.console import Console
     from rich.table import Table
 
@@ -157,7 +162,7 @@ def table(
         shown.add_column(column, justify="left" if number in text else "right", overflow="fold")
     for row in rows:
         shown.add_row(*row)
-    console = Console()
+    console = Console(stderr=to_stderr)
     if not console.is_terminal:
-        console = Console(width=200)
+        console = Console(stderr=to_stderr, width=200)
     console.print(shown)

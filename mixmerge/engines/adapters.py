@@ -6,8 +6,8 @@ B rows, T tokens, d inputs and o outputs of a layer, r rank of an adapter there,
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -134,6 +134,22 @@ class Bank:
                 yield
             finally:
                 self.rows = _NOBODY
+
+
+class BankRows:
+    """The adapters of rows that are being answered; a ``decoding.Beside``."""
+
+    def __init__(self, bank: Bank, adapters: Sequence[str | None]) -> None:
+        self._bank, self._adapters = bank, list(adapters)
+
+    def running(self, given: Mapping[str, Any]) -> AbstractContextManager[None]:
+        return self._bank.answering(self._adapters)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        self._adapters = [self._adapters[at] for at in rows]
+
+    def weights(self, row: int) -> Mapping[str, Any] | None:
+        return None
 
 
 @dataclass(frozen=True)

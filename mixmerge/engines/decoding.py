@@ -8,19 +8,52 @@ from __future__ import annotations
 import hashlib
 import inspect
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from mixmerge.engines.adapters import Bank
 from mixmerge.engines.records import Finish, Generation, Request, cut_at_stop
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _A_CHARACTER = 4  # tokens at most, of a tokenizer that falls back to bytes
+
+
+@dataclass(frozen=True)
+class Told:
+    """What of a row says by which experts it is answered.
+
+    Args:
+        adapter: as in ``Request``.
+        prompt: its tokens.
+        text: of the prompt.
+        explain: as in ``Request``.
+    """
+
+    adapter: str | None
+    prompt: Sequence[int]
+    text: str
+    explain: bool = False
+
+
+class Beside(Protocol):
+    """What answers the rows of a batch beside the model's own weights. It follows them until they have left."""
+
+    def running(self, given: Mapping[str, Any]) -> AbstractContextManager[None]:
+        """Within it the model answers the rows' next tokens, of which ``given`` are its arguments."""
+        ...
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Only these of the rows that are left go on, in this order."""
+        ...
+
+    def weights(self, row: int) -> Mapping[str, Any] | None:
+        """What a row, by its place at the start, got of each expert, if it asked; None where there are no weights."""
+        ...
 
 
 @dataclass
@@ -54,7 +87,13 @@ class Row:
         """What has been generated, before a stop text."""
         return cut_at_stop(plain_text(tokenizer, self.out), self.request.stop)[0]
 
-    def generation(self, tokenizer: Any, start: float) -> Generation:
+    @property
+    def told(self) -> Told:
+        return Told(self.request.adapter, self.prompt, self.request.text, self.request.explain)
+
+    def generation(
+        self, tokenizer: Any, start: float, weights: Mapping[str, Any] | None = None
+    ) -> Generation:
         return Generation(
             id=self.request.id,
             text=self.text(tokenizer),
@@ -63,6 +102,7 @@ class Row:
             finish=self.finish or "length",
             seconds=self.ended - start,
             logprobs=tuple(self.logprobs) if self.request.logprobs else None,
+            weights=weights,
         )
 
 
@@ -100,7 +140,7 @@ class Decoder:
         model: a causal language model of transformers that keeps keys and values.
         tokenizer: its tokenizer.
         rows: what is asked; changed in place.
-        bank: the adapters that requests name.
+        beside: what answers the rows beside the model.
         ends: tokens that end a text.
         pad: any token; it is masked.
     """
@@ -111,13 +151,14 @@ class Decoder:
         tokenizer: Any,
         rows: Sequence[Row],
         *,
-        bank: Bank,
+        beside: Beside,
         ends: frozenset[int],
         pad: int,
     ) -> None:
         from transformers import DynamicCache
 
-        self._model, self._tokenizer, self._bank, self._ends = model, tokenizer, bank, ends
+        self._model, self._tokenizer, self._ends = model, tokenizer, ends
+        self.beside = beside
         self.live = list(rows)
         self._cache = DynamicCache(config=model.config)
         self._ids, self._mask = left_padded([row.prompt for row in rows], pad=pad, device=model.device)
@@ -145,7 +186,7 @@ class Decoder:
             "use_cache": True,
             "logits_to_keep": 1,
         }
-        with self._bank.answering([row.request.adapter for row in self.live]):
+        with self.beside.running(given):
             out = self._model(**{name: value for name, value in given.items() if name in self._takes})
         self._cache = out.past_key_values
         logits: Tensor = out.logits[:, -1].float()
@@ -190,6 +231,7 @@ class Decoder:
             kept = torch.tensor(going, device=self._mask.device)
             self._cache.reorder_cache(kept)  # every kind of layer has it; rows that are not named go
             self._mask = self._mask[kept]
+            self.beside.keep(going)
         chosen = torch.tensor([tokens[at] for at in going], device=self._mask.device)
         self._ids = chosen[:, None]
         self._mask = torch.cat([self._mask, torch.ones_like(self._ids)], dim=1)

@@ -68,11 +68,21 @@ def load_model(model: str, revision: str | None, dtype: Dtype, device: str, name
         raise MixmergeError(
             Fault(f"engine {name}", what, "A whole model: it would answer from random weights")
         )
-    if "past_key_values" not in accepted(loaded):
+    return loaded_of(loaded, tokenizer, name)
+
+
+def loaded_of(model: Any, tokenizer: Any, name: str) -> Loaded:
+    """What is known of a causal language model of transformers that is in this process already.
+
+    Raises:
+        MixmergeError: it keeps no keys and values.
+    """
+    if "past_key_values" not in accepted(model):
+        kind = model.config.model_type
         raise MixmergeError(
-            Fault(f"engine {name}", f"{config.model_type} keeps no keys and values", "A transformer decoder")
+            Fault(f"engine {name}", f"{kind} keeps no keys and values", "A transformer decoder")
         )
-    return Loaded(loaded, tokenizer, *_limits(loaded, tokenizer), Bank(loaded))
+    return Loaded(model, tokenizer, *_limits(model, tokenizer), Bank(model))
 
 
 def _refuse_architecture(config: Any, name: str) -> None:

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 from mixmerge.checkpoint.header import DTYPE_BYTES, read_header
 from mixmerge.engines.adapter_reading import stored_elements
-from mixmerge.engines.adapters import Bank
+from mixmerge.engines.adapters import Bank, BankRows
 from mixmerge.engines.base import Capability, Engine
 from mixmerge.engines.batching import batches
-from mixmerge.engines.decoding import Decoder, Row, accepted, left_padded, positions
+from mixmerge.engines.decoding import Beside, Decoder, Row, Told, accepted, left_padded, positions
 from mixmerge.engines.loading import Dtype, Loaded, empty_cache, load_model, no_bars
 from mixmerge.engines.records import Chunk, Generation, Likelihood, Message, Request, Scoring, held_back
 from mixmerge.engines.shortage import within_memory
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["Dtype", "TransformersEngine", "no_bars"]
 
 T = TypeVar("T")
-_FULL = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+FULL = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _LOGITS_A_TOKEN = 8192  # as many logits take about the memory of one token's activations
 
 
@@ -69,8 +69,8 @@ class TransformersEngine(Engine):
     ) -> None:
         super().__init__(name or model)
         faults = []
-        if dtype != "auto" and dtype not in _FULL:
-            faults.append(Fault(f"engine {self.name}: dtype", f"is {dtype!r}", f"auto, {', '.join(_FULL)}"))
+        if dtype != "auto" and dtype not in FULL:
+            faults.append(Fault(f"engine {self.name}: dtype", f"is {dtype!r}", f"auto, {', '.join(FULL)}"))
         if batch_tokens < 1:
             faults.append(Fault(f"engine {self.name}: batch_tokens", f"is {batch_tokens}", "1 or more"))
         if faults:
@@ -130,7 +130,7 @@ class TransformersEngine(Engine):
         if self.dtype == "auto":
             widest = max(DTYPE_BYTES[header.dtype] for header in headers)
             return sum(header.nbytes for header in headers) + added * widest
-        return (sum(header.elements for header in headers) + added) * DTYPE_BYTES[_FULL[self.dtype]]
+        return (sum(header.elements for header in headers) + added) * DTYPE_BYTES[FULL[self.dtype]]
 
     def check(self, requests: Sequence[Request]) -> list[Fault | None]:
         return [self._unable(request) or self._read(request)[1] for request in requests]
@@ -145,8 +145,7 @@ class TransformersEngine(Engine):
         rows = self._rows(requests)
         found: dict[int, Generation] = {}
         texts, extra = [row.prompt for row in rows], [row.limit for row in rows]
-        for batch in batches(texts, extra, budget=self.batch_tokens):
-            batch.sort(key=lambda at: rows[at].request.adapter or "")  # rows of one adapter side by side
+        for batch in self._batches(texts, extra, [row.request.adapter for row in rows]):
             made = self._fit(partial(self._answers, [rows[at] for at in batch]), len(batch))
             found.update(zip(batch, made, strict=True))
         return [found[at] for at in range(len(rows))]
@@ -164,7 +163,7 @@ class TransformersEngine(Engine):
             if len(text) > shown:
                 yield Chunk(text[shown:])
                 shown = len(text)
-        yield Chunk("", row.generation(expert.tokenizer, start))
+        yield Chunk("", row.generation(expert.tokenizer, start, decoder.beside.weights(0)))
 
     def loglikelihood(self, scorings: Sequence[Scoring]) -> list[Likelihood]:
         self._refuse_adapters(scorings)
@@ -172,14 +171,15 @@ class TransformersEngine(Engine):
         vocabulary = self._expert().model.get_input_embeddings().weight.shape[0]
         extra = [1 + count * vocabulary // _LOGITS_A_TOKEN for count in scored]
         found: dict[int, Likelihood] = {}
-        for batch in batches(texts, extra, budget=self.batch_tokens):
+        told = [
+            Told(one.adapter, text[: len(text) - count], one.prompt)
+            for one, text, count in zip(scorings, texts, scored, strict=True)
+        ]
+        for batch in self._batches(texts, extra, [one.adapter for one in scorings]):
             keep = max(scored[at] for at in batch) + 1
-            batch.sort(key=lambda at: scorings[at].adapter or "")
+            beside = self._beside([told[at] for at in batch])
             logits = self._fit(
-                partial(
-                    self._logits, [texts[at] for at in batch], [scorings[at].adapter for at in batch], keep
-                ),
-                len(batch),
+                partial(self._logits, [texts[at] for at in batch], beside, keep), len(batch)
             )  # (B, keep, V)
             for at, row in zip(batch, logits, strict=True):
                 found[at] = _likelihood(scorings[at].id, row, texts[at][len(texts[at]) - scored[at] :])
@@ -256,17 +256,27 @@ class TransformersEngine(Engine):
 
     # --- the model
 
+    def _batches(
+        self, texts: Sequence[Sequence[int]], extra: Sequence[int], adapters: Sequence[str | None]
+    ) -> Iterator[list[int]]:
+        """Places of what shares a batch, rows of one adapter side by side."""
+        for batch in batches(texts, extra, budget=self.batch_tokens):
+            yield sorted(batch, key=lambda at: adapters[at] or "")
+
+    def _beside(self, rows: Sequence[Told]) -> Beside:
+        """What answers the rows of a batch beside the model's weights."""
+        return BankRows(self._expert().bank, [row.adapter for row in rows])
+
     def _decoder(self, rows: Sequence[Row]) -> Decoder:
-        expert = self._expert()
-        return Decoder(
-            expert.model, expert.tokenizer, rows, bank=expert.bank, ends=expert.ends, pad=expert.pad
-        )
+        expert, beside = self._expert(), self._beside([row.told for row in rows])
+        return Decoder(expert.model, expert.tokenizer, rows, beside=beside, ends=expert.ends, pad=expert.pad)
 
     def _answers(self, rows: Sequence[Row]) -> list[Generation]:
         start, decoder = time.perf_counter(), self._decoder(rows)
         while decoder.live:
             decoder.step()
-        return [row.generation(self._expert().tokenizer, start) for row in rows]
+        tokenizer, weights = self._expert().tokenizer, decoder.beside.weights
+        return [row.generation(tokenizer, start, weights(at)) for at, row in enumerate(rows)]
 
     def _fit(self, work: Callable[[], T], rows: int) -> T:
         what, run = (
@@ -279,7 +289,7 @@ class TransformersEngine(Engine):
             empty_cache(self.device)
             raise
 
-    def _logits(self, texts: Sequence[Sequence[int]], adapters: Sequence[str | None], keep: int) -> Tensor:
+    def _logits(self, texts: Sequence[Sequence[int]], beside: Beside, keep: int) -> Tensor:
         """``(B, keep, V)`` float32: of the last ``keep`` tokens of every text."""
         import torch
 
@@ -293,7 +303,7 @@ class TransformersEngine(Engine):
             "logits_to_keep": keep,
         }
         takes = accepted(expert.model)
-        with torch.inference_mode(), expert.bank.answering(adapters):
+        with torch.inference_mode(), beside.running(given):
             out = expert.model(**{name: value for name, value in given.items() if name in takes})
             logits: Tensor = out.logits[:, -keep:].float()
         return logits

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from mixmerge.errors import Fault, MixmergeError
 
@@ -35,6 +35,7 @@ class Request:
         seed: of the draws, 0 to 2**63 - 1. They depend on it and on the prompt, on nothing else in the batch.
         logprobs: give the log-probability of every token that was generated.
         adapter: which of the engine's adapters answers; None for the model itself.
+        explain: say too how much the answer got of each expert, where an engine mixes them (``Generation.weights``).
 
     Raises:
         MixmergeError: everything above that does not hold, at once.
@@ -49,6 +50,7 @@ class Request:
     seed: int = 0
     logprobs: bool = False
     adapter: str | None = None
+    explain: bool = False
 
     def __post_init__(self) -> None:
         wrong = [
@@ -79,6 +81,19 @@ class Request:
         if faults:
             raise MixmergeError(faults)
 
+    @property
+    def text(self) -> str:
+        """What a gate reads: the text, or what users said in the chat, with empty lines between."""
+        if isinstance(self.prompt, str):
+            return self.prompt
+        return said_by_users(self.prompt)
+
+
+def said_by_users(turns: Sequence[Message]) -> str:
+    """What users said in a chat, with empty lines between; if they said nothing, what all did."""
+    said = [turn.content for turn in turns if turn.role == "user"]
+    return "\n\n".join(said or [turn.content for turn in turns])
+
 
 @dataclass(frozen=True)
 class Generation:
@@ -93,6 +108,8 @@ class Generation:
         seconds: from the start of its batch to its last token.
         logprobs: natural logarithms of the probabilities of the ``tokens_out`` tokens under the expert, before
             temperature and top_p; None where they were not asked for.
+        weights: how much of each expert it got, as JSON values: ``dynamic.explaining.Explanation.as_dict``; None where
+            nobody asked, or nothing is mixed.
     """
 
     id: str
@@ -102,6 +119,7 @@ class Generation:
     finish: Finish
     seconds: float
     logprobs: tuple[float, ...] | None = None
+    weights: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)

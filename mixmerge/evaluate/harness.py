@@ -14,7 +14,7 @@ from mixmerge.errors import DependencyError, Fault, MixmergeError
 from mixmerge.registry import choices
 
 if TYPE_CHECKING:
-    from mixmerge.evaluate.models import Entry
+    from mixmerge.evaluate.model_entries import Entry
 
 Figures = dict[str, dict[str, float]]  # task -> figure -> value
 

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mixmerge.data.rows import Row
+from mixmerge.dynamic.folders import is_dynamic, parts_of
 from mixmerge.errors import Fault, MixmergeError
 from mixmerge.evaluate.scoring_tasks import TaskScores, no_numbers
 from mixmerge.evaluate.task_file import EvalTask
 from mixmerge.registry import choices
 
 if TYPE_CHECKING:
+    from mixmerge.dynamic.model import DynamicModel
     from mixmerge.experts.loading import LoadedExpert
 
 _ROWS = 64  # of a batch
@@ -39,6 +41,7 @@ def score_classes(
     *,
     name: str,
     device: str = "cpu",
+    alone: str | None = None,
 ) -> TaskScores:
     """Accuracy of a trunk with a task's head.
 
@@ -51,6 +54,7 @@ def score_classes(
         heads: experts by name.
         name: of the model, for messages.
         device: a torch device.
+        alone: of a folder with a bank, the expert that answers in place of the gate.
 
     Raises:
         MixmergeError: no such head, trunk and head do not fit, or a label is no class of the head.
@@ -59,7 +63,7 @@ def score_classes(
     classes = int(expert.model.config.num_labels)
     _check(expert, task, classes, name)
     began = time.perf_counter()
-    picks, tokens, cut = _classes(expert, task.rows)
+    picks, tokens, cut = _classes(expert, task.rows, _network(folder, expert), alone)
     seconds = time.perf_counter() - began
     right = np.array([pick == row.label for pick, row in zip(picks, task.rows, strict=True)], np.float64)
     short = f"{task.name}: {cut:,} of {len(task.rows):,} rows were cut to the model's length"
@@ -124,7 +128,18 @@ def _check(expert: LoadedExpert, task: EvalTask, classes: int, name: str) -> Non
         raise MixmergeError(Fault(f"task {task.name}", what, f"0 to {classes - 1}"))
 
 
-def _classes(expert: LoadedExpert, rows: Sequence[Row]) -> tuple[list[int], int, int]:
+def _network(folder: Path, expert: LoadedExpert) -> DynamicModel | None:
+    """The bank and the gate of a folder around its trunk with the head; None if it has none."""
+    if not is_dynamic(folder):
+        return None
+    from mixmerge.dynamic.model import DynamicModel
+
+    return DynamicModel.around(parts_of(folder), expert.model, expert.tokenizer)
+
+
+def _classes(
+    expert: LoadedExpert, rows: Sequence[Row], network: DynamicModel | None, alone: str | None
+) -> tuple[list[int], int, int]:
     """The likeliest class of every row, tokens read, and how many rows were cut."""
     import torch
 
@@ -141,14 +156,24 @@ def _classes(expert: LoadedExpert, rows: Sequence[Row]) -> tuple[list[int], int,
         pairs = (
             [rows[at].text_pair or "" for at in chosen] if any(rows[at].text_pair for at in chosen) else None
         )
-        whole = tokenizer(texts, pairs, truncation=False, verbose=False)["input_ids"]
-        cut += sum(len(ids) > longest for ids in whole)
+        uncut = tokenizer(texts, pairs, truncation=False, verbose=False)["input_ids"]
+        cut += sum(len(ids) > longest for ids in uncut)
         batch = tokenizer(
             texts, pairs, padding=True, truncation=True, max_length=longest, return_tensors="pt"
         ).to(model.device)
         tokens += int(batch["attention_mask"].sum())
         with torch.inference_mode():
-            logits = model(**batch).logits
+            if network is None:
+                logits = model(**batch).logits
+            else:
+                whole = [f"{one} {two}" for one, two in zip(texts, pairs or [""] * len(texts), strict=True)]
+                logits = network(
+                    batch["input_ids"],
+                    batch["attention_mask"],
+                    token_type_ids=batch.get("token_type_ids"),
+                    weights=None if alone is None else {alone: 1.0},
+                    texts=[one.strip() for one in whole],
+                )
         found = logits.argmax(dim=-1).masked_fill(logits.isnan().any(dim=-1), -1)
         for at, pick in zip(chosen, found.tolist(), strict=True):
             picks[at] = int(pick)

@@ -7,58 +7,29 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mixmerge.checkpoint.locate import locate
 from mixmerge.data.rows import read_rows
+from mixmerge.dynamic.engine import DynamicEngine
 from mixmerge.engines.local import Dtype, TransformersEngine
 from mixmerge.errors import Fault, MixmergeError
 from mixmerge.evaluate.advice import Facts, advise, deltas_of, installed_methods
 from mixmerge.evaluate.harness import check_lm_eval, run_lm_eval
 from mixmerge.evaluate.heads import HeadSource, score_classes
 from mixmerge.evaluate.intervals import LEVEL
-from mixmerge.evaluate.leaks import Made, leak_faults, read_made, used_rows
+from mixmerge.evaluate.leaks import leak_faults, used_rows
 from mixmerge.evaluate.metrics import text_metric
+from mixmerge.evaluate.model_entries import Entry, Models, entries_of
 from mixmerge.evaluate.model_measuring import Judged, info, means_of, measure, spreads_of
-from mixmerge.evaluate.model_records import ModelReport, Role
+from mixmerge.evaluate.model_records import ModelReport
 from mixmerge.evaluate.options import RESAMPLES
 from mixmerge.evaluate.sandbox import Limits
 from mixmerge.evaluate.scoring_tasks import TaskScores, score_task
 from mixmerge.evaluate.task_file import EvalTask, read_tasks
 from mixmerge.machine import cores
-from mixmerge.recipe import ModelRef
 from mixmerge.registry import choices
 
-Models = Mapping[str, str | Path] | Sequence[str | Path]
 Progress = Callable[[str, int, int], None]  # (model, tasks done, tasks in all)
 _ADAPTER = "adapter"  # what engines call it
 _UNCHECKED = "{}: the rows of lm-evaluation-harness are not held against those its merge has used"
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A model that is asked.
-
-    Args:
-        name: in the report.
-        role: as in ``ModelRow``.
-        ref: where it is.
-        folder: of the model on this machine.
-        adapter: of the adapter, if it has one.
-        made: what its manifest says.
-    """
-
-    name: str
-    role: Role
-    ref: ModelRef
-    folder: Path
-    adapter: Path | None
-    made: Made
-
-    @property
-    def storage(self) -> int:
-        """Bytes of all weights in its folders."""
-        folders = [self.folder] if self.adapter is None else [self.folder, self.adapter]
-        files = (path for folder in folders for path in folder.rglob("*.safetensors"))
-        return sum(path.stat().st_size for path in files if path.is_file())
 
 
 def evaluate_models(
@@ -80,6 +51,7 @@ def evaluate_models(
     calibration: str | Path | None = None,
     lm_eval: Sequence[str] = (),
     lm_eval_path: str | Path | None = None,
+    task_id: bool = False,
     progress: Progress | None = None,
 ) -> ModelReport:
     """Ask models the questions of tasks, and compare them with the experts they are made of.
@@ -102,6 +74,7 @@ def evaluate_models(
         calibration: data that a next merge could be calibrated on, for ``recommend``.
         lm_eval: tasks of lm-evaluation-harness that are run on the models judged; then ``tasks`` may be empty.
         lm_eval_path: a folder with such tasks.
+        task_id: networks with a gate are told which expert a task belongs to, and it alone answers; the report says so.
         progress: called when a model is done with a task.
 
     Raises:
@@ -109,7 +82,7 @@ def evaluate_models(
     """
     check_lm_eval(lm_eval, lm_eval_path)
     read = _tasks(tasks, limit, may_be_none=bool(lm_eval))
-    entries = _entries(models, experts, base)
+    entries = entries_of(models, experts, base)
     used = _check(entries, read, transductive=transductive, resamples=resamples, level=level)
     data = _advice_data(read, calibration, asked=recommend, complete=bool(experts) and base is not None)
     # What can fail at once comes first: answers that took hours are not lost to it.
@@ -119,9 +92,15 @@ def evaluate_models(
         deltas = deltas_of(refs, next(entry.ref for entry in entries if entry.role == "base"))
     merges = [entry for entry in entries if entry.role == "merge"]
     if lm_eval:
+        _refuse_networks(merges)
         harness = run_lm_eval(merges, lm_eval, path=lm_eval_path, limit=limit, device=device, seed=seed)
-    judged = _judged(entries, read, used, _Loading(dtype, device, batch_tokens), limits, progress)
+    loading = _Loading(dtype, device, batch_tokens, task_id)
+    judged = _judged(entries, read, used, loading, limits, progress)
     report = _report(read, judged, used, resamples=resamples, seed=seed, level=level)
+    told = [entry.name for entry in entries if task_id and entry.network]
+    if told:
+        note = f"Told which expert each task belongs to, which then answers alone: {', '.join(told)}."
+        report = replace(report, notes=(*report.notes, note))
     if recommend:
         report = replace(report, advice=advise(Facts(report, deltas, data, installed_methods())))
     unchecked = [entry.name for entry in merges if entry.made.rows] if lm_eval else []
@@ -131,13 +110,28 @@ def evaluate_models(
 
 @dataclass(frozen=True)
 class _Loading:
-    """How models are loaded; as ``TransformersEngine`` takes it."""
+    """How models are loaded, as ``TransformersEngine`` takes it; ``task_id`` as in ``evaluate_models``."""
 
     dtype: Dtype
     device: str
     batch_tokens: int
+    task_id: bool = False
+
+    def alone(self, entry: Entry, task: EvalTask) -> str | None:
+        """The expert or adapter that answers; None for the model itself, or its gate."""
+        if entry.adapter is not None:
+            return _ADAPTER
+        return task.spec.expert if entry.network and self.task_id else None
 
     def engine(self, entry: Entry) -> TransformersEngine:
+        if entry.network:
+            return DynamicEngine(
+                str(entry.folder),
+                dtype=self.dtype,
+                device=self.device,
+                batch_tokens=self.batch_tokens,
+                name=entry.name,
+            )
         return TransformersEngine(
             str(entry.folder),
             adapters={} if entry.adapter is None else {_ADAPTER: str(entry.adapter)},
@@ -166,13 +160,15 @@ def _judged(
         engine = loading.engine(entry)
         try:
             for task in order:
+                alone = loading.alone(entry, task)
                 if task.metric.asked == "class":
                     engine.unload()
                     _refuse_adapter(entry, task)
-                    found = score_classes(entry.folder, task, heads, name=entry.name, device=loading.device)
+                    found = score_classes(
+                        entry.folder, task, heads, name=entry.name, device=loading.device, alone=alone
+                    )
                 else:
-                    adapter = None if entry.adapter is None else _ADAPTER
-                    found = score_task(engine, task, adapter=adapter, limits=limits, workers=cores())
+                    found = score_task(engine, task, adapter=alone, limits=limits, workers=cores())
                 answers[task.name] = found
                 if progress is not None:
                     progress(entry.name, len(answers), len(tasks))
@@ -189,6 +185,16 @@ def _refuse_adapter(entry: Entry, task: EvalTask) -> None:
     if entry.adapter is not None:
         what = f"{entry.name} is an adapter, and accuracy takes whole models"
         raise MixmergeError(Fault(f"task {task.name}", what, run="Merge it into its base: mixmerge merge"))
+
+
+def _refuse_networks(entries: Sequence[Entry]) -> None:
+    found = [
+        Fault(f"model {entry.name}", "has a bank and a gate, which lm-evaluation-harness cannot run")
+        for entry in entries
+        if entry.network
+    ]
+    if found:
+        raise MixmergeError(found)
 
 
 def _report(
@@ -245,30 +251,6 @@ def _advice_data(
     return True
 
 
-def is_folder(path: str) -> bool:
-    """Whether there is a folder of that name; whatever signs it has, it is that folder."""
-    try:
-        return Path(path).expanduser().is_dir()
-    except (OSError, RuntimeError):  # a name that is too long; ~ of a user who does not exist
-        return False
-
-
-def named(models: Models, *, where: str) -> dict[str, str]:
-    """Names and models. Of a list, a model's name is the last part of its path, or all of it where two are alike.
-
-    Raises:
-        MixmergeError: a model is given twice.
-    """
-    if isinstance(models, Mapping):
-        return {name: str(model) for name, model in models.items()}
-    listed = [str(model) for model in ([models] if isinstance(models, str | Path) else models)]
-    twice = sorted({one for one in listed if listed.count(one) > 1})
-    if twice:
-        raise MixmergeError(Fault(where, f"{', '.join(twice)} is given twice"))
-    last = [Path(one.partition("+")[2] or one).name or one for one in listed]
-    return {one if last.count(short) > 1 else short: one for one, short in zip(listed, last, strict=True)}
-
-
 def _tasks(
     tasks: str | Path | Mapping[str, Any] | Sequence[EvalTask], limit: int | None, *, may_be_none: bool
 ) -> tuple[EvalTask, ...]:
@@ -280,37 +262,6 @@ def _tasks(
     if not read and not may_be_none:
         raise MixmergeError(Fault("tasks", "none is given", "A tasks file, or one task with its metric"))
     return read
-
-
-def _entries(models: Models, experts: Models, base: str | Path | None) -> list[Entry]:
-    listed: list[tuple[Role, str, str]] = []
-    listed += [("merge", name, model) for name, model in named(models, where="models").items()]
-    listed += [("expert", name, model) for name, model in named(experts, where="experts").items()]
-    listed += [("base", "base", str(base))] if base is not None else []
-    if not listed:
-        raise MixmergeError(Fault("models", "none is given", "A folder, a hub id or BASE+ADAPTER"))
-    names = [name for _, name, _ in listed]
-    faults = [
-        Fault("models", f"two are called {name!r}", run="Name them: NAME=MODEL")
-        for name in sorted({one for one in names if names.count(one) > 1})
-    ]
-    entries = []
-    for role, name, model in listed:
-        try:
-            entries.append(_entry(role, name, model))
-        except MixmergeError as error:
-            faults += error.faults
-    if faults:
-        raise MixmergeError(faults)
-    return entries
-
-
-def _entry(role: Role, name: str, model: str) -> Entry:
-    where = {"merge": "model", "expert": "experts", "base": "base"}[role]
-    ref = ModelRef(model) if is_folder(model) else ModelRef.parse(model, where=where)
-    folder = locate(ref.path, ref.revision, where=where)
-    adapter = None if ref.adapter is None else locate(ref.adapter, ref.adapter_revision, where=where)
-    return Entry(name, role, ref, folder, adapter, read_made(folder))
 
 
 def _check(

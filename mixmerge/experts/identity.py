@@ -10,6 +10,7 @@ from mixmerge.errors import CheckpointError, Fault
 from mixmerge.experts.expert import Expert
 
 _TEXTS = ("*.json", "*.jinja", "*.txt", "*.model")  # config, tokenizer, chat template, defaults of generation
+_BANK = ("bank/*.json", "bank/gate.safetensors")  # of a network; its card has the hash of the factors
 
 
 def identity(expert: Expert) -> str:
@@ -41,7 +42,9 @@ def _of(place: str | None, expert: Expert) -> str | None:
     weights: list[TensorHeader] = []
     for file in sorted(folder.glob("*.safetensors")):
         weights += read_header(file).values()
-    small = sorted({path for pattern in _TEXTS for path in folder.glob(pattern) if path.is_file()})
+    kept = (*_TEXTS, *_BANK)
+    small = sorted({path for pattern in kept for path in folder.glob(pattern) if path.is_file()})
     texts = [(path.name, canonical_hash(content(path).hex())) for path in small]
-    config = "adapter_config.json" if (folder / "adapter_config.json").exists() else "config.json"
+    known = ("adapter_config.json", "config.json", "bank/bank.json")
+    config = next((name for name in known if (folder / name).exists()), "config.json")
     return canonical_hash([texts, fingerprint(folder, weights, config=config)])

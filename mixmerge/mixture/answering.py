@@ -15,10 +15,12 @@ from mixmerge.aggregate.table import composition
 from mixmerge.batch.setup import Defaults, Setup
 from mixmerge.checkpoint.identity import canonical_hash
 from mixmerge.decision.records import Decision, Query
+from mixmerge.dynamic.folders import is_dynamic
 from mixmerge.errors import Fault, MixmergeError
 from mixmerge.experts import Expert, ExpertSet, identity
 from mixmerge.mixture.fitting import outcomes_of
-from mixmerge.mixture.schema import LATER, MixtureSpec
+from mixmerge.mixture.network import setup_of_network
+from mixmerge.mixture.schema import LATER, ExpertSpec, MixtureSpec
 from mixmerge.outcomes.table import Price
 from mixmerge.routers.base import UNSAVED, Router
 from mixmerge.routers.cascade_router import CascadeRouter
@@ -39,7 +41,7 @@ def expert_set(spec: MixtureSpec) -> ExpertSet:
                 adapter=one.adapter,
                 endpoint=one.endpoint,
                 api_key_env=one.api_key_env,
-                engine=one.engine or ("openai" if one.endpoint is not None else "transformers"),
+                engine=one.engine or _engine_of(one),
                 options=one.options,
                 price=price,
                 pinned=one.pinned,
@@ -48,19 +50,33 @@ def expert_set(spec: MixtureSpec) -> ExpertSet:
     return ExpertSet(tuple(made))
 
 
-def defaults_of(spec: MixtureSpec) -> Defaults:
+def _engine_of(one: ExpertSpec) -> str:
+    """Who runs an expert that names no engine: a folder with a bank is a network, its weights alone are not."""
+    if one.endpoint is not None:
+        return "openai"
+    return "dynamic" if one.adapter is None and is_dynamic(str(one.model)) else "transformers"
+
+
+def defaults_of(spec: MixtureSpec, *, explain: bool = False) -> Defaults:
     """How its experts generate."""
     told = spec.generate
-    return Defaults(told.max_new_tokens, told.temperature, told.top_p, told.stop, told.seed)
+    return Defaults(told.max_new_tokens, told.temperature, told.top_p, told.stop, told.seed, explain)
 
 
-def setup_of(mixture: Mixture) -> Setup:
-    """What answers, by the mixture's router, policy and composition.
+def setup_of(mixture: Mixture, *, explain: bool = False) -> Setup:
+    """What answers, by the mixture's router, policy and composition, or by its network and gate.
+
+    Args:
+        mixture: it.
+        explain: answers of a network say its weights too.
 
     Raises:
         MixmergeError: a composition that is not available; an expert whose folder is not there.
     """
-    spec, router, policy = mixture.spec, mixture.router, mixture.policy
+    spec, policy = mixture.spec, mixture.policy
+    if spec.gated:
+        return setup_of_network(spec, defaults_of(spec, explain=explain))
+    router = mixture.routing
     experts, made = expert_set(spec), _composition(mixture)
 
     def route(queries: Sequence[Query]) -> Sequence[Decision]:
@@ -71,7 +87,7 @@ def setup_of(mixture: Mixture) -> Setup:
         made,
         route,
         whole=policy.whole,
-        defaults=defaults_of(spec),
+        defaults=defaults_of(spec, explain=explain),
         identity=canonical_hash(
             {
                 "experts": {one.name: identity(one) for one in experts},
@@ -107,7 +123,7 @@ def _composition(mixture: Mixture) -> Composition:
             )
         )
     if told.kind == AUTO:
-        if mixture.spec.router.outcomes is None:
+        if mixture.spec.routed.outcomes is None:
             what = "auto looks at the outcomes, and the router comes from a folder"
             raise MixmergeError(
                 Fault("compose.kind", what, "router: {kind: ..., outcomes: FILE}", "Name a kind")

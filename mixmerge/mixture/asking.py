@@ -21,6 +21,7 @@ from mixmerge.batch.setup import Conditions, Listed, Setup
 from mixmerge.decision.records import Query
 from mixmerge.engines.records import Generation, Message
 from mixmerge.mixture.answering import setup_of
+from mixmerge.mixture.schema import ADAPTERS
 
 if TYPE_CHECKING:
     from mixmerge.mixture.wiring import Mixture
@@ -110,12 +111,14 @@ async def as_finished(
             running.exception()  # it was raised above, or nobody waits for it
 
 
-def stream(mixture: Mixture, asked: Asked, *, conditions: Conditions | None = None) -> Iterator[Piece]:
+def stream(
+    mixture: Mixture, asked: Asked, *, conditions: Conditions | None = None, explain: bool = False
+) -> Iterator[Piece]:
     """One answer as it comes: word by word where one expert answers and its engine can, else whole."""
-    with _job(items_of([asked]), setup_of(mixture), conditions) as job:
+    with _job(items_of([asked]), setup_of(mixture, explain=explain), conditions) as job:
         job.decide()
         shown = ""
-        stage = job.next_stage() if mixture.spec.compose.kind == "answer" else None
+        stage = job.next_stage() if mixture.spec.compose.kind in ("answer", ADAPTERS) else None
         if stage is not None:
             for text in _words(job, stage):
                 shown += text

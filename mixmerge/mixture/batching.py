@@ -154,7 +154,7 @@ def run(
         MixmergeError: the output exists, the input has no request, the disk refuses, ...
     """
     check_free(files.output, overwrite=files.overwrite or files.begun)
-    setup, source = setup_of(mixture), _input(files, mixture)
+    setup, source = setup_of(mixture, explain=files.explain), _input(files, mixture)
     if files.overwrite:
         remove(files.work)
     begun = files.begun

@@ -16,7 +16,7 @@ _PATHS = ("model", "path")  # options of features that may be local paths
 
 def unfitted(spec: MixtureSpec) -> Router:
     """The router of a kind that a mixture wants, before it is fitted on ``outcomes_of`` the mixture."""
-    wanted = spec.router
+    wanted = spec.routed
     kind = registry.load(registry.find("router", str(wanted.kind)).target)
     router: Router = kind(wanted.options, features=_features(wanted), seed=wanted.seed)
     return router
@@ -28,7 +28,7 @@ def outcomes_of(spec: MixtureSpec) -> OutcomeTable:
     Raises:
         MixmergeError: they cannot be read, or know other experts than the mixture.
     """
-    source = str(spec.router.outcomes)
+    source = str(spec.routed.outcomes)
     table = OutcomeTable.read(source)
     names = tuple(spec.experts)
     same_experts(names, table.experts, source)

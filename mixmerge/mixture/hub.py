@@ -16,7 +16,7 @@ from typing import Any
 from mixmerge.checkpoint.transfer import asking, bars, fetch
 from mixmerge.errors import CheckpointError, Fault, MixmergeError
 from mixmerge.mixture.saving import FILE, HERE, is_fitted, spec_of
-from mixmerge.mixture.schema import ExpertSpec, MixtureSpec, RouterSpec
+from mixmerge.mixture.schema import ComposeSpec, ExpertSpec, MixtureSpec, RouterSpec
 from mixmerge.routers.storage import CARD
 
 _HUB_ID = re.compile(r"[\w.\-]+/[\w.\-]+")
@@ -156,10 +156,27 @@ def confined(spec: MixtureSpec, folder: Path, *, name: str, trust_endpoints: boo
             given = {key: getattr(expert, key) for key in _PLACES}
             expert = expert.model_copy(update=_moved(given, _PLACES, folder, where, faults))
         experts[called] = expert
-    router = _router(spec.router, folder, f"{name}: router", faults)
+    router = None if spec.router is None else _router(spec.router, folder, f"{name}: router", faults)
+    compose = _network(spec, folder, f"{name}: compose", faults) if spec.gated else spec.compose
     if faults:
         raise MixmergeError(faults)
-    return spec.model_copy(update={"experts": experts, "router": router})
+    return spec.model_copy(update={"experts": experts, "router": router, "compose": compose})
+
+
+def _network(spec: MixtureSpec, folder: Path, where: str, faults: list[Fault]) -> ComposeSpec:
+    """A network's places; rows that it would be fitted on are what lies beside the YAML, too."""
+    options = dict(spec.compose.options)
+    # the folder of one that lies beside the YAML was put in already
+    inner = {key: value for key, value in _texts(options).items() if value != str(folder)}
+    options |= _moved(inner, ("folder", "base", "encoder", "given"), folder, where, faults)
+    data = options.get("data")
+    if isinstance(data, str):
+        options["data"] = _inside(data, folder, f"{where}.data", faults)
+    elif isinstance(data, Mapping):
+        options["data"] = {
+            key: _inside(value, folder, f"{where}.data.{key}", faults) for key, value in _texts(data).items()
+        }
+    return spec.compose.model_copy(update={"options": options})
 
 
 def _router(router: RouterSpec, folder: Path, where: str, faults: list[Fault]) -> RouterSpec:

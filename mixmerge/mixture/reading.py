@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from mixmerge import registry
 from mixmerge.aggregate.auto import AUTO, AutoOptions
 from mixmerge.aggregate.table import options_of
@@ -25,7 +27,9 @@ from mixmerge.document import (
 )
 from mixmerge.document.sections import M, Strict, arguments_of, plain, read_section
 from mixmerge.errors import MixmergeError
+from mixmerge.mixture.gated import AdaptersOptions, check_gated
 from mixmerge.mixture.schema import (
+    ADAPTERS,
     LATER,
     ComposeSpec,
     ExpertSpec,
@@ -74,11 +78,14 @@ def _parsed(root: Node | None, text: str, where: str, report: Report) -> Parsed:
 def _mixture(top: dict[str, Node], report: Report) -> MixtureSpec | None:
     unknown_keys(top, _KEYS, report)
     names, experts = _experts(top, report)
-    router = _router(top, report)
-    policy = _policy(top, names, report)
     compose = _compose(top, names, report)
+    gated = _is_gated(top)
+    if gated:
+        check_gated(top, names, experts, compose, report)
+    router = None if gated else _router(top, report)
+    policy = None if gated else _policy(top, names, report)
     generate = _optional(top, "generate", GenerateSpec, "settings of generation", report)
-    if report.faulty or router is None:
+    if report.faulty or (router is None and not gated):
         return None
     return MixtureSpec(
         experts=experts,
@@ -87,6 +94,13 @@ def _mixture(top: dict[str, Node], report: Report) -> MixtureSpec | None:
         compose=compose or ComposeSpec(),
         generate=generate or GenerateSpec(),
     )
+
+
+def _is_gated(top: dict[str, Node]) -> bool:
+    """Whether it says that its experts are one network, however wrong the rest is."""
+    compose = given(top, "compose")
+    kind = given(compose.value, "kind") if compose is not None and isinstance(compose.value, dict) else None
+    return kind is not None and kind.value == ADAPTERS
 
 
 def _optional(top: dict[str, Node], key: str, model: type[M], what: str, report: Report) -> M | None:
@@ -103,12 +117,12 @@ def _compose(top: dict[str, Node], experts: list[str], report: Report) -> Compos
     name = "answer" if kind is None else read_text(kind, report, "the name of a composition")
     if name is None:
         return None
-    known = [*registry.table("composition"), AUTO, *LATER]
+    known = [*registry.table("composition"), AUTO, ADAPTERS, *LATER]
     if kind is not None and name not in known:
         report.fault(kind, f"no composition is called {show(name)}", registry.choices(name, known))
         return None
     rest = Node(node.path, node.line, {key: child for key, child in entries.items() if key != "kind"})
-    model = Strict if name in LATER else AutoOptions if name == AUTO else options_of(name)
+    model = _options_of(name)
     options = read_section(rest, model, report, what="options of a composition")
     if options is None:
         return None
@@ -119,6 +133,12 @@ def _compose(top: dict[str, Node], experts: list[str], report: Report) -> Compos
                 what = f"the mixture has no expert {show(one)}"
                 report.fault(entries[key], what, registry.choices(one, experts))
     return ComposeSpec(kind=name, options=options.model_dump(mode="json", exclude_unset=True))
+
+
+def _options_of(kind: str) -> type[BaseModel]:
+    if kind == ADAPTERS:
+        return AdaptersOptions
+    return Strict if kind in LATER else AutoOptions if kind == AUTO else options_of(kind)
 
 
 def _experts(top: dict[str, Node], report: Report) -> tuple[list[str], dict[str, ExpertSpec]]:

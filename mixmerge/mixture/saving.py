@@ -8,23 +8,26 @@ from typing import TYPE_CHECKING, Any
 
 from mixmerge.decision.files import FILE as POLICY
 from mixmerge.decision.files import read_calibration, write_policy
+from mixmerge.dynamic.folders import MIXTURE, is_dynamic
 from mixmerge.errors import Fault, MixmergeError
+from mixmerge.mixture.gated import AdaptersOptions
 from mixmerge.mixture.reading import read
-from mixmerge.mixture.schema import ExpertSpec, MixtureSpec
+from mixmerge.mixture.schema import ADAPTERS, ExpertSpec, MixtureSpec
 from mixmerge.routers.storage import CARD, replacing, write
 
 if TYPE_CHECKING:
     from mixmerge.mixture.wiring import Mixture
 
-FILE = "mixture.yaml"
-HERE = "."  # as a router's folder: the one that the YAML lies in
-_ALLOWED = f"A mixture YAML, or a folder with {FILE} and {CARD}"
-_FIT = "Make one: mixmerge route fit MIXTURE.yaml --out FOLDER"
+FILE = MIXTURE
+HERE = "."  # as a router's or a network's folder: the one that the YAML lies in
+_ALLOWED = f"A mixture YAML, or a folder with {FILE} and what was fitted"
+_FIT = "Make one: mixmerge fit MIXTURE.yaml FOLDER"
 
 
 def is_fitted(folder: str | Path) -> bool:
-    """Whether ``save`` wrote the folder, as far as names of files tell."""
-    return all((Path(folder) / name).is_file() for name in (FILE, CARD))
+    """Whether ``save`` or ``save_network`` wrote the folder, as far as names of files tell."""
+    place = Path(folder)
+    return (place / FILE).is_file() and ((place / CARD).is_file() or is_dynamic(place))
 
 
 def spec_of(source: str | Path | Mapping[str, Any]) -> MixtureSpec:
@@ -38,13 +41,25 @@ def spec_of(source: str | Path | Mapping[str, Any]) -> MixtureSpec:
     folder = _folder(source)
     if folder is not None and not is_fitted(folder):
         what = "is no mixture"
+        if is_dynamic(folder):
+            what = "is a model with a bank: an expert, and no mixture"
         if (folder / CARD).is_file():
             what = "is a router alone: it does not say what its experts are"
         raise MixmergeError(Fault(str(folder), what, _ALLOWED, _FIT))
     spec = read(source if folder is None else folder / FILE).require()
     beside = Path(source).parent if folder is None else folder
-    if spec.router.folder == HERE and (folder is not None or Path(source).name == FILE) and is_fitted(beside):
-        return spec.model_copy(update={"router": spec.router.model_copy(update={"folder": str(beside)})})
+    if (folder is not None or Path(source).name == FILE) and is_fitted(beside):
+        return _at_home(spec, beside)
+    return spec
+
+
+def _at_home(spec: MixtureSpec, folder: Path) -> MixtureSpec:
+    """What was fitted is in this folder, where the YAML says that it lies beside it."""
+    if spec.router is not None and spec.router.folder == HERE:
+        return spec.model_copy(update={"router": spec.router.model_copy(update={"folder": str(folder)})})
+    if spec.gated and spec.compose.options.get("folder") == HERE:
+        options = {**spec.compose.options, "folder": str(folder)}
+        return spec.model_copy(update={"compose": spec.compose.model_copy(update={"options": options})})
     return spec
 
 
@@ -57,33 +72,60 @@ def _folder(source: str | Path) -> Path | None:
 
 def save(mixture: Mixture, folder: Path, *, overwrite: bool) -> None:
     """Write a mixture's folder, whole or not at all; ``Mixture.save`` says what is in it."""
+    router, beside = mixture.routing, mixture.spec.routed.folder
     with replacing(folder, overwrite=overwrite) as new:
-        version = write(mixture.router, new)
-        spec, beside = mixture.spec, mixture.spec.router.folder
+        version, spec = write(router, new), mixture.spec
         if spec.policy is not None:
             write_policy(spec.policy, new, router=version)
         elif beside is not None and (Path(beside) / POLICY).is_file():
-            found = read_calibration(beside, router=mixture.router.version)
+            found = read_calibration(beside, router=router.version)
             write_policy(found or mixture.policy, new, router=version)
         (new / FILE).write_text(_yaml(spec), encoding="utf-8")
 
 
-def _yaml(spec: MixtureSpec) -> str:
-    """The policy is not in it: it lies beside, where calibration changes it."""
+def save_network(spec: MixtureSpec, folder: Path, *, base: str) -> None:
+    """The YAML of a network whose bank and gate are in the folder already: its experts are named, and what it runs in.
+
+    Args:
+        spec: that was fitted.
+        folder: to write into.
+        base: of all experts, as the mixture names it.
+    """
+    asked = AdaptersOptions.model_validate(spec.compose.options)
+    kept = {"base": anchored(base), "encoder": asked.encoder and anchored(asked.encoder)}
+    compose = {"kind": ADAPTERS, "folder": HERE, **{key: value for key, value in kept.items() if value}}
+    if asked.dtype != "auto":
+        compose["dtype"] = asked.dtype
+    generate = spec.generate.model_dump(mode="json", exclude_defaults=True)
+    data = {"experts": _experts(spec), "compose": compose, **({"generate": generate} if generate else {})}
+    (folder / FILE).write_text(_dumped(data), encoding="utf-8")
+
+
+def _experts(spec: MixtureSpec) -> dict[str, Any]:
+    return {name: _anchored(expert) for name, expert in spec.experts.items()}
+
+
+def _dumped(data: Mapping[str, Any]) -> str:
     import yaml
 
+    text: str = yaml.safe_dump(dict(data), sort_keys=False, allow_unicode=True)
+    return text
+
+
+def _yaml(spec: MixtureSpec) -> str:
+    """The policy is not in it: it lies beside, where calibration changes it."""
     rest = spec.model_dump(
         mode="json", exclude_none=True, exclude_defaults=True, include={"compose", "generate"}
     )
     if "compose" in rest:
         rest["compose"] = {"kind": spec.compose.kind, **spec.compose.options}
-    data = {
-        "experts": {name: _anchored(expert) for name, expert in spec.experts.items()},
-        "router": {"folder": HERE},
-        **{name: section for name, section in rest.items() if section},
-    }
-    text: str = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
-    return text
+    return _dumped(
+        {
+            "experts": _experts(spec),
+            "router": {"folder": HERE},
+            **{name: section for name, section in rest.items() if section},
+        }
+    )
 
 
 def _anchored(expert: ExpertSpec) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from mixmerge.document.sections import Strict
 from mixmerge.errors import Fault, MixmergeError
 
 # Compositions that a mixture may name before they can be used; the others are in ``mixmerge.aggregate``.
-LATER = ("latent", "logits", "twin", "adapters")
+LATER = ("latent", "logits", "twin")
+ADAPTERS = "adapters"  # one network of all experts: no answers are composed
 
 
 class PriceSpec(Strict):
@@ -101,16 +102,38 @@ class MixtureSpec(Strict):
 
     Args:
         experts: by name, in the order of the YAML.
-        router: scores them.
+        router: scores them; None where a gate weighs them inside one network (``compose.kind`` is ``adapters``).
         policy: decides; None if the YAML names none: then the one in the router's folder, or ``argmax``.
         compose, generate: of the answers.
     """
 
     experts: dict[str, ExpertSpec] = Field(min_length=1)
-    router: RouterSpec
+    router: RouterSpec | None = None
     policy: Policy | None = None
     compose: ComposeSpec = ComposeSpec()
     generate: GenerateSpec = GenerateSpec()
+
+    @property
+    def gated(self) -> bool:
+        """Whether its experts are one network whose gate weighs them."""
+        return self.compose.kind == ADAPTERS
+
+    @property
+    def routed(self) -> RouterSpec:
+        """What it says of its router.
+
+        Raises:
+            MixmergeError: it has none.
+        """
+        if self.router is None:
+            raise MixmergeError(no_router())
+        return self.router
+
+
+def no_router() -> Fault:
+    """A mixture that has a gate is asked for its router."""
+    what = "the mixture has none: the gate of its network weighs the experts"
+    return Fault("router", what, "A mixture with a router", "mixmerge fit MIXTURE OUT fits a gate")
 
 
 @dataclass(frozen=True)

@@ -13,26 +13,28 @@ from mixmerge.batch.setup import Conditions
 from mixmerge.decision.files import FILE, read_policy
 from mixmerge.decision.policies import Policy
 from mixmerge.decision.records import Decision, Query, as_queries
+from mixmerge.errors import MixmergeError
 from mixmerge.mixture.asking import Asked, Piece, answers, as_finished, stream
 from mixmerge.mixture.batching import Batched, Files, run
 from mixmerge.mixture.fitting import outcomes_of, same_experts, unfitted
 from mixmerge.mixture.hub import refuse_revision, spec_from
-from mixmerge.mixture.schema import ExpertSpec, MixtureSpec
+from mixmerge.mixture.network import check_fitted
+from mixmerge.mixture.schema import ExpertSpec, MixtureSpec, no_router
 from mixmerge.routers.base import Router
 
 
 @dataclass(frozen=True, eq=False)
 class Mixture:
-    """Experts, the router that scores them, and the policy that decides.
+    """Experts, the router that scores them, and the policy that decides; or one network of them, and its gate.
 
     Args:
         spec: what the YAML says.
-        router: fitted; its experts are those of the spec.
+        router: fitted; its experts are those of the spec. None where they are one network.
         policy: decides.
     """
 
     spec: MixtureSpec
-    router: Router
+    router: Router | None
     policy: Policy
 
     @classmethod
@@ -46,7 +48,7 @@ class Mixture:
         """Read a mixture, and fit its router on its outcomes or load it from its folder.
 
         Args:
-            source: a YAML file; a folder that ``save`` or ``mixmerge route fit MIXTURE.yaml`` wrote; a mapping of
+            source: a YAML file; a folder that ``save`` or ``mixmerge fit MIXTURE.yaml`` wrote; a mapping of
                 the YAML's shape; what one says; or the hub id (``org/name``) of a repository with such a folder,
                 whose relative paths are then those in the repository.
             revision: branch, tag or commit of a hub id; refused of anything else.
@@ -63,7 +65,10 @@ class Mixture:
             spec = source
         else:
             spec = spec_from(source, revision=revision, trust_endpoints=trust_endpoints)
-        return cls.of(spec, _loaded(spec) if spec.router.folder else unfitted(spec).fit(outcomes_of(spec)))
+        if spec.gated:
+            return cls(check_fitted(spec), None, Policy())
+        fitted = _loaded(spec) if spec.routed.folder else unfitted(spec).fit(outcomes_of(spec))
+        return cls.of(spec, fitted)
 
     @classmethod
     def of(cls, spec: MixtureSpec, router: Router) -> Self:
@@ -82,6 +87,7 @@ class Mixture:
 
         Raises:
             OutputError: the folder exists (with ``overwrite``: and is no router's), or cannot be written.
+            MixmergeError: its experts are one network, which ``mixmerge fit`` writes.
         """
         from mixmerge.mixture.saving import save
 
@@ -92,6 +98,17 @@ class Mixture:
         """By name, in the order of the YAML."""
         return self.spec.experts
 
+    @property
+    def routing(self) -> Router:
+        """Its router.
+
+        Raises:
+            MixmergeError: it has none: its experts are one network.
+        """
+        if self.router is None:
+            raise MixmergeError(no_router())
+        return self.router
+
     def route(self, queries: Iterable[str | Query], *, explain: bool = False) -> list[Decision]:
         """Who answers each query.
 
@@ -100,13 +117,12 @@ class Mixture:
             explain: the reasons also hold what the router says: neighbours, clusters, skills.
 
         Raises:
-            MixmergeError: the policy cannot decide: costs are not known, or a budget is not calibrated.
+            MixmergeError: the policy cannot decide: costs are not known, or a budget is not calibrated; there is no
+                router.
         """
-        asked = as_queries(queries)
-        reasons = self.router.reasons(asked) if explain else None
-        return self.policy.decide(
-            self.router.score(asked), asked, version=self.router.version, reasons=reasons
-        )
+        asked, router = as_queries(queries), self.routing
+        reasons = router.reasons(asked) if explain else None
+        return self.policy.decide(router.score(asked), asked, version=router.version, reasons=reasons)
 
     def answer(self, asked: Iterable[Asked], *, conditions: Conditions | None = None) -> list[Answer]:
         """Answers of the picked experts, composed as the mixture says, in the order asked.
@@ -127,9 +143,14 @@ class Mixture:
         """Answers as they finish: ``async for answer in mixture.as_finished(queries)``. As ``answer`` otherwise."""
         return as_finished(self, asked, conditions=conditions)
 
-    def stream(self, asked: Asked, *, conditions: Conditions | None = None) -> Iterator[Piece]:
-        """One answer as it comes: word by word where one expert answers and its engine can. As ``answer`` otherwise."""
-        return stream(self, asked, conditions=conditions)
+    def stream(
+        self, asked: Asked, *, conditions: Conditions | None = None, explain: bool = False
+    ) -> Iterator[Piece]:
+        """One answer as it comes: word by word where one expert answers and its engine can. As ``answer`` otherwise.
+
+        With ``explain`` the reason of a network's answer has ``weights``: how much of each expert it got, by layer.
+        """
+        return stream(self, asked, conditions=conditions, explain=explain)
 
     def batch(
         self,
@@ -161,7 +182,7 @@ class Mixture:
 
 
 def _loaded(spec: MixtureSpec) -> Router:
-    folder = str(spec.router.folder)
+    folder = str(spec.routed.folder)
     router = Router.load(folder)
     same_experts(tuple(spec.experts), router.experts, f"the router in {folder}")
     return router
@@ -170,7 +191,7 @@ def _loaded(spec: MixtureSpec) -> Router:
 def _policy(spec: MixtureSpec, router: Router) -> Policy:
     if spec.policy is not None:
         return spec.policy
-    folder = spec.router.folder
+    folder = spec.routed.folder
     if folder is not None and (Path(folder) / FILE).is_file():
         return read_policy(folder, router=router.version)
     return Policy()

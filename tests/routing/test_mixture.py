@@ -431,7 +431,7 @@ def test_hub_ids_and_endpoints_stay_as_they_are(tmp_path: Path, monkeypatch: pyt
 
 
 def test_folders_that_are_no_mixture(tmp_path: Path, outcomes: Path) -> None:
-    allowed = "A mixture YAML, or a folder with mixture.yaml and router.json. Make one: mixmerge route fit"
+    allowed = "A mixture YAML, or a folder with mixture.yaml and what was fitted. Make one: mixmerge fit"
     NearestRouter().fit(sample()).save(tmp_path / "router")
     (tmp_path / "empty").mkdir()
     assert f"empty: is no mixture. {allowed}" in faults(tmp_path / "empty")[0]

@@ -121,7 +121,7 @@ def _router_of(path: Path, revision: str | None) -> tuple[Router, Policy | None]
 
         # Nothing is sent to an endpoint here, whoever has chosen it.
         mixture = Mixture.load(path, revision=revision, trust_endpoints=True)
-        return mixture.router, mixture.policy
+        return mixture.routing, mixture.policy
     from mixmerge.mixture.hub import refuse_revision
     from mixmerge.routers.base import Router
 

@@ -188,12 +188,12 @@ def _of_mixture(
     def save(fitted: Router, out: Path, overwrite: bool) -> None:
         Mixture.of(spec, fitted).save(out, overwrite=overwrite)
 
-    if spec.router.folder is not None:
+    if spec.routed.folder is not None:
         if holdout is not None:
-            what = f"the router in {spec.router.folder} is fitted already"
+            what = f"the router in {spec.routed.folder} is fitted already"
             raise MixmergeError(Fault("--holdout", what, run="Leave it out, or name kind and outcomes"))
-        return _Task(lambda: Mixture.load(spec).router, None, save)
-    return _Task(lambda: unfitted(spec), outcomes_of(spec), save, spec.router.seed)
+        return _Task(lambda: Mixture.load(spec).routing, None, save)
+    return _Task(lambda: unfitted(spec), outcomes_of(spec), save, spec.routed.seed)
 
 
 def _count(fitted: Router, table: OutcomeTable | None) -> int:

@@ -1,0 +1,5 @@
+"""Networks whose weights depend on the input: a base, a bank of experts' changes, and a gate that mixes them.
+
+``model.DynamicModel`` is what Python sees, ``engine.DynamicEngine`` what answers for ``batch``, ``ask`` and ``eval``;
+``folders`` says what of them lies in which folder.
+"""

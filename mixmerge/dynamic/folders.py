@@ -1,0 +1,118 @@
+"""Folders of dynamic networks: a model with a bank beside its weights, or a fitted mixture that names its base.
+
+Of the first kind the base is the folder itself; of the second the ``compose.base`` of its ``mixture.yaml``. In both the
+bank and its gate lie in ``bank/``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from mixmerge.bank.building import fingerprint_of
+from mixmerge.bank.cards import CARD, FOLDER, BankCard, read_card
+from mixmerge.checkpoint.header import DTYPE_BYTES, TensorHeader, read_header
+from mixmerge.checkpoint.locate import locate
+from mixmerge.document import Kind, Report, load, read_file
+from mixmerge.document.tree import to_data
+from mixmerge.errors import CheckpointError, Fault, MixmergeError
+
+MIXTURE = "mixture.yaml"
+_KIND = Kind("mixture", needs="compose: {kind: adapters, base: FOLDER}")
+_WANTED = f"A model folder with {FOLDER}/, or a folder that mixmerge fit made"
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Where the parts of a dynamic network are.
+
+    Args:
+        folder: with ``bank/`` in it.
+        base: of the model that it runs in.
+    """
+
+    folder: Path
+    base: Path
+
+    @property
+    def bank(self) -> Path:
+        return self.folder / FOLDER
+
+
+def is_dynamic(folder: str | Path) -> bool:
+    """Whether a folder has a bank, as far as names of files tell."""
+    try:
+        return (Path(folder).expanduser() / FOLDER / CARD).is_file()
+    except (OSError, RuntimeError):  # a name that is too long; ~ of a user who does not exist
+        return False
+
+
+def parts_of(folder: str | Path, *, base: str | Path | None = None) -> Parts:
+    """The parts of a network; a base on the hub is downloaded.
+
+    Args:
+        folder: a model folder with a bank, or a fitted mixture's.
+        base: the base, where it is no longer where the mixture says; a folder or hub id.
+
+    Raises:
+        MixmergeError: there is no bank in it, or its base cannot be found.
+    """
+    place = Path(folder).expanduser()
+    if not is_dynamic(place):
+        run = "Make one: mixmerge fit MIXTURE.yaml OUT, or mixmerge merge with merge_method: twin"
+        raise CheckpointError(Fault(str(folder), f"has no {FOLDER}/{CARD}", _WANTED, run))
+    if base is not None:
+        return Parts(place, locate(str(base), None, where=f"{folder}: base"))
+    if (place / "config.json").is_file():
+        return Parts(place, place)
+    return Parts(place, locate(_named_base(place), None, where=f"{place / MIXTURE}: compose.base"))
+
+
+def _named_base(folder: Path) -> str:
+    path = folder / MIXTURE
+    report = Report(_KIND)
+    text = read_file(path, name=str(path), report=report)
+    root = None if text is None else load(text, name=str(path), report=report)
+    if report.faulty:
+        raise MixmergeError(report.faults(str(path)))
+    data = None if root is None else to_data(root)
+    compose = data.get("compose") if isinstance(data, dict) else None
+    base = compose.get("base") if isinstance(compose, dict) else None
+    if not isinstance(base, str):
+        raise CheckpointError(Fault(str(path), "does not say what the base is", _WANTED, "Fit it again"))
+    return base
+
+
+def checked_card(parts: Parts) -> BankCard:
+    """What a bank says of itself, if it was made for this base.
+
+    Raises:
+        MixmergeError: it is damaged, or of another base.
+    """
+    card = read_card(parts.folder)
+    found = fingerprint_of(parts.base)
+    if card.base != found:
+        what = f"its bank was made for another base than {parts.base}"
+        more = f"Its fingerprint begins with {card.base[:12]}, that of the base with {found[:12]}"
+        raise CheckpointError(
+            Fault(str(parts.folder), what, more, "Give the base it was made for, or fit it again")
+        )
+    return card
+
+
+def weights_of(parts: Parts) -> list[TensorHeader]:
+    """Every tensor of base and bank, as far as they are in safetensors."""
+    files = [*sorted(parts.base.glob("*.safetensors")), *sorted(parts.bank.glob("factors*.safetensors"))]
+    return [header for path in files for header in read_header(path).values()]
+
+
+def nbytes(parts: Parts, dtype: str | None = None) -> int:
+    """Bytes of base and bank in memory.
+
+    Args:
+        dtype: of safetensors (``F32``), that all are held in; None: as they are stored.
+    """
+    headers = weights_of(parts)
+    if dtype is None:
+        return sum(header.nbytes for header in headers)
+    return sum(header.elements for header in headers) * DTYPE_BYTES[dtype]

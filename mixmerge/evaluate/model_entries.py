@@ -1,0 +1,111 @@
+"""Models that are asked: their names, their roles, and where they are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mixmerge.checkpoint.locate import locate
+from mixmerge.dynamic.folders import is_dynamic, parts_of
+from mixmerge.errors import Fault, MixmergeError
+from mixmerge.evaluate.leaks import Made, read_made
+from mixmerge.evaluate.model_records import Role
+from mixmerge.recipe import ModelRef
+
+Models = Mapping[str, str | Path] | Sequence[str | Path]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A model that is asked.
+
+    Args:
+        name: in the report.
+        role: as in ``ModelRow``.
+        ref: where it is.
+        folder: of the model on this machine.
+        adapter: of the adapter, if it has one.
+        made: what its manifest says.
+    """
+
+    name: str
+    role: Role
+    ref: ModelRef
+    folder: Path
+    adapter: Path | None
+    made: Made
+
+    @property
+    def network(self) -> bool:
+        """Whether a gate weighs experts in it."""
+        return self.adapter is None and is_dynamic(self.folder)
+
+    @property
+    def storage(self) -> int:
+        """Bytes of all weights in its folders."""
+        folders = {self.folder} if self.adapter is None else {self.folder, self.adapter}
+        if self.network:
+            folders.add(parts_of(self.folder).base)
+        files = {path for folder in folders for path in folder.rglob("*.safetensors")}
+        return sum(path.stat().st_size for path in files if path.is_file())
+
+
+def is_folder(path: str) -> bool:
+    """Whether there is a folder of that name; whatever signs it has, it is that folder."""
+    try:
+        return Path(path).expanduser().is_dir()
+    except (OSError, RuntimeError):  # a name that is too long; ~ of a user who does not exist
+        return False
+
+
+def named(models: Models, *, where: str) -> dict[str, str]:
+    """Names and models. Of a list, a model's name is the last part of its path, or all of it where two are alike.
+
+    Raises:
+        MixmergeError: a model is given twice.
+    """
+    if isinstance(models, Mapping):
+        return {name: str(model) for name, model in models.items()}
+    listed = [str(model) for model in ([models] if isinstance(models, str | Path) else models)]
+    twice = sorted({one for one in listed if listed.count(one) > 1})
+    if twice:
+        raise MixmergeError(Fault(where, f"{', '.join(twice)} is given twice"))
+    last = [Path(one.partition("+")[2] or one).name or one for one in listed]
+    return {one if last.count(short) > 1 else short: one for one, short in zip(listed, last, strict=True)}
+
+
+def entries_of(models: Models, experts: Models, base: str | Path | None) -> list[Entry]:
+    """What is asked, in the order of a report; what is on the hub is downloaded.
+
+    Raises:
+        MixmergeError: no model, two of one name, one that is not there; all at once.
+    """
+    listed: list[tuple[Role, str, str]] = []
+    listed += [("merge", name, model) for name, model in named(models, where="models").items()]
+    listed += [("expert", name, model) for name, model in named(experts, where="experts").items()]
+    listed += [("base", "base", str(base))] if base is not None else []
+    if not listed:
+        raise MixmergeError(Fault("models", "none is given", "A folder, a hub id or BASE+ADAPTER"))
+    names = [name for _, name, _ in listed]
+    faults = [
+        Fault("models", f"two are called {name!r}", run="Name them: NAME=MODEL")
+        for name in sorted({one for one in names if names.count(one) > 1})
+    ]
+    entries = []
+    for role, name, model in listed:
+        try:
+            entries.append(_entry(role, name, model))
+        except MixmergeError as error:
+            faults += error.faults
+    if faults:
+        raise MixmergeError(faults)
+    return entries
+
+
+def _entry(role: Role, name: str, model: str) -> Entry:
+    where = {"merge": "model", "expert": "experts", "base": "base"}[role]
+    ref = ModelRef(model) if is_folder(model) else ModelRef.parse(model, where=where)
+    folder = locate(ref.path, ref.revision, where=where)
+    adapter = None if ref.adapter is None else locate(ref.adapter, ref.adapter_revision, where=where)
+    return Entry(name, role, ref, folder, adapter, read_made(folder))

@@ -1,0 +1,211 @@
+"""Mixtures whose experts are one network: what their YAML says beside the experts, and what is wrong with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from pydantic import Field
+
+from mixmerge import registry
+from mixmerge.document import Node, Report, given, show
+from mixmerge.document.sections import Strict
+from mixmerge.errors import MixmergeError
+from mixmerge.mixture.schema import ComposeSpec, ExpertSpec
+
+WHOLE = "mixture"  # name of the network among its experts
+_ENGINES = (None, "transformers", "dynamic")
+_MADE_ALREADY = ("gate", "data", "split", "samples", "rank", "energy", "budget", "bits", "given", "seed")
+
+
+class AdaptersOptions(Strict):
+    """What ``compose: {kind: adapters}`` says: either what ``mixmerge fit`` is to make, or the ``folder`` it made.
+
+    Args:
+        folder: that ``mixmerge fit`` wrote.
+        base: of all experts, a folder or hub id; by default the one that the adapters name.
+        gate: its ``kind`` and its options.
+        data: rows of text the gate learns from, by expert; or one source for all, where a gate takes that.
+        split: which part of the data, where it has parts.
+        samples: rows of each source at most; which ones depends on them and the seed.
+        rank, energy, budget: how small full experts are made: as ``bank.building.bank_of`` takes them.
+        bits: of the factors on disk; by default as the experts store them.
+        given: safetensors of a router that was trained elsewhere, for gates that take one.
+        encoder: of texts, a folder or hub id, for gates that read them.
+        dtype: of the network in memory; ``auto``: as its base is stored.
+        seed: of fitting.
+    """
+
+    folder: str | None = Field(default=None, min_length=1)
+    base: str | None = Field(default=None, min_length=1)
+    gate: dict[str, Any] | None = None
+    data: str | dict[str, str] | None = None
+    split: str | None = Field(default=None, min_length=1)
+    samples: int | None = Field(default=None, ge=1)
+    rank: int | None = Field(default=None, ge=1)
+    energy: float | None = Field(default=None, gt=0, le=1)
+    budget: int | None = Field(default=None, ge=1)
+    bits: Literal[8, 16, 32] | None = None
+    given: str | None = Field(default=None, min_length=1)
+    encoder: str | None = Field(default=None, min_length=1)
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    seed: int = Field(default=0, ge=0, lt=2**32)
+
+
+def check_gated(
+    top: Mapping[str, Node],
+    names: Sequence[str],
+    experts: Mapping[str, ExpertSpec],
+    compose: ComposeSpec | None,
+    report: Report,
+) -> None:
+    """Everything that can be known to be wrong before a file is opened.
+
+    Args:
+        top: the whole YAML.
+        names: of all experts.
+        experts: those that could be read.
+        compose: None if it could not be read.
+        report: gets the faults.
+    """
+    for key in ("router", "policy"):
+        node = given(dict(top), key)
+        if node is not None:
+            report.fault(node, "has no effect: the gate weighs the experts", run="Remove it")
+    for name, one in experts.items():
+        _check_expert(_inner(top["experts"])[name], name, one, report)
+    if compose is None:
+        return
+    entries = _inner(top["compose"])
+    options = AdaptersOptions.model_validate(compose.options)
+    if options.folder is not None:
+        for key in _MADE_ALREADY:
+            if given(entries, key) is not None:
+                report.fault(
+                    entries[key], "has no effect on a fitted network", run="Remove it, or remove folder"
+                )
+        return
+    _check_base(top, experts, options, report)
+    _check_sizes(top, experts, options, report)
+    _check_gate(top, names, options, report)
+
+
+def _inner(node: Node) -> dict[str, Node]:
+    """Keys of a mapping."""
+    return node.value if isinstance(node.value, dict) else {}
+
+
+def _check_expert(node: Node, name: str, expert: ExpertSpec, report: Report) -> None:
+    if name == WHOLE:
+        report.fault(node, f"{show(name)} is what the network of all experts is called", "Another name")
+    if expert.endpoint is not None:
+        report.fault(
+            node, "an expert behind an endpoint cannot be part of a network", "model, or adapter and base"
+        )
+    elif expert.engine not in _ENGINES:
+        report.fault(node, f"{expert.engine} cannot run a network of several experts", "Leave engine out")
+    if expert.options:
+        report.fault(
+            node, "options has no effect on a part of a network", "compose: {dtype: ...}", "Remove it"
+        )
+
+
+def base_of(experts: Mapping[str, ExpertSpec], base: str | None) -> str | None:
+    """The base that is said, or the one that adapters name; None if there is none or more than one."""
+    named = {str(one.base) for one in experts.values() if one.adapter is not None}
+    return base or (named.pop() if len(named) == 1 else None)
+
+
+def _check_base(
+    top: Mapping[str, Node], experts: Mapping[str, ExpertSpec], options: AdaptersOptions, report: Report
+) -> None:
+    if base_of(experts, options.base) is not None or not experts:
+        return
+    named = sorted({str(one.base) for one in experts.values() if one.adapter is not None})
+    what = (
+        f"the adapters are of {len(named)} bases: {', '.join(named)}" if named else "the key base is missing"
+    )
+    report.fault(top["compose"], what, "base: of all experts, a folder or hub id")
+
+
+def _check_sizes(
+    top: Mapping[str, Node], experts: Mapping[str, ExpertSpec], options: AdaptersOptions, report: Report
+) -> None:
+    full = [name for name, one in experts.items() if one.adapter is None]
+    sizes = [key for key in ("rank", "energy", "budget") if getattr(options, key) is not None]
+    if full and not sizes:
+        what = f"{', '.join(full)} {'is a full model' if len(full) == 1 else 'are full models'}, and no size is said"
+        report.fault(top["compose"], what, "rank, energy or budget of their factors")
+    if sizes and not full and len(experts) == len(_inner(top["experts"])):
+        report.fault(
+            _inner(top["compose"])[sizes[0]],
+            "has no effect on adapters",
+            "It is for full models",
+            "Remove it",
+        )
+
+
+def _check_gate(
+    top: Mapping[str, Node], names: Sequence[str], options: AdaptersOptions, report: Report
+) -> None:
+    """Kind and options of the gate, and whether there is what it is fitted from."""
+    from mixmerge.bank.fitting import gate_options
+
+    compose = top["compose"]
+    entries = _inner(compose)
+    node = given(entries, "gate")
+    if node is None or options.gate is None:
+        report.fault(node or compose, "the key gate is missing", "gate: {kind: NAME, ...}")
+        return
+    kind = options.gate.get("kind")
+    if not isinstance(kind, str):
+        report.fault(node, "the key kind is missing", registry.choices("", list(registry.table("gate"))))
+        return
+    said = {key: value for key, value in options.gate.items() if key != "kind"}
+    try:
+        gate_options(kind, said, where="compose.gate")
+        wants = registry.find("gate", kind).wants
+    except MixmergeError as error:
+        for fault in error.faults:
+            key = fault.where.removeprefix("compose.gate.").split(".")[0]
+            report.fault(_inner(node).get(key, node), fault.what, fault.allowed, fault.run)
+        return
+    _check_data(entries, compose, names, options, kind, wants, report)
+    for want, key, what in (
+        ("encode", "encoder", "reads texts by an encoder"),
+        ("given", "given", "takes a router that was trained elsewhere"),
+    ):
+        if want in wants and getattr(options, key) is None:
+            report.fault(compose, f"{kind} {what}, and the key {key} is missing")
+
+
+def _check_data(
+    entries: Mapping[str, Node],
+    compose: Node,
+    names: Sequence[str],
+    options: AdaptersOptions,
+    kind: str,
+    wants: Sequence[str],
+    report: Report,
+) -> None:
+    data = options.data
+    each = "rows of each expert" in wants
+    if data is None:
+        if each or "rows" in wants:
+            allowed = "data: {EXPERT: FILE, ...}" if each else "data: FILE, or {EXPERT: FILE, ...}"
+            report.fault(compose, f"{kind} learns from rows of text, and the key data is missing", allowed)
+        return
+    node = entries["data"]
+    if not each and "rows" not in wants:
+        report.fault(node, f"{kind} learns from no rows", run="Remove it")
+    elif isinstance(data, str) and each:
+        report.fault(node, f"{kind} learns from rows of each expert by itself", "data: {EXPERT: FILE, ...}")
+    if isinstance(data, str):
+        return
+    for name in data:
+        if name not in names:
+            what = f"the mixture has no expert {show(name)}"
+            report.fault(_inner(node)[name], what, registry.choices(name, list(names)))
+    lacking = [name for name in names if name not in data]
+    if each and lacking:
+        report.fault(node, f"there are no rows of {', '.join(lacking)}", f"{kind} learns from rows of each")

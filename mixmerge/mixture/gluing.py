@@ -1,0 +1,224 @@
+"""Fitting what a mixture needs: its router, or the bank and the gate of the network that its experts are.
+
+A network becomes one folder: ``bank/`` with the factors of all experts and the gate, and ``mixture.yaml``, which names
+experts and base. Neither of them is in it or changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mixmerge import registry
+from mixmerge.checkpoint.locate import locate
+from mixmerge.data.rows import Row, read_rows, sample_rows
+from mixmerge.errors import Fault, MixmergeError
+from mixmerge.mixture.fitting import outcomes_of, unfitted
+from mixmerge.mixture.gated import AdaptersOptions, base_of
+from mixmerge.mixture.saving import FILE, save_network
+from mixmerge.mixture.schema import MixtureSpec
+from mixmerge.mixture.wiring import Mixture
+from mixmerge.routers.storage import CARD
+
+if TYPE_CHECKING:
+    from mixmerge.bank.cards import BankCard
+    from mixmerge.bank.gate import Gate
+    from mixmerge.bank.records import Bank
+
+Progress = Callable[[str, int, int], None]  # (what, steps done, steps in all)
+_WHERE = "compose.gate"
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What was fitted.
+
+    Args:
+        path: the folder.
+        what: ``router`` or ``network``.
+        kind: of the router or the gate.
+        experts: names.
+        facts: more of it, as JSON values.
+    """
+
+    path: Path
+    what: str
+    kind: str
+    experts: tuple[str, ...]
+    facts: Mapping[str, Any]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "path": str(self.path),
+            "what": self.what,
+            "kind": self.kind,
+            "experts": list(self.experts),
+            **self.facts,
+        }
+
+
+def fit(
+    spec: MixtureSpec,
+    out: str | Path,
+    *,
+    overwrite: bool = False,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> Fitted:
+    """Fit what a mixture needs and write it as one folder, whole or not at all.
+
+    Args:
+        spec: what its YAML says.
+        out: the folder to make; ``Mixture.load`` takes it.
+        overwrite: replace a fitted mixture that is there.
+        device: a torch device, on which the base of a network runs where the gate learns with it.
+        progress: told how far it is.
+
+    Raises:
+        OutputError: the folder exists, or cannot be written.
+        MixmergeError: all that is wrong with experts, base or data: adapters of other bases, factors that are not
+            finite, what cannot be part of a bank, rows that are missing; a mixture that is fitted already.
+    """
+    if spec.gated:
+        return _Network(spec, device, progress or _silent).fit(Path(out), overwrite=overwrite)
+    if spec.routed.folder is not None:
+        mixture = Mixture.load(spec)
+    else:
+        mixture = Mixture.of(spec, unfitted(spec).fit(outcomes_of(spec), progress=progress))
+    mixture.save(out, overwrite=overwrite)
+    router = mixture.routing
+    queries = 0 if router.trained_on is None else len(router.trained_on.hashes)
+    return Fitted(Path(out), "router", router.kind, router.experts, {"queries": queries})
+
+
+def _silent(what: str, done: int, steps: int) -> None:
+    """Says nothing."""
+
+
+class _Network:
+    """A network on its way into a folder."""
+
+    def __init__(self, spec: MixtureSpec, device: str, progress: Progress) -> None:
+        self._spec, self._device, self._progress = spec, device, progress
+        self._told = AdaptersOptions.model_validate(spec.compose.options)
+        if self._told.folder is not None:
+            what = f"the network in {self._told.folder} is fitted already"
+            raise MixmergeError(Fault("compose.folder", what, run="Name gate and data to fit another"))
+
+    def fit(self, out: Path, *, overwrite: bool) -> Fitted:
+        from mixmerge.bank.building import bank_of, fingerprint_of
+        from mixmerge.bank.files import load_bank, save_bank
+        from mixmerge.bank.gate_files import save_gate
+        from mixmerge.bank.publishing import check_free, making
+
+        told, owned = self._told, [FILE, CARD]
+        check_free(out, overwrite=overwrite, of=owned)
+        base, experts = self._places()
+        rows = self._rows()
+        with making(out, overwrite=overwrite, of=owned, inputs=[base, *experts.values()]) as new:
+            self._progress("bank", 0, 1)
+            bank = bank_of(base, experts, rank=told.rank, energy=told.energy, budget=told.budget)
+            hashes = {name: fingerprint_of(folder) for name, folder in experts.items()}
+            card = save_bank(new, bank, base=fingerprint_of(base), hashes=hashes, bits=told.bits)
+            self._progress("bank", 1, 1)
+            gate = self._gate(load_bank(new), base, rows)
+            save_gate(new / "bank", gate, bank=card.hash, experts=card.experts)
+            save_network(self._spec, new, base=str(base_of(self._spec.experts, told.base)))
+        return Fitted(out, "network", gate.kind, card.experts, _facts(card, base))
+
+    def _places(self) -> tuple[Path, dict[str, Path]]:
+        """Folders of the base and of the experts; what is on the hub is downloaded."""
+        from mixmerge.bank.building import fingerprint_of
+
+        faults: list[Fault] = []
+        base = locate(str(base_of(self._spec.experts, self._told.base)), None, where="compose.base")
+        found, others = {}, {str(base): fingerprint_of(base)}
+        for name, one in self._spec.experts.items():
+            where = f"experts.{name}"
+            try:
+                found[name] = locate(str(one.adapter or one.model), None, where=where)
+                if one.base is None:
+                    continue
+                own = str(locate(one.base, None, where=f"{where}.base"))
+                if own not in others:
+                    others[own] = fingerprint_of(own)
+            except MixmergeError as error:
+                faults += error.faults
+                continue
+            if others[own] != others[str(base)]:
+                what = f"is of the base {one.base}, and the network runs in {base}"
+                faults.append(Fault(where, what, "Adapters of one base", "Fit a mixture for each base"))
+        if faults:
+            raise MixmergeError(faults)
+        return base, found
+
+    def _rows(self) -> dict[str, tuple[Row, ...]]:
+        """What the gate learns from, by expert; of one source for all, under a name of its own."""
+        data = self._told.data
+        sources = data if isinstance(data, dict) else {} if data is None else {"all": data}
+        found: dict[str, tuple[Row, ...]] = {}
+        faults: list[Fault] = []
+        for name, source in sources.items():
+            try:
+                rows = read_rows(source, split=self._told.split)
+            except MixmergeError as error:
+                faults += error.faults
+                continue
+            count = self._told.samples
+            found[name] = rows if count is None else sample_rows(rows, count, seed=self._told.seed)
+        if faults:
+            raise MixmergeError(faults)
+        return found
+
+    def _gate(self, bank: Bank, base: Path, rows: Mapping[str, tuple[Row, ...]]) -> Gate:
+        from mixmerge.bank.fitting import fit_gate
+        from mixmerge.dynamic.loading import TextEncoder
+        from mixmerge.experts.loading import load_expert
+
+        asked = dict(self._told.gate or {})
+        kind = str(asked.pop("kind"))
+        wants = registry.find("gate", kind).wants
+        encoder = self._told.encoder
+
+        def tell(what: str, done: int, steps: int, loss: float | None) -> None:
+            self._progress(f"gate: {what}", done, steps)
+
+        return fit_gate(
+            kind,
+            asked,
+            bank,
+            model=load_expert(base, device=self._device) if "model" in wants else None,
+            rows=rows,
+            given=self._given(),
+            encode=None if encoder is None else TextEncoder(encoder, device=self._device),
+            seed=self._told.seed,
+            progress=tell,
+            where=_WHERE,
+        )
+
+    def _given(self) -> dict[str, Any]:
+        """Tensors of a router that was trained elsewhere."""
+        if self._told.given is None:
+            return {}
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return dict(load_file(self._told.given))
+        except (OSError, SafetensorError) as error:
+            what = f"{self._told.given} cannot be read: {error}"
+            raise MixmergeError(Fault("compose.given", what, "A safetensors file")) from error
+
+
+def _facts(card: BankCard, base: Path) -> dict[str, Any]:
+    headers = [path.stat().st_size for path in base.glob("*.safetensors")]
+    return {
+        "base": str(base),
+        "sites": len(card.sites),
+        "parameters": card.parameters,
+        "bytes": card.nbytes,
+        "base_bytes": sum(headers),
+        "hash": card.hash,
+    }
