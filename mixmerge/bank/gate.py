@@ -43,8 +43,8 @@ class Gate(nn.Module):
     nothing that comes after it. In evaluation mode a call changes no state.
 
     ``kind``: its name in ``GATES``. ``features``: what ``query`` is given of each prompt: nothing; ``hidden``, the mean
-    over the prompt's tokens of the base's last hidden states; ``layers``, the same of all layers side by side; ``text``,
-    the features of a text encoder.
+    over the prompt's tokens of the base's last hidden states; ``layers``, the same of all layers; ``text``, the
+    features of a text encoder.
     ``second_pass``: it wants the base's hidden states of every token (``Run.hidden``). ``open_to_new``: it may be used
     with experts that were added to its bank later, of which it was told nothing. What is saved of a gate is its
     ``kind``, ``settings()``, of which ``build`` makes it again, and its ``state_dict``.

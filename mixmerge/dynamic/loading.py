@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mixmerge.bank.features import mean_of
 from mixmerge.bank.files import load_bank
 from mixmerge.bank.gate import Gate, RowGate
 from mixmerge.bank.gate_files import GATE, load_gate
 from mixmerge.dynamic.folders import Parts, checked_card
-from mixmerge.dynamic.running import Embed, Running, mean_of_tokens
+from mixmerge.dynamic.running import Embed, Running
 from mixmerge.experts.loading import LoadedExpert, check_tokenizer, load_expert
 
 _ROWS = 32  # texts of a batch
@@ -72,5 +73,5 @@ class TextEncoder:
                 )
                 batch = batch.to(self._device)
                 hidden = model(**batch).last_hidden_state
-                found.append(mean_of_tokens(hidden, batch["attention_mask"].bool()))
+                found.append(mean_of(hidden, batch["attention_mask"].bool()))
         return torch.nn.functional.normalize(torch.cat(found), dim=-1)

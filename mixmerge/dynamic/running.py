@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mixmerge.bank.attach import Attached
+from mixmerge.bank.features import mean_of, states_of
 from mixmerge.bank.gate import Gate, Run
 from mixmerge.bank.mix import Mix
 from mixmerge.bank.records import Bank
@@ -97,19 +98,20 @@ class Running:
         return GatedRows(self, told, weights)
 
     def hidden(self, given: Mapping[str, Any], cache: Any = None) -> Tensor:
-        """``(B, T, h)``: the base's last hidden states of tokens.
+        """``(B, T, h)``: the base's last hidden states of tokens; those of all layers if its gate reads them.
 
         Args:
             given: arguments of the model; its own cache is not used.
             cache: keys and values of the base; new ones are added.
         """
         trunk = self.model.base_model
+        layers = self.gate.features == "layers"
         changed = {**given, "past_key_values": cache, "use_cache": cache is not None}
         takes = accepted(trunk)
         with self.attached.running(None):
-            out = trunk(**{name: value for name, value in changed.items() if name in takes})
-        found: Tensor = out.last_hidden_state
-        return found
+            kept = {name: value for name, value in changed.items() if name in takes}
+            out = trunk(**kept, output_hidden_states=layers)
+        return states_of(out, layers)
 
     def features(self, texts: Sequence[str]) -> Tensor:
         """``(B, f)`` of texts, for a gate of texts."""
@@ -166,7 +168,7 @@ class GatedRows:
         if self._forced:
             return Forced(self._rows, None, mask)
         gate, hidden = self._running.gate, None
-        reads = gate.features == "hidden" and not self._begun
+        reads = gate.features in ("hidden", "layers") and not self._begun
         if gate.second_pass or reads:
             hidden = self._running.hidden(given, self._base_cache(given))
         if not self._begun and gate.features:
@@ -193,14 +195,7 @@ class GatedRows:
         lengths = torch.tensor([len(row.prompt) for row in self._told], device=hidden.device)
         there = hidden.new_ones(hidden.shape[:2], dtype=torch.bool) if mask is None else mask
         of_prompt = there & (there.cumsum(-1) <= lengths[:, None])  # (B, T)
-        return mean_of_tokens(hidden, of_prompt)
-
-
-def mean_of_tokens(hidden: Tensor, mask: Tensor) -> Tensor:
-    """``(B, h)`` in float32: the mean of ``(B, T, h)`` over the tokens where ``mask`` is True."""
-    wanted = mask[..., None]
-    total = torch.where(wanted, hidden.float(), 0.0).sum(1)
-    return total / wanted.sum(1).clamp(min=1)
+        return mean_of(hidden, of_prompt)
 
 
 def _padding(given: Mapping[str, Any]) -> Tensor | None:

@@ -55,6 +55,13 @@ class PromptGate(Gate):
         return None if run.rows is None else Mix(run.rows)
 
 
+class DeepGate(PromptGate):
+    """The same by the hidden states of all layers."""
+
+    kind = "deep"
+    features: ClassVar[Features] = "layers"
+
+
 class TextGate(PromptGate):
     """The same by a text's length and first letter."""
 
@@ -104,6 +111,7 @@ GATES: dict[str, Callable[[Any, Bank], Gate]] = {
     "given": lambda model, bank: RowGate(),
     "token": lambda model, bank: TokenGate({name: site.a.shape[1] for name, site in bank.sites.items()}),
     "prompt": lambda model, bank: PromptGate(model.config.hidden_size),
+    "deep": lambda model, bank: DeepGate(model.config.hidden_size * (model.config.num_hidden_layers + 1)),
     "text": lambda model, bank: TextGate(2),
     "second": lambda model, bank: SecondPassGate(model.config.hidden_size),
 }

@@ -16,7 +16,7 @@ from mixmerge.errors import MixmergeError
 
 Make = Callable[..., DynamicModel]
 TEXTS = ("a b c", "one two three four five six", "x", "the quick brown fox jumps", "1 + 2 = ", "hello there")
-KINDS = ("token", "prompt", "text", "second")
+KINDS = ("token", "prompt", "deep", "text", "second")
 
 
 def _padded(model: DynamicModel, *, right: bool = False) -> tuple[Tensor, Tensor]:
