@@ -21,6 +21,7 @@ from mixmerge.bank.records import Bank
 from mixmerge.dynamic.explaining import Tally
 from mixmerge.engines.decoding import Told, accepted
 from mixmerge.errors import Fault, MixmergeError
+from mixmerge.experts.loading import kind_of
 
 Embed = Callable[[Sequence[str]], Tensor]  # texts -> (B, f)
 
@@ -31,13 +32,13 @@ class Forced(Run):
 
 
 class _Either(Gate):
-    """The gate, but for batches whose weights are said."""
+    """The gate, but for batches whose weights are said. Of a language model, sites may see the last tokens alone."""
 
     kind = "either"
 
-    def __init__(self, gate: Gate) -> None:
+    def __init__(self, gate: Gate, *, causal: bool) -> None:
         super().__init__()
-        self.gate = gate
+        self.gate, self._causal = gate, causal
 
     def bind(self, bank: Bank) -> None:
         self.gate.bind(bank)
@@ -45,7 +46,7 @@ class _Either(Gate):
     def mix(self, site: str, u: Tensor, run: Run) -> Mix | None:
         if isinstance(run, Forced) and run.rows is not None:
             return Mix(run.rows)
-        return self.gate.mix(site, u, _of_last_tokens(run, u))
+        return self.gate.mix(site, u, _of_last_tokens(run, u) if self._causal else run)
 
 
 def _of_last_tokens(run: Run, u: Tensor) -> Run:
@@ -81,7 +82,8 @@ class Running:
         self.model, self.tokenizer, self.name = model, tokenizer, name
         device = next(model.parameters()).device
         self.gate = gate.to(device).eval().requires_grad_(False)
-        self.attached = Attached(model, bank, _Either(self.gate))
+        causal = kind_of(type(model).__name__) == "causal"
+        self.attached = Attached(model, bank, _Either(self.gate, causal=causal))
         self._embed = embed
 
     @property

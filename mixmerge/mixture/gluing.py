@@ -189,7 +189,7 @@ class _Network:
             kind,
             asked,
             bank,
-            model=load_expert(base, device=self._device) if "model" in wants else None,
+            model=load_expert(base, device=self._device) if rows or "model" in wants else None,
             rows=rows,
             given=self._given(),
             encode=None if encoder is None else TextEncoder(encoder, device=self._device),

@@ -342,8 +342,10 @@ def test_a_network_is_evaluated_as_a_model_is(fitted: Path, loras: Any, tmp_path
     [
         "{kind: xlora, steps: 2}, data: {all}",
         "{kind: glider, steps: 2}, data: {each}, encoder: {encoder}",
+        "{kind: router, epochs: 2, per_token: true}, data: {each}",
+        "{kind: router, epochs: 2}, data: {each}",
     ],
-    ids=["xlora", "glider"],
+    ids=["xlora", "glider", "router of tokens", "router of prompts"],
 )
 def test_gates_with_a_second_pass_or_an_encoder(
     loras: Any, rows: dict[str, Path], family: Callable[..., Any], tmp_path: Path, gate: str

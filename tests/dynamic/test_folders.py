@@ -131,3 +131,37 @@ def test_heads_of_a_merged_trunk(tmp_path: Path, tokenizer: Any, standins: Any) 
     with torch.no_grad():
         logits = model(batch["input_ids"], batch["attention_mask"], weights={"one": 1.0})
     assert told.given == tuple(str(int(pick)) for pick in logits.argmax(-1))
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+def test_a_twin_merge_is_a_network(family: Callable[..., Any], tmp_path: Path, per_token: bool) -> None:
+    """Its head and its table are in the bank, too, and its gate may want a second pass."""
+    from mixmerge.dynamic.engine import DynamicEngine
+    from mixmerge.engine.merge import merge
+    from mixmerge.engines.contract import check_engine
+
+    made = family("llama", dtype="float32")
+    rows = {}
+    for name, word in (("expert0", "abc"), ("expert1", "1+2=")):
+        rows[name] = str(tmp_path / f"{name}.jsonl")
+        lines = [{"prompt": f"{word} {at}", "answer": f"{at} {word}"} for at in range(12)]
+        Path(rows[name]).write_text("\n".join(map(json.dumps, lines)) + "\n")
+    recipe = {
+        "merge_method": "twin",
+        "base_model": str(made.base),
+        "models": [{"model": str(folder)} for folder in made.experts],
+        "parameters": {"rank": 4},
+        "shared": {"merge_method": "task_arithmetic", "parameters": {"weight": 0.3}},
+        "gate": {"epochs": 2, "batch": 8, "per_token": per_token},
+        "calibration": {"per_expert": rows, "max_examples": 12},
+        "dtype": "float32",
+    }
+    merge(recipe, tmp_path / "out")
+    model = DynamicModel.load(tmp_path / "out")
+    assert model.gate.second_pass == per_token
+    assert "lm_head.weight" in model.bank.sites
+    check_engine(lambda: DynamicEngine(str(tmp_path / "out")), adapters=[])
+    texts = ["abc 3", "1+2= 5"]
+    shown = model.explain(texts)
+    assert shown[0].experts == ("expert0", "expert1")
+    assert sum(shown[0].mean().values()) == pytest.approx(1, abs=1e-4)
