@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mixmerge.bank.building import fingerprint_of
 from mixmerge.bank.cards import CARD, FOLDER, BankCard, read_card
@@ -29,10 +30,12 @@ class Parts:
     Args:
         folder: with ``bank/`` in it.
         base: of the model that it runs in.
+        encoder: of texts, where the folder names one: a folder or hub id.
     """
 
     folder: Path
     base: Path
+    encoder: str | None = None
 
     @property
     def bank(self) -> Path:
@@ -61,14 +64,18 @@ def parts_of(folder: str | Path, *, base: str | Path | None = None) -> Parts:
     if not is_dynamic(place):
         run = "Make one: mixmerge fit MIXTURE.yaml OUT, or mixmerge merge with merge_method: twin"
         raise CheckpointError(Fault(str(folder), f"has no {FOLDER}/{CARD}", _WANTED, run))
-    if base is not None:
-        return Parts(place, locate(str(base), None, where=f"{folder}: base"))
-    if (place / "config.json").is_file():
+    fitted = (place / MIXTURE).is_file()
+    if base is None and (place / "config.json").is_file() and not fitted:
         return Parts(place, place)
-    return Parts(place, locate(_named_base(place), None, where=f"{place / MIXTURE}: compose.base"))
+    compose = _compose(place) if fitted or base is None else {}
+    encoder = compose.get("encoder")
+    where = f"{folder}: base" if base is not None else f"{place / MIXTURE}: compose.base"
+    found = locate(str(base or _named_base(place, compose)), None, where=where)
+    return Parts(place, found, encoder if isinstance(encoder, str) else None)
 
 
-def _named_base(folder: Path) -> str:
+def _compose(folder: Path) -> dict[str, Any]:
+    """What a fitted mixture says of its network."""
     path = folder / MIXTURE
     report = Report(_KIND)
     text = read_file(path, name=str(path), report=report)
@@ -77,9 +84,14 @@ def _named_base(folder: Path) -> str:
         raise MixmergeError(report.faults(str(path)))
     data = None if root is None else to_data(root)
     compose = data.get("compose") if isinstance(data, dict) else None
-    base = compose.get("base") if isinstance(compose, dict) else None
+    return compose if isinstance(compose, dict) else {}
+
+
+def _named_base(folder: Path, compose: dict[str, Any]) -> str:
+    base = compose.get("base")
     if not isinstance(base, str):
-        raise CheckpointError(Fault(str(path), "does not say what the base is", _WANTED, "Fit it again"))
+        path = str(folder / MIXTURE)
+        raise CheckpointError(Fault(path, "does not say what the base is", _WANTED, "Fit it again"))
     return base
 
 

@@ -41,7 +41,7 @@ def running(
     if (parts.bank / GATE).is_file():
         gate = load_gate(parts.bank, bank=card.hash, earlier=card.earlier, experts=card.experts)
     if gate.features == "text" and embed is None:
-        told = encoder or getattr(gate, "encoder", "")
+        told = encoder or getattr(gate, "encoder", "") or parts.encoder
         embed = None if not told else TextEncoder(str(told), device=str(model.device))
     return Running(model, tokenizer, load_bank(parts.folder), gate, embed=embed, name=str(parts.folder))
 

@@ -357,7 +357,7 @@ def test_gates_with_a_second_pass_or_an_encoder(
     (tmp_path / "mix.yaml").write_text(loras.entries() + f"compose: {{kind: adapters, gate: {said}}}\n")
     done = run("fit", tmp_path / "mix.yaml", tmp_path / "net", "-q")
     assert done.exit_code == 0, done.output
-    model = DynamicModel.load(tmp_path / "net", encoder=family("bert").base)
+    model = DynamicModel.load(tmp_path / "net")
     together = model.generate(TEXTS, max_new_tokens=4)
     assert [model.generate([text], max_new_tokens=4)[0] for text in TEXTS] == together
     continued = ["!", " and more", " 1 2", "."]
