@@ -79,6 +79,38 @@ class Site:
         """R."""
         return self.bounds[-1]
 
+    @cached_property
+    def even(self) -> int | None:
+        """The rank of every expert, where all have the same and it is not 0."""
+        return self.ranks[0] or None if len(set(self.ranks)) == 1 else None
+
+    @cached_property
+    def one_scale(self) -> float | None:
+        """The scale of every rank, where all are the same."""
+        values = self.scale.unique()
+        return float(values) if len(values) == 1 else None
+
+    @cached_property
+    def grid(self) -> Tensor:
+        """``(E, r)``, r the largest rank: the place of each rank of an expert; past its own, one of its own again."""
+        starts = torch.tensor(self.bounds[:-1], device=self.b.device)
+        own = torch.tensor(self.ranks, device=self.b.device)
+        steps = torch.arange(max(self.ranks, default=0), device=self.b.device)
+        last = (starts + own - 1).clamp(min=0)
+        return torch.minimum(starts[:, None] + steps, last[:, None])
+
+    @cached_property
+    def own(self) -> Tensor:
+        """``(E, r)``, of the scale's type: 1 for an expert's ranks, 0 past them."""
+        ranks = torch.tensor(self.ranks, device=self.b.device)
+        steps = torch.arange(max(self.ranks, default=0), device=self.b.device)
+        return (steps < ranks[:, None]).to(self.scale.dtype)
+
+    @cached_property
+    def grid_scale(self) -> Tensor:
+        """``(E, r)``: the scale of each rank of an expert, 0 past them."""
+        return self.scale[self.grid] * self.own if self.rank else self.own
+
     @property
     def nbytes(self) -> int:
         return sum(int(one.numel() * one.element_size()) for one in (self.a, self.b, self.scale))

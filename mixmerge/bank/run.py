@@ -1,0 +1,64 @@
+"""From a decision to the executor that carries it out. Legend as in ``executors``."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mixmerge.bank.costs import cheapest
+from mixmerge.bank.executors import PATHS, Executor, Path, add_, added
+from mixmerge.bank.mix import Mix
+from mixmerge.bank.picks import Picks, Shared, picks_of
+from mixmerge.bank.records import Site
+
+Choice = Literal["auto"] | Executor
+
+
+def run(
+    site: Site,
+    u: Tensor,
+    y: Tensor,
+    mix: Mix,
+    *,
+    executor: Choice = "auto",
+    shared: Shared | None = None,
+    fresh: bool = False,
+) -> Tensor:
+    """``mix.apply``: arguments and result are described there."""
+    experts = len(site.ranks)
+    picks = picks_of(mix, experts) if shared is None else shared.picks(mix, experts)
+    tokens = y.shape[1] if picks.by_row else 1
+    if not (site.rank and y.numel() and picks.each and picks.used != ()):
+        return y if fresh else y.clone()
+    path = picks.paths.get((site, tokens, executor))
+    if path is None:
+        path = _path(site, picks, tokens, executor)
+    width = y.shape[-1]
+    if site.kind == "linear":
+        u = u.reshape(-1, u.shape[-1])
+        u = u if u.dtype is site.a.dtype else u.to(site.a.dtype)
+    else:
+        u = u.reshape(-1)
+    if torch.is_grad_enabled() and (mix.weights.requires_grad or u.requires_grad or y.requires_grad):
+        if y.dtype is site.b.dtype:
+            return added(path, u, y.reshape(-1, width)).view(y.shape)
+        none = y.new_zeros(u.shape[0], width, dtype=site.b.dtype)
+        return y + added(path, u, none).view(y.shape).to(y.dtype)
+    if y.dtype is not site.b.dtype:
+        change = y.new_zeros(u.shape[0], width, dtype=site.b.dtype)
+        add_(path, u, change)
+        return y + change.view(y.shape).to(y.dtype)
+    total = y if fresh and y.is_contiguous() else y.clone(memory_format=torch.contiguous_format)
+    add_(path, u, total.view(-1, width))
+    return total
+
+
+def _path(site: Site, picks: Picks, tokens: int, executor: Choice) -> Path:
+    """A new path, kept for the next token that asks the same."""
+    chosen = cheapest(site, picks, tokens) if executor == "auto" else executor
+    path = PATHS[chosen](site, picks, tokens)
+    if not picks.trained:
+        picks.paths[site, tokens, executor] = path
+    return path
