@@ -8,9 +8,15 @@ Legend as in ``executors``.
 
 from __future__ import annotations
 
-from mixmerge.bank.executors import Executor, spans_of
-from mixmerge.bank.picks import Picks
+from typing import Literal
+
+import torch
+
+from mixmerge.bank.picks import Picks, spans_of
 from mixmerge.bank.records import Site
+
+Executor = Literal["concat", "segmented", "gather"]
+Product = Literal["batched", "grouped", "loop"]
 
 CALL = 3.0  # microseconds of one operation of torch
 SEGMENT = 1.6  # of one expert in a grouped product
@@ -59,6 +65,29 @@ def cheapest(site: Site, picks: Picks, tokens: int) -> Executor:
         return _by_rule(site, picks, tokens)
     found = costs(site, picks, tokens)
     return min(found, key=found.__getitem__)
+
+
+def product_for(site: Site, picks: Picks, tokens: int) -> Product:
+    """How ``segmented`` multiplies: batched where making experts even costs less than finding where each ends."""
+    if site.even is None:
+        return "loop"
+    if site.b.device.type == "cpu":
+        order, width = picks.order, site.b.shape[1] + (site.a.shape[1] if site.kind == "linear" else 0)
+        more = len(site.ranks) * order.longest - len(order.units)
+        each = tokens * width * (site.even / THIN + site.b.element_size() / MOVE)
+        if more * each < 2 * SEGMENT * len(site.ranks):
+            return "batched"
+    return "grouped" if can_group(site) else "loop"
+
+
+def can_group(site: Site) -> bool:
+    """Whether torch's grouped product takes the site's factors: equal ranks, its types, rows of whole 16 bytes."""
+    if site.even is None or not hasattr(torch.nn.functional, "grouped_mm"):
+        return False
+    size = site.b.element_size()
+    widths = (site.even, site.b.shape[1], site.a.shape[1] if site.kind == "linear" else 0)
+    kinds = (torch.float32, torch.bfloat16, torch.float16)
+    return site.b.dtype in kinds and all(width * size % 16 == 0 for width in widths)
 
 
 def _expected(experts: int, pairs: int) -> float:

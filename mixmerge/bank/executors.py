@@ -18,10 +18,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mixmerge.bank.picks import Picks
+from mixmerge.bank.costs import Executor, Product, product_for
+from mixmerge.bank.picks import Picks, spans_of
 from mixmerge.bank.records import Site
-
-Executor = Literal["concat", "segmented", "gather"]
 
 
 class Path:
@@ -153,62 +152,64 @@ class Segmented(Path):
     """Units sorted by expert, and one product for each expert that has some; z is ``(P, t, r)``.
 
     Args:
-        grouped: by torch's grouped product, where it can; else by a loop over the experts. None: where it can.
+        product: ``batched``: all experts get as many pairs, and a batch of products takes them at once; ``grouped``:
+            torch's product of groups; ``loop``: one expert after the other, of any ranks. None: the cheapest that can.
     """
 
-    def __init__(self, site: Site, picks: Picks, tokens: int, *, grouped: bool | None = None) -> None:
+    def __init__(self, site: Site, picks: Picks, tokens: int, *, product: Product | None = None) -> None:
         super().__init__(site, picks, tokens)
         self.order, self.rank = picks.order, max(site.ranks)
-        self.grouped = can_group(site) if grouped is None else grouped
-        if self.grouped:
-            ends = self.order.ends
-            self.ends = ends if tokens == 1 else ends * tokens
-            self.a = site.a.view(-1, self.rank, site.a.shape[1]) if site.kind == "linear" else site.a
-            self.b = site.b.view(-1, self.rank, site.b.shape[1])
+        self.product = product_for(site, picks, tokens) if product is None else product
+        if self.product == "batched":
+            self.order = self.order.evened
+        self.ends = self.order.ends if tokens == 1 else self.order.ends * tokens
+        if self.product != "loop":
+            self.b = site.b.view(-1, self.rank, site.b.shape[1])  # (E, r, o)
+            self.a = site.a.view(-1, self.rank, site.a.shape[1]) if site.kind == "linear" else self.b
 
     def shrink(self, u: Tensor) -> Tensor:
         if self.site.kind == "embedding":
             z = _looked_up(self.site, self._sorted(u[:, None])[:, 0], self._experts())
-        elif self.grouped:
-            z = torch.nn.functional.grouped_mm(self._sorted(u), self.a.transpose(1, 2), offs=self.ends)
+        elif self.product == "loop":
+            z = self._to_ranks(self._sorted(u), self.site.a)
         else:
-            u = self._sorted(u)
-            z = u.new_zeros(len(u), self.rank)
-            for pairs, ranks in self._segments():
-                torch.mm(u[pairs], self.site.a[ranks].T, out=z[pairs, : ranks.stop - ranks.start])
+            z = self._products(self._sorted(u), self.a.transpose(1, 2))
         return z.view(-1, self.tokens, self.rank)
 
     def expand(self, z: Tensor, y: Tensor) -> None:
-        z = z.flatten(0, 1)
-        if self.grouped:
-            added = torch.nn.functional.grouped_mm(z, self.b, offs=self.ends)
-        else:
-            added = z.new_zeros(len(z), y.shape[1])
-            for pairs, ranks in self._segments():
-                torch.mm(z[pairs, : ranks.stop - ranks.start], self.site.b[ranks], out=added[pairs])
-        self._gathered(added, y)
+        self._gathered(self._from_ranks(z, self.site.b, "b"), y)
 
     def shrink_back(self, z: Tensor) -> Tensor:
-        z = z.flatten(0, 1)
-        if self.grouped:
-            each = torch.nn.functional.grouped_mm(z, self.a, offs=self.ends)
-        else:
-            each = z.new_zeros(len(z), self.site.a.shape[1])
-            for pairs, ranks in self._segments():
-                torch.mm(z[pairs, : ranks.stop - ranks.start], self.site.a[ranks], out=each[pairs])
         u = z.new_zeros(self.picks.units * self.tokens, self.site.a.shape[1])
-        self._gathered(each, u)
+        self._gathered(self._from_ranks(z, self.site.a, "a"), u)
         return u
 
     def expand_back(self, y: Tensor) -> Tensor:
         y = self._sorted(y)
-        if self.grouped:
-            z = torch.nn.functional.grouped_mm(y, self.b.transpose(1, 2), offs=self.ends)
-        else:
-            z = y.new_zeros(len(y), self.rank)
-            for pairs, ranks in self._segments():
-                torch.mm(y[pairs], self.site.b[ranks].T, out=z[pairs, : ranks.stop - ranks.start])
+        looped = self.product == "loop"
+        z = self._to_ranks(y, self.site.b) if looped else self._products(y, self.b.transpose(1, 2))
         return z.view(-1, self.tokens, self.rank)
+
+    def _products(self, x: Tensor, factors: Tensor) -> Tensor:
+        """``(P * t, .)`` and ``(E, ., :)`` to ``(P * t, :)``."""
+        if self.product == "batched":
+            return torch.bmm(x.view(len(factors), -1, x.shape[1]), factors).flatten(0, 1)
+        return torch.nn.functional.grouped_mm(x, factors, offs=self.ends)
+
+    def _to_ranks(self, x: Tensor, factors: Tensor) -> Tensor:
+        z = x.new_zeros(len(x), self.rank)
+        for pairs, ranks in self._segments():
+            torch.mm(x[pairs], factors[ranks].T, out=z[pairs, : ranks.stop - ranks.start])
+        return z
+
+    def _from_ranks(self, z: Tensor, factors: Tensor, name: Literal["a", "b"]) -> Tensor:
+        z = z.flatten(0, 1)
+        if self.product != "loop":
+            return self._products(z, getattr(self, name))
+        x = z.new_zeros(len(z), factors.shape[1])
+        for pairs, ranks in self._segments():
+            torch.mm(z[pairs, : ranks.stop - ranks.start], factors[ranks], out=x[pairs])
+        return x
 
     def _segments(self) -> list[tuple[slice, slice]]:
         """Rows of the sorted pairs, and the ranks that they meet."""
@@ -242,7 +243,8 @@ class Segmented(Path):
             given = given.reshape(-1).index_select(0, order.places)
         else:
             given = given.index_select(0, order.units)
-        return _of_pairs(self.site, given, order.experts, scaled=scaled)[:, None]  # (P, 1, r or 1)
+        found = _of_pairs(self.site, given, order.experts, scaled=scaled)[:, None]  # (P, 1, r or 1)
+        return found if order.real is None else found * order.real[:, None, None]
 
     def mixed(self, z: Tensor) -> Tensor:
         units = self.order.units
@@ -297,30 +299,6 @@ class Gather(Path):
 
 
 PATHS: dict[Executor, type[Path]] = {"concat": Concat, "segmented": Segmented, "gather": Gather}
-
-
-def can_group(site: Site) -> bool:
-    """Whether torch's grouped product takes the site's factors: equal ranks, its types, rows of whole 16 bytes."""
-    if site.even is None or not hasattr(torch.nn.functional, "grouped_mm"):
-        return False
-    size = site.b.element_size()
-    widths = (site.even, site.b.shape[1], site.a.shape[1] if site.kind == "linear" else 0)
-    kinds = (torch.float32, torch.bfloat16, torch.float16)
-    return site.b.dtype in kinds and all(width * size % 16 == 0 for width in widths)
-
-
-def spans_of(site: Site, picks: Picks) -> tuple[tuple[int, int], ...]:
-    """Runs of ranks of the experts that are used."""
-    if picks.used is None or picks.by == "rank" or picks.how == "factors" or picks.trained:
-        return ((0, site.rank),)
-    found: list[tuple[int, int]] = []
-    for expert in picks.used:
-        start, stop = site.bounds[expert], site.bounds[expert + 1]
-        if found and found[-1][1] == start:
-            found[-1] = found[-1][0], stop
-        elif stop > start:
-            found.append((start, stop))
-    return tuple(found) or ((0, 0),)
 
 
 def _of_pairs(site: Site, given: Tensor, experts: Tensor, *, scaled: bool) -> Tensor:

@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mixmerge.bank.mix import By, How, Mix
+from mixmerge.bank.records import Site
 
 # Decisions that are remembered: the sites of one layer that share one follow each other.
 _HELD = 8
@@ -28,17 +30,46 @@ class Order:
         units: ``(P,)``.
         experts: ``(P,)``.
         ends: ``(E,)``, int32: one past the last pair of each expert.
+        real: ``(P,)``, False for pairs that are there only to make each expert have as many; None: all are real.
+        length: of each expert, where all have as many.
     """
 
     places: Tensor
     units: Tensor
     experts: Tensor
     ends: Tensor
+    real: Tensor | None = None
+    length: int | None = None
 
     @cached_property
     def bounds(self) -> tuple[int, ...]:
         """``E + 1`` numbers: the pairs of expert e are ``bounds[e]`` up to ``bounds[e + 1]``."""
         return (0, *self.ends.tolist())
+
+    @cached_property
+    def longest(self) -> int:
+        """Pairs of the expert that has most."""
+        return max(stop - start for start, stop in pairwise(self.bounds))
+
+    @cached_property
+    def evened(self) -> Order:
+        """As many pairs of each expert: a product of all at once takes them without looking where one ends."""
+        steps = torch.arange(self.longest, device=self.ends.device)
+        stops = self.ends.to(torch.int64)[:, None]
+        starts = torch.nn.functional.pad(stops[:-1], (0, 0, 1, 0))
+        taken = starts + steps  # (E, longest)
+        real = taken < stops
+        taken = taken.clamp(max=max(len(self.units) - 1, 0)).reshape(-1)
+        experts = torch.arange(len(self.ends), device=self.ends.device).repeat_interleave(self.longest)
+        ends = (torch.arange(len(self.ends), device=self.ends.device) + 1) * self.longest
+        return Order(
+            self.places[taken],
+            self.units[taken],
+            experts,
+            ends.to(torch.int32),
+            None if bool(real.all()) else real.reshape(-1),
+            self.longest,
+        )
 
     @classmethod
     def of(cls, entries: Tensor, experts: int) -> Order:
@@ -151,3 +182,17 @@ def _thinned(picks: Picks) -> Picks:
         places = there.to(torch.int8).sort(dim=-1, descending=True, stable=True).indices[:, :count]
         entries, weights = places, weights.gather(-1, places)
     return Picks(weights, entries, picks.by, picks.how, picks.by_row, picks.experts, used, same)
+
+
+def spans_of(site: Site, picks: Picks) -> tuple[tuple[int, int], ...]:
+    """Runs of ranks of the experts that are used."""
+    if picks.used is None or picks.by == "rank" or picks.how == "factors" or picks.trained:
+        return ((0, site.rank),)
+    found: list[tuple[int, int]] = []
+    for expert in picks.used:
+        start, stop = site.bounds[expert], site.bounds[expert + 1]
+        if found and found[-1][1] == start:
+            found[-1] = found[-1][0], stop
+        elif stop > start:
+            found.append((start, stop))
+    return tuple(found) or ((0, 0),)

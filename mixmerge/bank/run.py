@@ -7,11 +7,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mixmerge.bank.costs import cheapest
-from mixmerge.bank.executors import PATHS, Executor, Path, add_, added
+from mixmerge.bank.costs import Executor, cheapest
+from mixmerge.bank.executors import PATHS, Path, add_, added
 from mixmerge.bank.mix import Mix
 from mixmerge.bank.picks import Picks, Shared, picks_of
 from mixmerge.bank.records import Site
+from mixmerge.errors import Fault, MixmergeError
 
 Choice = Literal["auto"] | Executor
 
@@ -26,7 +27,17 @@ def run(
     shared: Shared | None = None,
     fresh: bool = False,
 ) -> Tensor:
-    """``mix.apply``: arguments and result are described there."""
+    """``mix.apply``: arguments and result are described there.
+
+    Raises:
+        MixmergeError: u is of another number of rows than the mix; of one row it is every row's.
+    """
+    rows = mix.weights.shape[0]
+    if y.shape[0] != rows:
+        if y.shape[0] != 1:
+            what = f"{site.name} sees {y.shape[0]} rows, and the decision is of {rows}"
+            raise MixmergeError(Fault("bank", what, "Layers that see every token of every row"))
+        u, y = u.expand(rows, *u.shape[1:]), y.expand(rows, -1, -1)
     experts = len(site.ranks)
     picks = picks_of(mix, experts) if shared is None else shared.picks(mix, experts)
     tokens = y.shape[1] if picks.by_row else 1
