@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mixmerge.bank.folded import folded
 from mixmerge.bank.gate import Gate, Run
 from mixmerge.bank.mix import Mix
 from mixmerge.bank.picks import Shared
@@ -63,6 +64,26 @@ class Attached:
                 yield
             finally:
                 self._run = before
+
+    @contextmanager
+    def folded(self, weights: Tensor) -> Iterator[None]:
+        """Within it the model's own weights are those of one mixture for all rows: a constant gate at no cost.
+
+        Holds the changed tensors beside the kept ones, which come back as they were.
+
+        Args:
+            weights: ``(E,)``.
+        """
+        held = {
+            name: [place]
+            for name, place in places(self.model, {**self.bank.sites, **self.bank.vectors}).items()
+        }
+        for name, site in self.bank.sites.items():
+            head = self.model.get_output_embeddings() if site.tied else None  # type: ignore[operator]
+            if head is not None:
+                held[name].append((head, "weight"))
+        with self.running(), folded(held, self.bank, weights):
+            yield
 
     @contextmanager
     def logged(self) -> Iterator[list[tuple[str, Mix]]]:

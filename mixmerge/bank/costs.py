@@ -16,7 +16,7 @@ from mixmerge.bank.picks import Picks, spans_of
 from mixmerge.bank.records import Site
 
 Executor = Literal["concat", "segmented", "gather"]
-Product = Literal["batched", "grouped", "loop"]
+Product = Literal["compiled", "batched", "grouped", "loop"]
 
 CALL = 3.0  # microseconds of one operation of torch
 SEGMENT = 1.6  # of one expert in a grouped product
@@ -26,6 +26,8 @@ MOVE = 16e3  # of inputs that are sorted
 SPREAD = 8e3  # of outputs that are added where they belong
 WIDE = 45e3  # multiply-adds a microsecond, of factors side by side
 THIN = 24e3  # of the factors of one expert
+COMPILED = 35e3  # of the compiled loop, on one core
+FEW = 256  # pairs that the compiled loop takes where there are more cores
 SORT = 15.0  # microseconds for a decision that no site has sorted yet
 
 
@@ -37,25 +39,24 @@ def costs(site: Site, picks: Picks, tokens: int) -> dict[Executor, float]:
         picks: the decision.
         tokens: t.
     """
-    rank, size = max(site.ranks), site.b.element_size()
+    rank, size, threads = max(site.ranks), site.b.element_size(), torch.get_num_threads()
     inputs, outputs = (0 if site.kind == "embedding" else site.a.shape[1]), site.b.shape[1]
     width = inputs + outputs
     spans = spans_of(site, picks)
     taken = sum(stop - start for start, stop in spans)
     n, pairs = picks.units * tokens, picks.units * picks.each
     experts = len(picks.used) if picks.used is not None else _expected(picks.experts, pairs)
-    concat = 3 * CALL + 2 * CALL * len(spans) + taken * width * size / READ + n * taken * width / WIDE
-    products = pairs * tokens * rank * width / THIN
-    segmented = (
-        6 * CALL
-        + (0.0 if picks._order is not None else SORT)
-        + 2 * SEGMENT * experts
-        + experts * rank * width * size / READ
-        + products
-        + pairs * tokens * size * (inputs / MOVE + outputs / SPREAD)
+    read, multiplied = experts * rank * width * size / READ, pairs * tokens * rank * width
+    sort = 0.0 if picks._order is not None else SORT
+    concat = (
+        3 * CALL + 2 * CALL * len(spans) + taken * width * size / READ + n * taken * width / (WIDE * threads)
     )
+    segmented = 6 * CALL + sort + 2 * SEGMENT * experts + read + multiplied / (THIN * threads)
+    segmented += pairs * tokens * size * (inputs / MOVE + outputs / SPREAD)
+    if can_compile(site, picks, tokens):
+        segmented = min(segmented, 4 * CALL + sort + read + multiplied / COMPILED)
     own = pairs * rank * width * size
-    gather = 6 * CALL + own / COPY + own / READ + (products if tokens > 1 else 0.0)
+    gather = 6 * CALL + own / COPY + own / READ + (multiplied / (THIN * threads) if tokens > 1 else 0.0)
     return {"concat": concat, "segmented": segmented, "gather": gather}
 
 
@@ -67,8 +68,15 @@ def cheapest(site: Site, picks: Picks, tokens: int) -> Executor:
     return min(found, key=found.__getitem__)
 
 
-def product_for(site: Site, picks: Picks, tokens: int) -> Product:
-    """How ``segmented`` multiplies: batched where making experts even costs less than finding where each ends."""
+def product_for(site: Site, picks: Picks, tokens: int, *, compiled: bool = True) -> Product:
+    """How ``segmented`` multiplies: batched where making experts even costs less than finding where each ends.
+
+    Args:
+        site, picks, tokens: as in ``costs``.
+        compiled: whether it may be the compiled loop.
+    """
+    if compiled and can_compile(site, picks, tokens):
+        return "compiled"
     if site.even is None:
         return "loop"
     if site.b.device.type == "cpu":
@@ -78,6 +86,13 @@ def product_for(site: Site, picks: Picks, tokens: int) -> Product:
         if more * each < 2 * SEGMENT * len(site.ranks):
             return "batched"
     return "grouped" if can_group(site) else "loop"
+
+
+def can_compile(site: Site, picks: Picks, tokens: int) -> bool:
+    """Whether the compiled loop takes it: float32 on a processor, tokens and outputs, nothing to learn of."""
+    plain = site.kind == "linear" and site.b.dtype is torch.float32 and site.b.device.type == "cpu"
+    few = torch.get_num_threads() == 1 or picks.units * picks.each <= FEW
+    return plain and few and tokens == 1 and picks.how == "outputs" and not torch.is_grad_enabled()
 
 
 def can_group(site: Site) -> bool:

@@ -15,12 +15,14 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mixmerge.bank.costs import Executor, Product, product_for
-from mixmerge.bank.picks import Picks, spans_of
+from mixmerge.bank.picks import Order, Picks, spans_of
 from mixmerge.bank.records import Site
+from mixmerge.kernels import loops
 
 
 class Path:
@@ -59,6 +61,10 @@ class Path:
     def mixed(self, z: Tensor) -> Tensor:
         """One z of a mixed A, for each expert of a unit again; all ranks are r."""
         raise NotImplementedError
+
+    def add_(self, u: Tensor, y: Tensor) -> None:
+        """Add the change to ``y``, ``(n, o)``, in place, without gradients; ``u`` is ``(n, d)``, or ``(n,)`` tokens."""
+        self.expand(self.between_(self.shrink(u)), y)
 
     def between(self, z: Tensor) -> Tensor:
         """z, mixed as the decision says; differentiable."""
@@ -152,14 +158,19 @@ class Segmented(Path):
     """Units sorted by expert, and one product for each expert that has some; z is ``(P, t, r)``.
 
     Args:
-        product: ``batched``: all experts get as many pairs, and a batch of products takes them at once; ``grouped``:
-            torch's product of groups; ``loop``: one expert after the other, of any ranks. None: the cheapest that can.
+        product: ``compiled``: a loop that adds to the outputs as it goes, without gradients; ``batched``: all experts
+            get as many pairs, and a batch of products takes them at once; ``grouped``: torch's product of groups;
+            ``loop``: one expert after the other, of any ranks. None: the cheapest that can.
     """
 
     def __init__(self, site: Site, picks: Picks, tokens: int, *, product: Product | None = None) -> None:
         super().__init__(site, picks, tokens)
         self.order, self.rank = picks.order, max(site.ranks)
         self.product = product_for(site, picks, tokens) if product is None else product
+        self._compiled: _Compiled | None = None
+        if self.product == "compiled":
+            self._compiled = _Compiled(site, self.order, self.weights(scaled=True).detach())
+            self.product = product_for(site, picks, tokens, compiled=False)
         if self.product == "batched":
             self.order = self.order.evened
         self.ends = self.order.ends if tokens == 1 else self.order.ends * tokens
@@ -189,6 +200,12 @@ class Segmented(Path):
         looped = self.product == "loop"
         z = self._to_ranks(y, self.site.b) if looped else self._products(y, self.b.transpose(1, 2))
         return z.view(-1, self.tokens, self.rank)
+
+    def add_(self, u: Tensor, y: Tensor) -> None:
+        if self._compiled is None:
+            super().add_(u, y)
+        else:
+            self._compiled(u, y)
 
     def _products(self, x: Tensor, factors: Tensor) -> Tensor:
         """``(P * t, .)`` and ``(E, ., :)`` to ``(P * t, :)``."""
@@ -249,6 +266,29 @@ class Segmented(Path):
     def mixed(self, z: Tensor) -> Tensor:
         units = self.order.units
         return z.new_zeros(self.picks.units, *z.shape[1:]).index_add(0, units, z).index_select(0, units)
+
+
+class _Compiled:
+    """The arguments of ``kernels.loops.add_pairs``: addresses of tensors, which are held here.
+
+    Args:
+        site: of a linear map, float32.
+        order: of tokens.
+        gains: ``(P, 1, r or 1)``.
+    """
+
+    def __init__(self, site: Site, order: Order, gains: Tensor) -> None:
+        rank, pairs = max(site.ranks), len(order.units)
+        whole = gains[:, 0].to(torch.float32).expand(-1, rank).contiguous()
+        self._held = site.a, site.b, order.units, order.edges, site.edges, whole, torch.empty_like(whole)
+        self._places = np.array([one.data_ptr() for one in self._held])
+        sizes = (0, site.a.shape[1], site.b.shape[1], site.rank, len(site.ranks), rank, pairs)
+        self._sizes = np.array(sizes)
+
+    def __call__(self, u: Tensor, y: Tensor) -> None:
+        u = u.contiguous()
+        self._sizes[0] = u.shape[0]
+        loops.add_pairs(u.data_ptr(), y.data_ptr(), self._places, self._sizes)
 
 
 class Gather(Path):
@@ -359,8 +399,3 @@ def added(path: Path, u: Tensor, y: Tensor) -> Tensor:
     z: Tensor = _Shrink.apply(u, path) if path.site.kind == "linear" else path.shrink(u)
     found: Tensor = _Expand.apply(path.between(z), y, path)
     return found
-
-
-def add_(path: Path, u: Tensor, y: Tensor) -> None:
-    """The same without gradients, in place of ``y``."""
-    path.expand(path.between_(path.shrink(u)), y)

@@ -47,6 +47,11 @@ class Order:
         return (0, *self.ends.tolist())
 
     @cached_property
+    def edges(self) -> Tensor:
+        """``bounds`` as a tensor of int64."""
+        return torch.nn.functional.pad(self.ends.to(torch.int64), (1, 0))
+
+    @cached_property
     def longest(self) -> int:
         """Pairs of the expert that has most."""
         return max(stop - start for start, stop in pairwise(self.bounds))
@@ -55,8 +60,7 @@ class Order:
     def evened(self) -> Order:
         """As many pairs of each expert: a product of all at once takes them without looking where one ends."""
         steps = torch.arange(self.longest, device=self.ends.device)
-        stops = self.ends.to(torch.int64)[:, None]
-        starts = torch.nn.functional.pad(stops[:-1], (0, 0, 1, 0))
+        starts, stops = self.edges[:-1, None], self.edges[1:, None]
         taken = starts + steps  # (E, longest)
         real = taken < stops
         taken = taken.clamp(max=max(len(self.units) - 1, 0)).reshape(-1)

@@ -68,6 +68,11 @@ class Site:
         return tuple(accumulate(self.ranks, initial=0))
 
     @cached_property
+    def edges(self) -> Tensor:
+        """``bounds`` as a tensor."""
+        return torch.tensor(self.bounds, device=self.b.device)
+
+    @cached_property
     def owners(self) -> Tensor:
         """``(R,)``: whose each rank is."""
         with torch.inference_mode(False):  # it is kept, and a gate may be trained afterwards
@@ -93,7 +98,7 @@ class Site:
     @cached_property
     def grid(self) -> Tensor:
         """``(E, r)``, r the largest rank: the place of each rank of an expert; past its own, one of its own again."""
-        starts = torch.tensor(self.bounds[:-1], device=self.b.device)
+        starts = self.edges[:-1]
         own = torch.tensor(self.ranks, device=self.b.device)
         steps = torch.arange(max(self.ranks, default=0), device=self.b.device)
         last = (starts + own - 1).clamp(min=0)

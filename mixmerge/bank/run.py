@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from mixmerge.bank.costs import Executor, cheapest
-from mixmerge.bank.executors import PATHS, Path, add_, added
+from mixmerge.bank.executors import PATHS, added
 from mixmerge.bank.mix import Mix
-from mixmerge.bank.picks import Picks, Shared, picks_of
+from mixmerge.bank.picks import Shared, picks_of
 from mixmerge.bank.records import Site
 from mixmerge.errors import Fault, MixmergeError
 
@@ -43,9 +43,13 @@ def run(
     tokens = y.shape[1] if picks.by_row else 1
     if not (site.rank and y.numel() and picks.each and picks.used != ()):
         return y if fresh else y.clone()
-    path = picks.paths.get((site, tokens, executor))
+    key = site, tokens, executor, torch.is_grad_enabled()
+    path = picks.paths.get(key)
     if path is None:
-        path = _path(site, picks, tokens, executor)
+        chosen = cheapest(site, picks, tokens) if executor == "auto" else executor
+        path = PATHS[chosen](site, picks, tokens)
+        if not picks.trained:
+            picks.paths[key] = path
     width = y.shape[-1]
     if site.kind == "linear":
         u = u.reshape(-1, u.shape[-1])
@@ -59,17 +63,8 @@ def run(
         return y + added(path, u, none).view(y.shape).to(y.dtype)
     if y.dtype is not site.b.dtype:
         change = y.new_zeros(u.shape[0], width, dtype=site.b.dtype)
-        add_(path, u, change)
+        path.add_(u, change)
         return y + change.view(y.shape).to(y.dtype)
     total = y if fresh and y.is_contiguous() else y.clone(memory_format=torch.contiguous_format)
-    add_(path, u, total.view(-1, width))
+    path.add_(u, total.view(-1, width))
     return total
-
-
-def _path(site: Site, picks: Picks, tokens: int, executor: Choice) -> Path:
-    """A new path, kept for the next token that asks the same."""
-    chosen = cheapest(site, picks, tokens) if executor == "auto" else executor
-    path = PATHS[chosen](site, picks, tokens)
-    if not picks.trained:
-        picks.paths[site, tokens, executor] = path
-    return path

@@ -1,0 +1,225 @@
+"""What ``examples/bench_dynamic.py`` times: layers and small models with adapters, as PEFT and as a bank run them."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mixmerge.bank.attach import Attached
+from mixmerge.bank.gate import Gate, RowGate, Run
+from mixmerge.bank.mix import Mix
+from mixmerge.bank.records import Bank, Entry, side_by_side
+
+Ways = Mapping[str, Callable[[], object]]
+
+
+@dataclass(frozen=True)
+class Times:
+    """Milliseconds of processor time of each round; the ways take turns.
+
+    Args:
+        of: way -> one figure a round.
+    """
+
+    of: Mapping[str, tuple[float, ...]]
+
+    def usual(self, way: str) -> float:
+        return statistics.median(self.of[way])
+
+    def over(self, way: str, base: str = "base") -> float:
+        """What a way takes beyond the base: the median of the differences within a round."""
+        return statistics.median(a - b for a, b in zip(self.of[way], self.of[base], strict=True))
+
+
+def timed(ways: Ways, rounds: int) -> Times:
+    """Each way once a round, in an order that turns."""
+    for call in ways.values():
+        call(), call()
+    found: dict[str, list[float]] = {way: [] for way in ways}
+    order = list(ways)
+    for at in range(rounds):
+        for way in order[at % len(order) :] + order[: at % len(order)]:
+            began = time.process_time()
+            ways[way]()
+            found[way].append((time.process_time() - began) * 1000)
+    return Times({way: tuple(each) for way, each in found.items()})
+
+
+def adapted(net: nn.Module, *, adapters: int, rank: int, targets: str | list[str]) -> Any:
+    """A copy with drawn LoRA adapters ``a0``, ``a1``, ... by PEFT."""
+    from peft import LoraConfig, get_peft_model
+
+    made: Any = None
+    for number in range(adapters):
+        config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, init_lora_weights=False)
+        if made is None:
+            made = get_peft_model(copy.deepcopy(net), config, adapter_name=f"a{number}")
+        else:
+            made.add_adapter(f"a{number}", config)
+    return made.eval().requires_grad_(False)
+
+
+def bank_of(peft: Any, adapters: int) -> Bank:
+    """The same adapters side by side."""
+    names, sites = [f"a{number}" for number in range(adapters)], {}
+    for path, module in peft.named_modules():
+        if not hasattr(module, "lora_A") or names[0] not in module.lora_A:
+            continue
+        entries: list[Entry | None] = [
+            Entry(module.lora_A[name].weight.data, module.lora_B[name].weight.data.T, module.scaling[name])
+            for name in names
+        ]
+        tensor = path.removeprefix("base_model.model.") + ".weight"
+        sites[tensor] = side_by_side(tensor, entries)
+    return Bank(tuple(names), sites, {})
+
+
+def layer(width: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(width, width, bias=False)).requires_grad_(False)
+
+
+def small_model(*, layers: int, width: int) -> nn.Module:
+    """Of Llama's kind, with SmolLM2-135M's proportions and random weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    heads = max(3, width // 64 // 3 * 3)
+    config = LlamaConfig(
+        vocab_size=2048, hidden_size=width // heads * heads, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=heads // 3, intermediate_size=width * 8 // 3, max_position_embeddings=2048,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval().requires_grad_(False)
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Rows that take turns with the adapters.
+
+    Args:
+        own: ``(B,)``: whose each row is.
+        weights: ``(B, E)``: 1 for a row's own.
+    """
+
+    own: tuple[int, ...]
+    weights: Tensor
+
+    @classmethod
+    def of(cls, rows: int, adapters: int) -> Batch:
+        own = tuple(row % adapters for row in range(rows))
+        return cls(own, torch.eye(adapters)[torch.tensor(own)])
+
+    @property
+    def names(self) -> list[str]:
+        return [f"a{each}" for each in self.own]
+
+
+class Three:
+    """A base, the same under PEFT, and the same under a bank; each has weights of its own.
+
+    Args:
+        net: the base.
+        adapters, rank: how many, and of which rank.
+        rows: of a batch.
+    """
+
+    def __init__(self, net: nn.Module, *, adapters: int, rank: int, rows: int) -> None:
+        linear = [name for name, module in net.named_modules() if isinstance(module, nn.Linear)]
+        targets = [name for name in linear if name != "lm_head"]
+        self.base, self.batch = net, Batch.of(rows, adapters)
+        self.peft = adapted(net, adapters=adapters, rank=rank, targets=targets)
+        self.bank, self.ours = bank_of(self.peft, adapters), copy.deepcopy(net)
+        self.attached = Attached(self.ours, self.bank, RowGate())
+
+    @contextmanager
+    def mixture(self) -> Iterator[None]:
+        with torch.inference_mode(), self.attached.running(Run(self.batch.weights)):
+            yield
+
+
+def merging_one_by_one(three: Three, u: Tensor) -> Callable[[], Tensor]:
+    """For each row of a layer the merged weight, and its product: what a mixture costs without factors."""
+    site, weight = three.bank.sites["0.weight"], three.base[0].weight  # type: ignore[index]
+    entries = [site.entry(number) for number in range(len(site.ranks))]
+
+    def call() -> Tensor:
+        rows = []
+        for row, number in enumerate(three.batch.own):
+            one = entries[number]
+            merged = torch.addmm(weight, (one.b * one.scale[:, None]).T, one.a)
+            rows.append(u[row] @ merged.T)
+        return torch.stack(rows)
+
+    return call
+
+
+class Drawn(Gate):
+    """Top-k of drawn scores for each token: what is timed is the bank, not the gate."""
+
+    kind = "drawn"
+
+    def __init__(self, experts: int, k: int, tokens: int) -> None:
+        super().__init__()
+        scores = torch.rand(1, tokens, experts)
+        self.weights, self.entries = scores.topk(k, dim=-1)
+
+    def mix(self, site: str, u: Tensor, run: Run) -> Mix:
+        return Mix(self.weights.clone(), self.entries.clone())  # a new decision for each call
+
+
+class Largest(TorchDispatchMode):
+    """The elements of the largest tensor that is made within it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for one in made if isinstance(made, tuple | list) else (made,):
+            if isinstance(one, Tensor) and one._base is None:
+                self.found = max(self.found, one.numel())
+        return made
+
+
+def decoding(model: Any, ids: Tensor, **more: Any) -> Callable[[], object]:
+    """One token after a prompt, on a cache that is cut back to the prompt each time."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache()
+    model(ids, past_key_values=cache, **more)
+    step = ids[:, :1]
+
+    def call() -> object:
+        logits = model(step, past_key_values=cache, **more).logits
+        cache.crop(-1)
+        return logits
+
+    return call
+
+
+def quietly() -> ExitStack:
+    """Without what PEFT and transformers say about each other."""
+    stack = ExitStack()
+    stack.enter_context(warnings.catch_warnings())
+    warnings.simplefilter("ignore")
+    return stack
+
+
+def decoded(ways: Sequence[str], three: Three, ids: Tensor) -> dict[str, Callable[[], object]]:
+    """Ways to decode one token of each row."""
+    all_ways = {
+        "base": lambda: decoding(three.base, ids),
+        "peft": lambda: decoding(three.peft, ids, adapter_names=three.batch.names),
+        "ours": lambda: decoding(three.ours, ids),
+    }
+    return {way: all_ways[way]() for way in ways}
