@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+import random
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -36,19 +38,23 @@ class Times:
     def usual(self, way: str) -> float:
         return statistics.median(self.of[way])
 
+    def least(self, way: str) -> float:
+        return min(self.of[way])
+
     def over(self, way: str, base: str = "base") -> float:
         """What a way takes beyond the base: the median of the differences within a round."""
         return statistics.median(a - b for a, b in zip(self.of[way], self.of[base], strict=True))
 
 
 def timed(ways: Ways, rounds: int) -> Times:
-    """Each way once a round, in an order that turns."""
+    """Each way once a round, in an order that is drawn: whoever follows a slow one finds its caches empty."""
     for call in ways.values():
         call(), call()
     found: dict[str, list[float]] = {way: [] for way in ways}
-    order = list(ways)
-    for at in range(rounds):
-        for way in order[at % len(order) :] + order[: at % len(order)]:
+    order, draw = list(ways), random.Random(0)
+    for _ in range(rounds):
+        draw.shuffle(order)
+        for way in order:
             began = time.process_time()
             ways[way]()
             found[way].append((time.process_time() - began) * 1000)
@@ -123,8 +129,14 @@ class Batch:
         return [f"a{each}" for each in self.own]
 
 
+def _share(model: nn.Module, name: str, weight: nn.Parameter) -> None:
+    path, _, attribute = name.rpartition(".")
+    module = model.get_submodule(path)
+    setattr(getattr(module, "base_layer", module), attribute, weight)
+
+
 class Three:
-    """A base, the same under PEFT, and the same under a bank; each has weights of its own.
+    """A base, the same under PEFT, and the same under a bank, on one set of the base's weights.
 
     Args:
         net: the base.
@@ -138,6 +150,9 @@ class Three:
         self.base, self.batch = net, Batch.of(rows, adapters)
         self.peft = adapted(net, adapters=adapters, rank=rank, targets=targets)
         self.bank, self.ours = bank_of(self.peft, adapters), copy.deepcopy(net)
+        for name, weight in net.named_parameters():  # copies of a matrix are not equally fast
+            _share(self.ours, name, weight)
+            _share(self.peft.base_model.model, name, weight)
         self.attached = Attached(self.ours, self.bank, RowGate())
 
     @contextmanager
@@ -207,19 +222,77 @@ def decoding(model: Any, ids: Tensor, **more: Any) -> Callable[[], object]:
     return call
 
 
-def quietly() -> ExitStack:
+@contextmanager
+def quietly() -> Iterator[None]:
     """Without what PEFT and transformers say about each other."""
-    stack = ExitStack()
-    stack.enter_context(warnings.catch_warnings())
-    warnings.simplefilter("ignore")
-    return stack
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
-def decoded(ways: Sequence[str], three: Three, ids: Tensor) -> dict[str, Callable[[], object]]:
-    """Ways to decode one token of each row."""
-    all_ways = {
-        "base": lambda: decoding(three.base, ids),
-        "peft": lambda: decoding(three.peft, ids, adapter_names=three.batch.names),
-        "ours": lambda: decoding(three.ours, ids),
+def decoded(three: Three, ids: Tensor) -> dict[str, Callable[[], object]]:
+    """One token of each row after a prompt."""
+    return {
+        "base": decoding(three.base, ids),
+        "peft": decoding(three.peft, ids, adapter_names=three.batch.names),
+        "ours": decoding(three.ours, ids),
     }
-    return {way: all_ways[way]() for way in ways}
+
+
+def read(three: Three, ids: Tensor) -> dict[str, Callable[[], object]]:
+    """A prompt of each row."""
+    return {
+        "base": lambda: three.base(ids),
+        "peft": lambda: three.peft(ids, adapter_names=three.batch.names),
+        "ours": lambda: three.ours(ids),
+    }
+
+
+def through(three: Three, u: Tensor) -> dict[str, Callable[[], object]]:
+    """One layer."""
+    layer = three.peft.base_model.model[0]
+    return {
+        "base": lambda: three.base[0](u),  # type: ignore[index]
+        "peft": lambda: layer(u, adapter_names=three.batch.names),
+        "ours": lambda: three.ours[0](u),  # type: ignore[index]
+    }
+
+
+def measured_constants() -> dict[str, float]:
+    """The parts of ``mixmerge.bank.costs`` by name, on one thread: each from a product or copy that it dominates."""
+    from mixmerge.kernels import loops
+
+    count, rank, width, rows = 8, 16, 1024, 256
+    a, x, z = torch.randn(count, rank, width), torch.randn(rows, width), torch.randn(rows, rank)
+    wide, little, table = torch.randn(width, 128), torch.randn(4, 4), torch.randn(32 * rank, width)
+    ends = torch.arange(1, count + 1, dtype=torch.int32) * (rows // count)
+    few = torch.arange(1, count + 1, dtype=torch.int32) * 4
+    units, whole = torch.arange(rows) * 7 % rows, torch.arange(len(table)) * 7 % len(table)
+    y, grouped = torch.zeros(rows, width), torch.nn.functional.grouped_mm
+    own, gains = torch.arange(rows).view(count, -1), torch.ones(rows, rank)
+    edges, ranks = torch.arange(count + 1) * own.shape[1], torch.arange(count + 1) * rank
+    places = np.array([one.data_ptr() for one in (a, a, units, edges, ranks, gains, z)])
+    sizes = np.array((rows, width, width, count * rank, count, rank, rows))
+    scores = torch.randint(0, 64, (64,))
+    each = torch.arange(64)
+    ways: dict[str, Callable[[], object]] = {
+        "CALL": lambda: little @ little,
+        "SEGMENT": lambda: grouped(z[:32, :4].contiguous(), a[:, :4, :4].contiguous(), offs=few),
+        "READ": lambda: x[:1] @ a.view(-1, width).T,
+        "COPY": lambda: table.index_select(0, whole),
+        "MOVE": lambda: x.index_select(0, units),
+        "SPREAD": lambda: y.index_add_(0, units, x),
+        "WIDE": lambda: x @ wide,
+        "THIN": lambda: grouped(x, a.transpose(1, 2), offs=ends),
+        "COMPILED": lambda: loops.add_pairs(x.data_ptr(), y.data_ptr(), places, sizes),
+        "SORT": lambda: torch.searchsorted(scores.sort(stable=True)[0], each, right=True, out_int32=True),
+    }
+    amounts = {
+        "READ": a.numel() * 4, "COPY": table.numel() * 4, "MOVE": x.numel() * 4, "SPREAD": x.numel() * 4,
+        "WIDE": rows * width * 128, "THIN": rows * width * rank, "COMPILED": 2 * rows * width * rank,
+    }  # fmt: skip
+    with torch.inference_mode():
+        found = timed(ways, 200)
+    spent = {way: found.least(way) * 1000 for way in ways}
+    spent["SEGMENT"] /= count
+    return {way: amounts[way] / one if way in amounts else one for way, one in spent.items()}

@@ -32,15 +32,29 @@ def _pointer(context: Any, builder: Any, signature: Any, given: Any) -> Any:
 
 
 @njit(fastmath={"reassoc", "contract"})
-def _four_pairs(a, x0, x1, x2, x3):
-    s0 = s1 = s2 = s3 = F32(0)
-    for j in range(a.size):
-        v = a[j]
-        s0 += v * x0[j]
-        s1 += v * x1[j]
-        s2 += v * x2[j]
-        s3 += v * x3[j]
-    return s0, s1, s2, s3
+def _four_by_four(x0, x1, x2, x3, a0, a1, a2, a3):
+    s00 = s01 = s02 = s03 = s10 = s11 = s12 = s13 = F32(0)
+    s20 = s21 = s22 = s23 = s30 = s31 = s32 = s33 = F32(0)
+    for j in range(x0.size):
+        v0, v1, v2, v3 = a0[j], a1[j], a2[j], a3[j]
+        w0, w1, w2, w3 = x0[j], x1[j], x2[j], x3[j]
+        s00 += w0 * v0
+        s01 += w0 * v1
+        s02 += w0 * v2
+        s03 += w0 * v3
+        s10 += w1 * v0
+        s11 += w1 * v1
+        s12 += w1 * v2
+        s13 += w1 * v3
+        s20 += w2 * v0
+        s21 += w2 * v1
+        s22 += w2 * v2
+        s23 += w2 * v3
+        s30 += w3 * v0
+        s31 += w3 * v1
+        s32 += w3 * v2
+        s33 += w3 * v3
+    return (s00, s01, s02, s03), (s10, s11, s12, s13), (s20, s21, s22, s23), (s30, s31, s32, s33)
 
 
 @njit(fastmath={"reassoc", "contract"})
@@ -70,9 +84,34 @@ def _add_four(y, z0, z1, z2, z3, b0, b1, b2, b3):
 
 
 @njit(fastmath={"contract"})
+def _add_four_by_four(y0, y1, y2, y3, z0, z1, z2, z3, b0, b1, b2, b3):
+    z00, z01, z02, z03 = z0
+    z10, z11, z12, z13 = z1
+    z20, z21, z22, z23 = z2
+    z30, z31, z32, z33 = z3
+    for j in range(y0.size):
+        v0, v1, v2, v3 = b0[j], b1[j], b2[j], b3[j]
+        y0[j] += (z00 * v0 + z01 * v1) + (z02 * v2 + z03 * v3)
+        y1[j] += (z10 * v0 + z11 * v1) + (z12 * v2 + z13 * v3)
+        y2[j] += (z20 * v0 + z21 * v1) + (z22 * v2 + z23 * v3)
+        y3[j] += (z30 * v0 + z31 * v1) + (z32 * v2 + z33 * v3)
+
+
+@njit(fastmath={"contract"})
 def _add_one(y, z, b):
     for j in range(y.size):
         y[j] += z * b[j]
+
+
+@njit
+def _keep(z, gain, i, sums):
+    z[i], z[i + 1] = gain[i] * sums[0], gain[i + 1] * sums[1]
+    z[i + 2], z[i + 3] = gain[i + 2] * sums[2], gain[i + 3] * sums[3]
+
+
+@njit
+def _four(z, i):
+    return z[i], z[i + 1], z[i + 2], z[i + 3]
 
 
 @njit
@@ -92,33 +131,35 @@ def add_pairs(inputs, outputs, places, sizes):  # .., .., (7,), (7,)
         first, last, low, high = bounds[e], bounds[e + 1], ranks[e], ranks[e + 1]
         if first == last or low == high:
             continue
-        p = first
-        while p + 4 <= last:
+        fours = first + (last - first) // 4 * 4
+        quads = low + (high - low) // 4 * 4
+        for p in range(first, fours, 4):
             x0, x1, x2, x3 = u[units[p]], u[units[p + 1]], u[units[p + 2]], u[units[p + 3]]
-            for k in range(low, high):
-                s0, s1, s2, s3 = _four_pairs(a[k], x0, x1, x2, x3)
-                z[p, k - low], z[p + 1, k - low], z[p + 2, k - low], z[p + 3, k - low] = s0, s1, s2, s3
-            p += 4
-        while p < last:
-            x0, k = u[units[p]], low
-            while k + 4 <= high:
-                s0, s1, s2, s3 = _four_ranks(x0, a[k], a[k + 1], a[k + 2], a[k + 3])
+            for k in range(low, quads, 4):
+                s0, s1, s2, s3 = _four_by_four(x0, x1, x2, x3, a[k], a[k + 1], a[k + 2], a[k + 3])
                 i = k - low
-                z[p, i], z[p, i + 1], z[p, i + 2], z[p, i + 3] = s0, s1, s2, s3
-                k += 4
-            while k < high:
-                z[p, k - low] = _one(x0, a[k])
-                k += 1
-            p += 1
+                _keep(z[p], gains[p], i, s0)
+                _keep(z[p + 1], gains[p + 1], i, s1)
+                _keep(z[p + 2], gains[p + 2], i, s2)
+                _keep(z[p + 3], gains[p + 3], i, s3)
+        for p in range(fours, last):
+            x0 = u[units[p]]
+            for k in range(low, quads, 4):
+                _keep(z[p], gains[p], k - low, _four_ranks(x0, a[k], a[k + 1], a[k + 2], a[k + 3]))
         for p in range(first, last):
-            out, mine, gain, k = y[units[p]], z[p], gains[p], low
-            while k + 4 <= high:
+            for k in range(quads, high):
+                z[p, k - low] = gains[p, k - low] * _one(u[units[p]], a[k])
+        for p in range(first, fours, 4):
+            y0, y1, y2, y3 = y[units[p]], y[units[p + 1]], y[units[p + 2]], y[units[p + 3]]
+            for k in range(low, quads, 4):
                 i = k - low
-                _add_four(
-                    out, gain[i] * mine[i], gain[i + 1] * mine[i + 1], gain[i + 2] * mine[i + 2],
-                    gain[i + 3] * mine[i + 3], b[k], b[k + 1], b[k + 2], b[k + 3],
-                )  # fmt: skip
-                k += 4
-            while k < high:
-                _add_one(out, gain[k - low] * mine[k - low], b[k])
-                k += 1
+                s0, s1, s2, s3 = _four(z[p], i), _four(z[p + 1], i), _four(z[p + 2], i), _four(z[p + 3], i)
+                _add_four_by_four(y0, y1, y2, y3, s0, s1, s2, s3, b[k], b[k + 1], b[k + 2], b[k + 3])
+        for p in range(fours, last):
+            y0 = y[units[p]]
+            for k in range(low, quads, 4):
+                s0 = _four(z[p], k - low)
+                _add_four(y0, s0[0], s0[1], s0[2], s0[3], b[k], b[k + 1], b[k + 2], b[k + 3])
+        for p in range(first, last):
+            for k in range(quads, high):
+                _add_one(y[units[p]], z[p, k - low], b[k])

@@ -139,17 +139,18 @@ class Picks:
 class Shared:
     """Decisions seen lately, so that sites that are given the same tensors sort them once.
 
-    A decision's tensors must not be changed after a site has seen them.
+    In inference mode torch does not count changes in place: there a decision's tensors have to stay as they are.
     """
 
     def __init__(self) -> None:
-        self._picks: list[tuple[Mix, int, Picks]] = []
+        self._picks: list[tuple[Mix, tuple[object, ...], Picks]] = []
 
     def picks(self, mix: Mix, experts: int) -> Picks:
         """A mix for a bank of so many experts."""
         order = None
-        for seen, count, held in self._picks:
-            if seen.entries is not mix.entries or count != experts:
+        state = experts, torch.is_inference_mode_enabled(), _version(mix.weights), _version(mix.entries)
+        for seen, when, held in self._picks:
+            if seen.entries is not mix.entries or when != state:
                 continue
             if seen.weights is mix.weights and seen.by == mix.by and seen.how == mix.how:
                 return held
@@ -157,10 +158,15 @@ class Shared:
                 order = held._order
         made = picks_of(mix, experts)
         if not made.trained:
-            self._picks = [(mix, experts, made), *self._picks[: _HELD - 1]]
-        if order is not None and made.entries is not None and made.units == len(order.units) // made.each:
+            self._picks = [(mix, state, made), *self._picks[: _HELD - 1]]
+        if order is not None:
             made._order = order
         return made
+
+
+def _version(tensor: Tensor | None) -> int:
+    """How often a tensor was changed in place."""
+    return -1 if tensor is None or tensor.is_inference() else int(tensor._version)
 
 
 def picks_of(mix: Mix, experts: int) -> Picks:

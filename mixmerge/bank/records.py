@@ -68,11 +68,13 @@ class Site:
         return tuple(accumulate(self.ranks, initial=0))
 
     @cached_property
+    @torch.inference_mode(False)  # it is kept, and gradients may want it later
     def edges(self) -> Tensor:
         """``bounds`` as a tensor."""
         return torch.tensor(self.bounds, device=self.b.device)
 
     @cached_property
+    @torch.inference_mode(False)
     def owners(self) -> Tensor:
         """``(R,)``: whose each rank is."""
         with torch.inference_mode(False):  # it is kept, and a gate may be trained afterwards
@@ -96,6 +98,7 @@ class Site:
         return float(values) if len(values) == 1 else None
 
     @cached_property
+    @torch.inference_mode(False)
     def grid(self) -> Tensor:
         """``(E, r)``, r the largest rank: the place of each rank of an expert; past its own, one of its own again."""
         starts = self.edges[:-1]
@@ -105,6 +108,7 @@ class Site:
         return torch.minimum(starts[:, None] + steps, last[:, None])
 
     @cached_property
+    @torch.inference_mode(False)
     def own(self) -> Tensor:
         """``(E, r)``, of the scale's type: 1 for an expert's ranks, 0 past them."""
         ranks = torch.tensor(self.ranks, device=self.b.device)
@@ -112,6 +116,7 @@ class Site:
         return (steps < ranks[:, None]).to(self.scale.dtype)
 
     @cached_property
+    @torch.inference_mode(False)
     def grid_scale(self) -> Tensor:
         """``(E, r)``: the scale of each rank of an expert, 0 past them."""
         return self.scale[self.grid] * self.own if self.rank else self.own
