@@ -41,9 +41,14 @@ class Times:
     def least(self, way: str) -> float:
         return min(self.of[way])
 
-    def over(self, way: str, base: str = "base") -> float:
-        """What a way takes beyond the base: the median of the differences within a round."""
-        return statistics.median(a - b for a, b in zip(self.of[way], self.of[base], strict=True))
+    def over(self, one: str, other: str) -> tuple[float, float]:
+        """How many times as much ``one`` takes beyond the base as ``other``: of the least, and of the usual."""
+        least = (self.least(one) - self.least("base")) / (self.least(other) - self.least("base"))
+        return least, (self.usual(one) - self.usual("base")) / (self.usual(other) - self.usual("base"))
+
+    def times(self, one: str, other: str) -> tuple[float, float]:
+        """How many times as much ``one`` takes as ``other``."""
+        return self.least(one) / self.least(other), self.usual(one) / self.usual(other)
 
 
 def timed(ways: Ways, rounds: int) -> Times:
@@ -161,8 +166,23 @@ class Three:
             yield
 
 
+def peft_merging_one_by_one(three: Three, u: Tensor) -> Callable[[], Tensor]:
+    """The same by PEFT: merge a row's adapter into the layer, use it, take it out again."""
+    layer = three.peft.base_model.model[0]
+
+    def call() -> Tensor:
+        rows = []
+        for row, name in enumerate(three.batch.names):
+            layer.merge(adapter_names=[name])
+            rows.append(layer(u[row]))
+            layer.unmerge()
+        return torch.stack(rows)
+
+    return call
+
+
 def merging_one_by_one(three: Three, u: Tensor) -> Callable[[], Tensor]:
-    """For each row of a layer the merged weight, and its product: what a mixture costs without factors."""
+    """For each row of a layer the merged weight, and its product, with as little work as that takes."""
     site, weight = three.bank.sites["0.weight"], three.base[0].weight  # type: ignore[index]
     entries = [site.entry(number) for number in range(len(site.ranks))]
 

@@ -8,6 +8,7 @@ Legend as in ``executors``.
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -18,17 +19,17 @@ from mixmerge.bank.records import Site
 Executor = Literal["concat", "segmented", "gather"]
 Product = Literal["compiled", "batched", "grouped", "loop"]
 
-CALL = 3.0  # microseconds of one operation of torch
+CALL = 2.0  # microseconds of one operation of torch
 SEGMENT = 1.6  # of one expert in a grouped product
-READ = 60e3  # bytes a microsecond, of factors that are multiplied
+READ = 50e3  # bytes a microsecond, of factors that are multiplied
 COPY = 45e3  # of factors that are gathered
-MOVE = 16e3  # of inputs that are sorted
-SPREAD = 8e3  # of outputs that are added where they belong
+MOVE = 25e3  # of inputs that are sorted
+SPREAD = 15e3  # of outputs that are added where they belong
 WIDE = 45e3  # multiply-adds a microsecond, of factors side by side
 THIN = 24e3  # of the factors of one expert
-COMPILED = 35e3  # of the compiled loop, on one core
+COMPILED = 45e3  # of the compiled loop, on one core
 FEW = 256  # pairs that the compiled loop takes where there are more cores
-SORT = 15.0  # microseconds for a decision that no site has sorted yet
+SORT = 12.0  # microseconds for a decision that no site has sorted yet
 
 
 def costs(site: Site, picks: Picks, tokens: int) -> dict[Executor, float]:
@@ -57,6 +58,8 @@ def costs(site: Site, picks: Picks, tokens: int) -> dict[Executor, float]:
         segmented = min(segmented, 4 * CALL + sort + read + multiplied / COMPILED)
     own = pairs * rank * width * size
     gather = 6 * CALL + own / COPY + own / READ + (multiplied / (THIN * threads) if tokens > 1 else 0.0)
+    if pairs * rank > 2 * max(site.rank, n):  # its copies would be far larger than factors and inputs
+        gather = math.inf
     return {"concat": concat, "segmented": segmented, "gather": gather}
 
 

@@ -13,6 +13,7 @@ Q ranks that ``concat`` takes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
@@ -132,7 +133,7 @@ class Concat(Path):
         return z.view(self.picks.units, self.tokens, self.width)
 
     def _parts(self, z: Tensor) -> tuple[Tensor, ...]:
-        return z.split([stop - start for start, stop in self.spans], dim=1)
+        return torch.split(z, [stop - start for start, stop in self.spans], dim=1)
 
     def weights(self, *, scaled: bool) -> Tensor:
         picks, site = self.picks, self.site
@@ -150,7 +151,7 @@ class Concat(Path):
 
     def mixed(self, z: Tensor) -> Tensor:
         rank = max(self.site.ranks)
-        parts = z.unflatten(-1, (-1, rank))
+        parts = z.view(*z.shape[:2], -1, rank)
         return parts.sum(-2).repeat(1, 1, parts.shape[-2])
 
 
@@ -335,7 +336,7 @@ class Gather(Path):
         return found.expand(-1, self.rank).reshape(picks.units, 1, -1)
 
     def mixed(self, z: Tensor) -> Tensor:
-        return z.unflatten(-1, (-1, self.rank)).sum(-2).repeat(1, 1, self.picks.each)
+        return z.view(*z.shape[:2], -1, self.rank).sum(-2).repeat(1, 1, self.picks.each)
 
 
 PATHS: dict[Executor, type[Path]] = {"concat": Concat, "segmented": Segmented, "gather": Gather}
@@ -345,8 +346,10 @@ def _of_pairs(site: Site, given: Tensor, experts: Tensor, *, scaled: bool) -> Te
     """Weights ``(P,)``, or of all ranks ``(P, R)``, to ``(P, r)``, or ``(P, 1)`` where ranks do not differ."""
     if given.dim() == 2:
         given = given.gather(1, site.grid.index_select(0, experts))
-    elif site.even and (site.one_scale is not None or not scaled):
-        return (given * site.one_scale if scaled else given)[:, None]
+    elif site.even and not scaled:
+        return given[:, None]
+    elif site.even and site.one_scale is not None:
+        return (given * site.one_scale)[:, None]
     else:
         given = given[:, None]
     return given * (site.grid_scale if scaled else site.own).index_select(0, experts)
@@ -396,6 +399,7 @@ def added(path: Path, u: Tensor, y: Tensor) -> Tensor:
         u: ``(n, d)``, or ``(n,)`` tokens.
         y: ``(n, o)``, in the type of the factors.
     """
-    z: Tensor = _Shrink.apply(u, path) if path.site.kind == "linear" else path.shrink(u)
-    found: Tensor = _Expand.apply(path.between(z), y, path)
-    return found
+    shrink: Callable[[Tensor, Path], Tensor] = _Shrink.apply
+    expand: Callable[[Tensor, Tensor, Path], Tensor] = _Expand.apply
+    z = shrink(u, path) if path.site.kind == "linear" else path.shrink(u)
+    return expand(path.between(z), y, path)

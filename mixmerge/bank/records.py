@@ -94,8 +94,8 @@ class Site:
     @cached_property
     def one_scale(self) -> float | None:
         """The scale of every rank, where all are the same."""
-        values = self.scale.unique()
-        return float(values) if len(values) == 1 else None
+        same = self.rank and bool((self.scale == self.scale[0]).all())
+        return float(self.scale[0]) if same else None
 
     @cached_property
     @torch.inference_mode(False)
