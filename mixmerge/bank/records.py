@@ -74,7 +74,6 @@ class Site:
         return torch.tensor(self.bounds, device=self.b.device)
 
     @cached_property
-    @torch.inference_mode(False)
     def owners(self) -> Tensor:
         """``(R,)``: whose each rank is."""
         with torch.inference_mode(False):  # it is kept, and a gate may be trained afterwards
