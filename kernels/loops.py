@@ -50,4 +50,4 @@ screen_largest = Loop(
 )
 weighted_sums = Loop("nearest.weighted_sums", "i8[:,:] f4[:,:] f4[:,:] f4[:,:]")
 
-add_pairs = Loop("factors.add_pairs", "i8 i8 i8[:] i8[:]")
+add_pairs = Loop("factors.add_pairs", "i8 i8 i8")

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -291,8 +290,9 @@ def measured_constants() -> dict[str, float]:
     y, grouped = torch.zeros(rows, width), torch.nn.functional.grouped_mm
     own, gains = torch.arange(rows).view(count, -1), torch.ones(rows, rank)
     edges, ranks = torch.arange(count + 1) * own.shape[1], torch.arange(count + 1) * rank
-    places = np.array([one.data_ptr() for one in (a, a, units, edges, ranks, gains, z)])
-    sizes = np.array((rows, width, width, count * rank, count, rank, rows))
+    held = (a, a, units, edges, ranks, gains, z)
+    sizes = (rows, width, width, count * rank, count, rank, rows)
+    places = torch.tensor([*(one.data_ptr() for one in held), *sizes])
     scores = torch.randint(0, 64, (64,))
     each = torch.arange(64)
     ways: dict[str, Callable[[], object]] = {
@@ -304,7 +304,7 @@ def measured_constants() -> dict[str, float]:
         "SPREAD": lambda: y.index_add_(0, units, x),
         "WIDE": lambda: x @ wide,
         "THIN": lambda: grouped(x, a.transpose(1, 2), offs=ends),
-        "COMPILED": lambda: loops.add_pairs(x.data_ptr(), y.data_ptr(), places, sizes),
+        "COMPILED": lambda: loops.add_pairs(x.data_ptr(), y.data_ptr(), places.data_ptr()),
         "SORT": lambda: torch.searchsorted(scores.sort(stable=True)[0], each, right=True, out_int32=True),
     }
     amounts = {

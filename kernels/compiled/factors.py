@@ -115,13 +115,15 @@ def _four(z, i):
 
 
 @njit
-def add_pairs(inputs, outputs, places, sizes):  # .., .., (7,), (7,)
+def add_pairs(inputs, outputs, given):
     """``outputs`` (n, o) += sum over pairs of gain * B^T (A ``inputs`` (n, d)).
 
-    ``places``: addresses of a (R, d), b (R, o), units (P,), bounds (E + 1,) of pairs, ranks (E + 1,), gains (P, r)
-    and room for (P, r). ``sizes``: n, d, o, R, E, r, P.
+    All are addresses. At ``given``: those of a (R, d), b (R, o), units (P,), bounds (E + 1,) of pairs, ranks (E + 1,),
+    gains (P, r) and room for (P, r); then n, d, o, R, E, r and P.
     """
-    n, d, o, whole, count, wide, pairs = sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6]
+    places = carray(_whole_at(given), (14,))
+    n, d, o, whole, count = places[7], places[8], places[9], places[10], places[11]
+    wide, pairs = places[12], places[13]
     u, y = carray(_floats_at(inputs), (n, d)), carray(_floats_at(outputs), (n, o))
     a, b = carray(_floats_at(places[0]), (whole, d)), carray(_floats_at(places[1]), (whole, o))
     units = carray(_whole_at(places[2]), (pairs,))

@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,6 +36,7 @@ class Path:
 
     def __init__(self, site: Site, picks: Picks, tokens: int) -> None:
         self.site, self.picks, self.tokens = site, picks, tokens
+        self.compiled: Compiled | None = None  # a way to do ``add_`` at once
         self._gains: Tensor | None = None
 
     def shrink(self, u: Tensor) -> Tensor:
@@ -168,9 +168,8 @@ class Segmented(Path):
         super().__init__(site, picks, tokens)
         self.order, self.rank = picks.order, max(site.ranks)
         self.product = product_for(site, picks, tokens) if product is None else product
-        self._compiled: _Compiled | None = None
         if self.product == "compiled":
-            self._compiled = _Compiled(site, self.order, self.weights(scaled=True).detach())
+            self.compiled = Compiled(site, self.order, self.weights(scaled=True).detach(), picks.units)
             self.product = product_for(site, picks, tokens, compiled=False)
         if self.product == "batched":
             self.order = self.order.evened
@@ -203,10 +202,10 @@ class Segmented(Path):
         return z.view(-1, self.tokens, self.rank)
 
     def add_(self, u: Tensor, y: Tensor) -> None:
-        if self._compiled is None:
+        if self.compiled is None:
             super().add_(u, y)
         else:
-            self._compiled(u, y)
+            self.compiled(u, y)
 
     def _products(self, x: Tensor, factors: Tensor) -> Tensor:
         """``(P * t, .)`` and ``(E, ., :)`` to ``(P * t, :)``."""
@@ -269,27 +268,31 @@ class Segmented(Path):
         return z.new_zeros(self.picks.units, *z.shape[1:]).index_add(0, units, z).index_select(0, units)
 
 
-class _Compiled:
+class Compiled:
     """The arguments of ``kernels.loops.add_pairs``: addresses of tensors, which are held here.
 
     Args:
         site: of a linear map, float32.
         order: of tokens.
         gains: ``(P, 1, r or 1)``.
+        tokens: n.
     """
 
-    def __init__(self, site: Site, order: Order, gains: Tensor) -> None:
+    def __init__(self, site: Site, order: Order, gains: Tensor, tokens: int) -> None:
         rank, pairs = max(site.ranks), len(order.units)
         whole = gains[:, 0].to(torch.float32).expand(-1, rank).contiguous()
         self._held = site.a, site.b, order.units, order.edges, site.edges, whole, torch.empty_like(whole)
-        self._places = np.array([one.data_ptr() for one in self._held])
-        sizes = (0, site.a.shape[1], site.b.shape[1], site.rank, len(site.ranks), rank, pairs)
-        self._sizes = np.array(sizes)
+        sizes = (tokens, site.a.shape[1], site.b.shape[1], site.rank, len(site.ranks), rank, pairs)
+        self._given = torch.tensor([*(one.data_ptr() for one in self._held), *sizes])
+        self._at = self._given.data_ptr()
+        self._inputs, self._outputs = tokens * site.a.shape[1], tokens * site.b.shape[1]
 
     def __call__(self, u: Tensor, y: Tensor) -> None:
+        """Of ``u`` with n x d numbers and contiguous ``y`` with n x o, both float32, of any shape."""
         u = u.contiguous()
-        self._sizes[0] = u.shape[0]
-        loops.add_pairs(u.data_ptr(), y.data_ptr(), self._places, self._sizes)
+        if u.numel() != self._inputs or y.numel() != self._outputs:  # the loop writes wherever it is told to
+            raise ValueError(f"{tuple(u.shape)} and {tuple(y.shape)} given for another decision")
+        loops.add_pairs(u.data_ptr(), y.data_ptr(), self._at)
 
 
 class Gather(Path):

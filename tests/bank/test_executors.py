@@ -303,6 +303,15 @@ def test_the_cheapest_depends_on_the_batch() -> None:
         assert chosen(8, 32, 64, 1, by_row=True) == "gather"  # long rows with an expert each
 
 
+def test_a_decision_of_other_tokens_is_refused() -> None:
+    """The compiled loop has addresses only."""
+    site = site_of((4, 4))
+    u, y = inputs_of(site, 2, 3)
+    mix = Mix(torch.ones(2, 5, 1), torch.zeros(2, 5, 1, dtype=torch.int64))
+    with torch.no_grad(), pytest.raises(ValueError, match="another decision"):
+        apply(site, u, y, mix, executor="segmented", fresh=True)
+
+
 def test_another_number_of_rows_is_refused() -> None:
     site = site_of((2, 2))
     u, y = inputs_of(site, 3, 2)
