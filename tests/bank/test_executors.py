@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mixmerge.bank.costs import can_group, cheapest
-from mixmerge.bank.executors import Segmented
 from mixmerge.bank.mix import Mix, apply, change, fixed
 from mixmerge.bank.picks import Shared, picks_of
 from mixmerge.bank.records import Entry, Site, side_by_side
+from mixmerge.bank.segmented import Segmented
 from mixmerge.errors import MixmergeError
 
 EXECUTORS: tuple[Literal["concat", "segmented", "gather"], ...] = ("concat", "segmented", "gather")
