@@ -211,7 +211,7 @@ class Drawn(Gate):
 
 
 class Largest(TorchDispatchMode):
-    """The elements of the largest tensor that is made within it."""
+    """The elements of the largest tensor that is made within it, views of others not counted."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -219,8 +219,9 @@ class Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
+        held = {one.untyped_storage().data_ptr() for one in args if isinstance(one, Tensor)}
         for one in made if isinstance(made, tuple | list) else (made,):
-            if isinstance(one, Tensor) and one._base is None:
+            if isinstance(one, Tensor) and one.untyped_storage().data_ptr() not in held:
                 self.found = max(self.found, one.numel())
         return made
 

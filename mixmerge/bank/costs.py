@@ -1,7 +1,8 @@
 """Which executor is cheapest for a site and a decision, by what its parts cost.
 
-The figures are of one core of a server's processor (AMD EPYC, AVX-512, float32): ``python examples/bench_dynamic.py
---constants`` measures them anew. Only their ratios matter, and those differ less than the machines do.
+The figures are of one core of a server's processor (AMD EPYC, AVX-512, float32), between what ``python
+examples/bench_dynamic.py --constants`` measures when caches are warm and what the same takes inside a model. Only their
+ratios matter, and those differ less than the machines do.
 
 Legend as in ``executors``.
 """
