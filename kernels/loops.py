@@ -49,3 +49,5 @@ screen_largest = Loop(
     "f4[:,:] f4[:] i8 i8[:] f4[:] f4[:,:] f4[:,:] i8[:,:] i8[:] i8[:] i8",
 )
 weighted_sums = Loop("nearest.weighted_sums", "i8[:,:] f4[:,:] f4[:,:] f4[:,:]")
+
+add_pairs = Loop("factors.add_pairs", "i8 i8 i8")

@@ -5,18 +5,22 @@ Legend as in ``gate``; o outputs of a site, n length of a vector.
 
 from __future__ import annotations
 
-import copy
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from mixmerge.bank.folded import folded
 from mixmerge.bank.gate import Gate, Run
-from mixmerge.bank.mix import Mix, apply, dense
+from mixmerge.bank.mix import Mix
+from mixmerge.bank.picks import Shared
 from mixmerge.bank.records import Bank, Site
+from mixmerge.bank.run import run
+from mixmerge.bank.vectors import Slope, mixed_vectors
 from mixmerge.checkpoint.adapter_names import HEADS
 from mixmerge.errors import Fault, MixmergeError
 
@@ -41,6 +45,7 @@ class Attached:
         gate.bind(self.bank)
         self._lock = threading.RLock()
         self._run: Run | None = None
+        self.shared = Shared()
         self.log: list[tuple[str, Mix]] | None = None
         self._handles = _Hooks(self).install()
 
@@ -59,6 +64,26 @@ class Attached:
                 yield
             finally:
                 self._run = before
+
+    @contextmanager
+    def folded(self, weights: Tensor) -> Iterator[None]:
+        """Within it the model's own weights are those of one mixture for all rows: a constant gate at no cost.
+
+        Holds the changed tensors beside the kept ones, which come back as they were.
+
+        Args:
+            weights: ``(E,)``.
+        """
+        held = {
+            name: [place]
+            for name, place in places(self.model, {**self.bank.sites, **self.bank.vectors}).items()
+        }
+        for name, site in self.bank.sites.items():
+            head = self.model.get_output_embeddings() if site.tied else None  # type: ignore[operator]
+            if head is not None:
+                held[name].append((head, "weight"))
+        with self.running(), folded(held, self.bank, weights):
+            yield
 
     @contextmanager
     def logged(self) -> Iterator[list[tuple[str, Mix]]]:
@@ -175,53 +200,49 @@ class _Hooks:
         return head.register_forward_hook(hook)
 
     def _changed(self, site: Site, u: Tensor, y: Tensor) -> Tensor | None:
-        flat = u.dim() == 2 and site.kind == "linear"
-        u = self.attached.by_row(u) if flat else u
-        mix = self.attached.decide(site.name, u)
+        attached = self.attached
+        if attached._run is None:
+            return None
+        linear = site.kind == "linear"  # its output is its own; a table's may be read again as a hidden state
+        flat = linear and u.dim() == 2
+        u = attached.by_row(u) if flat else u
+        mix = attached.decide(site.name, u)
         if mix is None:
             return None
-        return apply(site, u, self.attached.by_row(y), mix).view_as(y) if flat else apply(site, u, y, mix)
+        rows = attached.by_row(y) if flat else y
+        found = run(site, u, rows, mix, shared=attached.shared, fresh=linear)
+        return found.view_as(y) if flat else found
 
     def _vector(self, module: nn.Module, attribute: str, name: str) -> Any:
         deltas = self.bank.vectors[name]  # (E, n)
-        slope = None if attribute == "bias" else _Slope(module)
+        slope = None if attribute == "bias" else Slope(module)
 
         def hook(_: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
             u = self.attached.by_row(given[0])
             mix = self.attached.decide(name, u)
             if mix is None:
                 return None
-            added = dense(mix, len(deltas)).to(deltas.dtype) @ deltas  # (B, 1 or T, n)
+            added = self._mixed(name, deltas, mix)  # (B, 1 or T, n)
             if output.dim() == 2:
-                return (
-                    self.attached.by_row(output) + (added if slope is None else slope(u) * added)
-                ).view_as(output)
+                y = self.attached.by_row(output)
+                return (y + added if slope is None else torch.addcmul(y, slope(u), added)).view_as(output)
             if output.dim() == 4:  # norms of heads: (B, T, heads, n) or (B, heads, T, n)
                 if not mix.by_row:
                     raise MixmergeError(Fault(f"bank: {name}", "is of heads", "Weights for each row"))
                 added = added[:, None]
-            return output + (added if slope is None else slope(given[0]) * added)
+            return output + added if slope is None else torch.addcmul(output, slope(given[0]), added)
 
         return module.register_forward_hook(hook)
 
-
-class _Slope:
-    """How a norm's output grows with its gain: its output for a gain of 1 less that for 0, since some add 1 to it."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._one, self._none = self._with(module, 1.0), self._with(module, 0.0)
-
-    @staticmethod
-    def _with(module: nn.Module, gain: float) -> nn.Module:
-        made = copy.deepcopy(module)
-        made._forward_hooks.clear()
-        for name, value in made.named_parameters():
-            nn.init.constant_(value, gain if name == "weight" else 0.0)
-        return made.requires_grad_(False)
-
-    def __call__(self, u: Tensor) -> Tensor:
-        slope: Tensor = self._one(u) - self._none(u)
-        return slope
+    def _mixed(self, name: str, deltas: Tensor, mix: Mix) -> Tensor:
+        """What a vector gets; kept with the decision, since decoding asks the same again."""
+        picks = self.attached.shared.picks(mix, len(deltas))
+        found: Tensor | None = picks.paths.get(name)
+        if found is None:
+            found = mixed_vectors(deltas, picks).view(len(mix.weights), -1, deltas.shape[1])
+            if mix.by_row and not picks.trained:
+                picks.paths[name] = found
+        return found
 
 
 class _Nothing:

@@ -6,12 +6,15 @@ Legend as in ``records``; B rows, T tokens, k experts that a token gets somethin
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from mixmerge.bank.records import Site
+
+if TYPE_CHECKING:
+    from mixmerge.bank.picks import Shared
 
 By = Literal["expert", "rank"]
 How = Literal["outputs", "factors"]
@@ -79,14 +82,28 @@ def change(site: Site, u: Tensor, mix: Mix) -> Tensor:
     return added
 
 
-def apply(site: Site, u: Tensor, y: Tensor, mix: Mix) -> Tensor:
-    """``y + change(site, u, mix)``, by whichever executor is cheapest.
+def apply(
+    site: Site,
+    u: Tensor,
+    y: Tensor,
+    mix: Mix,
+    *,
+    executor: Literal["auto", "concat", "segmented", "gather"] = "auto",
+    shared: Shared | None = None,
+    fresh: bool = False,
+) -> Tensor:
+    """``y + change(site, u, mix)``. Gradients go to ``u``, ``y`` and the weights; the factors are frozen.
 
     Args:
         site, u, mix: as ``change``.
-        y: ``(B, T, o)``, the base's output; not changed.
+        y: ``(B, T, o)``, the base's output.
+        executor: which of ``executors`` does it; ``auto``: the cheapest by ``costs``.
+        shared: what sites of one model have in common; None: nothing.
+        fresh: nobody else has ``y``: without gradients it may be changed and returned.
     """
-    return y + change(site, u, mix).to(y.dtype)
+    from mixmerge.bank.run import run
+
+    return run(site, u, y, mix, executor=executor, shared=shared, fresh=fresh)
 
 
 def fixed(weights: Tensor | list[float], rows: int) -> Mix:

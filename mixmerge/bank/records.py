@@ -68,6 +68,12 @@ class Site:
         return tuple(accumulate(self.ranks, initial=0))
 
     @cached_property
+    @torch.inference_mode(False)  # it is kept, and gradients may want it later
+    def edges(self) -> Tensor:
+        """``bounds`` as a tensor."""
+        return torch.tensor(self.bounds, device=self.b.device)
+
+    @cached_property
     def owners(self) -> Tensor:
         """``(R,)``: whose each rank is."""
         with torch.inference_mode(False):  # it is kept, and a gate may be trained afterwards
@@ -78,6 +84,41 @@ class Site:
     def rank(self) -> int:
         """R."""
         return self.bounds[-1]
+
+    @cached_property
+    def even(self) -> int | None:
+        """The rank of every expert, where all have the same and it is not 0."""
+        return self.ranks[0] or None if len(set(self.ranks)) == 1 else None
+
+    @cached_property
+    def one_scale(self) -> float | None:
+        """The scale of every rank, where all are the same."""
+        same = self.rank and bool((self.scale == self.scale[0]).all())
+        return float(self.scale[0]) if same else None
+
+    @cached_property
+    @torch.inference_mode(False)
+    def grid(self) -> Tensor:
+        """``(E, r)``, r the largest rank: the place of each rank of an expert; past its own, one of its own again."""
+        starts = self.edges[:-1]
+        own = torch.tensor(self.ranks, device=self.b.device)
+        steps = torch.arange(max(self.ranks, default=0), device=self.b.device)
+        last = (starts + own - 1).clamp(min=0)
+        return torch.minimum(starts[:, None] + steps, last[:, None])
+
+    @cached_property
+    @torch.inference_mode(False)
+    def own(self) -> Tensor:
+        """``(E, r)``, of the scale's type: 1 for an expert's ranks, 0 past them."""
+        ranks = torch.tensor(self.ranks, device=self.b.device)
+        steps = torch.arange(max(self.ranks, default=0), device=self.b.device)
+        return (steps < ranks[:, None]).to(self.scale.dtype)
+
+    @cached_property
+    @torch.inference_mode(False)
+    def grid_scale(self) -> Tensor:
+        """``(E, r)``: the scale of each rank of an expert, 0 past them."""
+        return self.scale[self.grid] * self.own if self.rank else self.own
 
     @property
     def nbytes(self) -> int:
