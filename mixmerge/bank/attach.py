@@ -5,7 +5,9 @@ Legend as in ``gate``; o outputs of a site, n length of a vector.
 
 from __future__ import annotations
 
+import copy
 import threading
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -102,7 +104,8 @@ class Attached:
         """
         if u.dim() != 2 or self._run is None:
             return u
-        rows = 1 if self._run.rows is None else len(self._run.rows)
+        known = self._run.rows if self._run.hidden is None else self._run.hidden
+        rows = 1 if known is None else len(known)
         if len(u) % rows:
             what = f"a layer sees {tuple(u.shape)} for {rows} rows"
             raise MixmergeError(Fault("bank", what, "Layers that see every token of every row"))
@@ -178,14 +181,31 @@ class _Hooks:
             what = f"is for {wanted[0]} to {wanted[1]}, and the model's is {tuple(weight.shape)}"
             self.faults.append(Fault(f"bank: {site.name}", what, "A bank runs on the base it was made for"))
 
-        # Gemma's table multiplies what it looks up.
-        factor = getattr(module, "embed_scale", None) if site.kind == "embedding" else None
-        used = site if factor is None else replace(site, scale=site.scale * float(factor))
+        if site.kind == "embedding" and isinstance(module, nn.Embedding):
+            return self._table(module, site)
 
         def hook(_: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-            return self._changed(used, given[0], output)
+            return self._changed(site, given[0], output)
 
         return module.register_forward_hook(hook)
+
+    def _table(self, module: nn.Embedding, site: Site) -> Any:
+        # Gemma's table multiplies what it looks up.
+        factor = getattr(module, "embed_scale", None)
+        used = site if factor is None else replace(site, scale=site.scale * float(factor))
+        own = type(module).forward is not nn.Embedding.forward and factor is None
+        if own and any(True for _ in module.children()):
+            what = f"is of a {type(module).__name__}, which does more than look rows up"
+            self.faults.append(Fault(f"bank: {site.name}", what, _LAYERS))
+            return _Nothing()
+        numbers = _Numbers(module) if own else None
+
+        def hook(
+            _: nn.Module, given: tuple[Tensor, ...], named: dict[str, Any], output: Tensor
+        ) -> Tensor | None:
+            return self._changed(used, given[0] if numbers is None else numbers(given, named), output)
+
+        return module.register_forward_hook(hook, with_kwargs=True)
 
     def _head(self, site: Site) -> Any:
         """A tied head: its change is that of the table, the other way round."""
@@ -215,6 +235,11 @@ class _Hooks:
 
     def _vector(self, module: nn.Module, attribute: str, name: str) -> Any:
         deltas = self.bank.vectors[name]  # (E, n)
+        length = tuple(getattr(module, attribute).shape)
+        if length != tuple(deltas.shape[1:]):
+            what = f"is of {deltas.shape[1]} numbers, and the model's is {length}"
+            self.faults.append(Fault(f"bank: {name}", what, "A bank runs on the base it was made for"))
+            return _Nothing()
         slope = None if attribute == "bias" else Slope(module)
 
         def hook(_: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
@@ -226,10 +251,8 @@ class _Hooks:
             if output.dim() == 2:
                 y = self.attached.by_row(output)
                 return (y + added if slope is None else torch.addcmul(y, slope(u), added)).view_as(output)
-            if output.dim() == 4:  # norms of heads: (B, T, heads, n) or (B, heads, T, n)
-                if not mix.by_row:
-                    raise MixmergeError(Fault(f"bank: {name}", "is of heads", "Weights for each row"))
-                added = added[:, None]
+            if output.dim() == 4:
+                added = added.unsqueeze(1 if _heads_first(output, added.shape[1]) else 2)
             return output + added if slope is None else torch.addcmul(output, slope(given[0]), added)
 
         return module.register_forward_hook(hook)
@@ -243,6 +266,35 @@ class _Hooks:
             if mix.by_row and not picks.trained:
                 picks.paths[name] = found
         return found
+
+
+class _Numbers:
+    """Which rows a table looks up that is given something else, such as a mask to count places by.
+
+    What it does is asked of it, with the number of each row in the place of the row.
+    """
+
+    def __init__(self, module: nn.Embedding) -> None:
+        weight = module.weight
+        numbers = torch.arange(len(weight), dtype=torch.float64, device=weight.device)[:, None]
+        self._table = copy.copy(module)
+        self._table._parameters = {"weight": nn.Parameter(numbers, requires_grad=False)}
+        self._table._forward_hooks = OrderedDict()
+
+    def __call__(self, given: tuple[Tensor, ...], named: Mapping[str, Any]) -> Tensor:
+        """``(B, T)``."""
+        found: Tensor = self._table(*given, **named)
+        return found.squeeze(-1).long()
+
+
+def _heads_first(output: Tensor, tokens: int) -> bool:
+    """Whether what a norm of heads gives is ``(B, heads, T, n)`` and not ``(B, T, heads, n)``.
+
+    Where there are as many heads as tokens, memory tells: a linear layer writes all heads of a token together.
+    """
+    if output.shape[1] != output.shape[2]:
+        return tokens > 1 and output.shape[2] == tokens
+    return output.stride(1) < output.stride(2)
 
 
 class _Nothing:

@@ -32,6 +32,9 @@ def run(
     Raises:
         MixmergeError: u is of another number of rows than the mix; of one row it is every row's.
     """
+    if torch.is_autocast_enabled(y.device.type):  # executors write into what they made, of the factors' type
+        with torch.autocast(y.device.type, enabled=False):
+            return run(site, u, y, mix, executor=executor, shared=shared, fresh=fresh)
     rows = mix.weights.shape[0]
     if y.shape[0] != rows:
         if y.shape[0] != 1:

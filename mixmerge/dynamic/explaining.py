@@ -87,12 +87,15 @@ class Tally:
         at = torch.tensor(left)
         there = torch.ones(len(left), tokens) if mask is None else mask.float().cpu()  # (B, T)
         for site, mix in log:
-            weights = self._by_expert(site, mix)  # (B, 1 or T, E)
+            counted = _counted(self._by_expert(site, mix), there, by_row=mix.by_row)
+            if counted is None:
+                continue
+            sums, tokens_there = counted
             if site not in self._sums:
-                self._sums[site] = torch.zeros(self._rows, weights.shape[-1])
+                self._sums[site] = torch.zeros(self._rows, sums.shape[-1])
                 self._tokens[site] = torch.zeros(self._rows)
-            self._sums[site].index_add_(0, at, (weights * there[..., None]).sum(1))
-            self._tokens[site].index_add_(0, at, there.sum(1))
+            self._sums[site].index_add_(0, at, sums)
+            self._tokens[site].index_add_(0, at, tokens_there)
 
     def _by_expert(self, name: str, mix: Mix) -> Tensor:
         """``(B, 1 or T, E)``; of ranks the mean over an expert's own."""
@@ -112,3 +115,29 @@ class Tally:
             if self._tokens[name][row] > 0
         }
         return Explanation(self._bank.experts, sites)
+
+
+def _counted(weights: Tensor, there: Tensor, *, by_row: bool) -> tuple[Tensor, Tensor] | None:
+    """Sums of weights over each row's tokens ``(B, E)``, and how many tokens those are ``(B,)``.
+
+    None where a layer saw tokens of which it is not known whose they are.
+
+    Args:
+        weights: ``(B, 1, E)`` of rows; ``(B, T, E)`` of tokens, ``(1, B * T, E)`` of layers that see rows and tokens as
+            one, or fewer: the last ones of each row, or one of each, which a pooler or a head sees.
+        there: ``(B, T)``, 1 for tokens that are no padding.
+        by_row: the weights are of rows.
+    """
+    rows, tokens = there.shape
+    count = there.sum(1)
+    if by_row:
+        return weights[:, 0].expand(rows, -1) * count[:, None], count
+    seen = weights.shape[0] * weights.shape[1]
+    if seen == rows * tokens:
+        return (weights.reshape(rows, tokens, -1) * there[..., None]).sum(1), count
+    if seen == rows:
+        return weights.reshape(rows, -1), torch.ones(rows)
+    if seen % rows or seen > rows * tokens:
+        return None
+    last = there[:, -(seen // rows) :]
+    return (weights.reshape(rows, seen // rows, -1) * last[..., None]).sum(1), last.sum(1)

@@ -140,3 +140,22 @@ def test_a_site_that_was_run_can_be_trained_through() -> None:
     weights = torch.ones(1, 2, requires_grad=True)
     change(site, u, Mix(weights)).sum().backward()
     assert weights.grad is not None
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_autocast_changes_the_type_of_products_and_not_what_is_mixed(family: Any, trained: bool) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(family("llama").base, dtype=torch.float32).eval()
+    bank, _ = _bank_of(model, 3)
+    attached = Attached(model, bank, RowGate())
+    ids = torch.randint(0, model.config.vocab_size, (2, 9), generator=torch.Generator().manual_seed(1))
+    rows = torch.tensor([[1.0, 0.0], [0.3, 0.6]], requires_grad=trained)
+    with torch.set_grad_enabled(trained), attached.running(Run(rows)):
+        exact = model(ids).logits
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            rounded = model(ids).logits.float()
+    assert torch.nn.functional.cosine_similarity(exact, rounded, dim=-1).min() > 0.999
+    if trained:
+        rounded.sum().backward()
+        assert rows.grad is not None
