@@ -6,6 +6,7 @@ adapter in the bank and no rows in what the gate learned from: what is scored is
 
 from __future__ import annotations
 
+import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,7 +78,7 @@ def run_gates(work: Path) -> None:
                 "out": left_out,
             }
             try:
-                stage(work, name, told, lambda out, row=row, left=left_out: _run(zoo, row, left, out))
+                stage(work, name, told, lambda out, row=row, left=left_out: run_one(zoo, row, left, out))
             except MixmergeError as error:  # one row's fault is no reason to lose the others
                 say(f"{row.name}: {error}")
 
@@ -97,9 +98,8 @@ def mixture(zoo: Zoo, row: GateRow, tasks: list[str]) -> dict[str, Any]:
     }
 
 
-def _run(zoo: Zoo, row: GateRow, left_out: str | None, out: Path) -> None:
-    import shutil
-
+def run_one(zoo: Zoo, row: GateRow, left_out: str | None, out: Path, *, asked: int = ASKED) -> None:
+    """Fit one gate, ask it, and write what was right to ``out``."""
     from mixmerge import DynamicModel
     from mixmerge.mixture import read as read_mixture
     from mixmerge.mixture.gluing import fit
@@ -112,20 +112,22 @@ def _run(zoo: Zoo, row: GateRow, left_out: str | None, out: Path) -> None:
     model = DynamicModel.load(folder)
     right = {}
     for task in [left_out] if left_out is not None else tasks:
-        asked = zoo.questions(task)[:ASKED]
+        questions = zoo.questions(task)[:asked]
         weights = {name: float(name == task) for name in tasks} if row.told else None
         said = model.generate(
-            [one.prompt for one in asked], weights=weights, max_new_tokens=ANSWER, stop=("\n",)
+            [one.prompt for one in questions], weights=weights, max_new_tokens=ANSWER, stop=("\n",)
         )
-        right[task] = [text.strip() == one.answer.strip() for text, one in zip(said, asked, strict=True)]
+        right[task] = [text.strip() == one.answer.strip() for text, one in zip(said, questions, strict=True)]
     base = {}
     if left_out is not None:
-        asked = zoo.questions(left_out)[:ASKED]
+        questions = zoo.questions(left_out)[:asked]
         none = dict.fromkeys(tasks, 0.0)
         said = model.generate(
-            [one.prompt for one in asked], weights=none, max_new_tokens=ANSWER, stop=("\n",)
+            [one.prompt for one in questions], weights=none, max_new_tokens=ANSWER, stop=("\n",)
         )
-        base[left_out] = [text.strip() == one.answer.strip() for text, one in zip(said, asked, strict=True)]
+        base[left_out] = [
+            text.strip() == one.answer.strip() for text, one in zip(said, questions, strict=True)
+        ]
     write_json(out, {"right": right, "base": base, "fit": seconds})
     shutil.rmtree(folder)
     say(f"  {row.name}: {Result(row.name, (right,)).average():.3f}")
