@@ -74,7 +74,7 @@ def report(
         if docs is not None:
             put(docs, name, tables)
     if docs is not None:
-        draw_ranks(work, docs.parent / "figures" / "twin-ranks.png")
+        draw_ranks(work, docs.parent / "twin-ranks.png")
 
 
 if __name__ == "__main__":
