@@ -169,11 +169,15 @@ def load(folder: Path, dtype: str, adapter: Path | None = None) -> tuple[Any, An
     return model, AutoTokenizer.from_pretrained(folder)
 
 
-def encode(tokenizer: Any, question: str) -> list[int]:
+def chat(tokenizer: Any, question: str) -> str:
     """The question as the chat template puts it, up to where the answer begins."""
-    chat = [{"role": "user", "content": question}]
-    text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    turns = [{"role": "user", "content": question}]
+    return str(tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
+
+
+def encode(tokenizer: Any, question: str) -> list[int]:
+    """The tokens of ``chat``."""
+    return list(tokenizer(chat(tokenizer, question), add_special_tokens=False)["input_ids"])
 
 
 def batch_of(tokenizer: Any, items: Iterable[Item]) -> dict[str, Any]:

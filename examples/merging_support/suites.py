@@ -29,6 +29,7 @@ class Suite:
         data: folder with one folder of JSONL files for each task.
         tries: how many values of a sweep are tried, at most: generating answers is slow.
         identity: of base, experts and data: a merge is done again when it changes.
+        skills: what generators are asked; none of encoders.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Suite:
     tries: int
     identity: dict[str, str]
     score: Score
+    skills: tuple[generative.Skill, ...] = ()
 
     @property
     def folder(self) -> Path:
@@ -140,7 +142,9 @@ def make_generative(work: Path, base: Path | None, sizes: Sizes, seed: int) -> S
         for name, (model, adapter) in experts.items()
     }
     data_at = work / "generative" / "data"
-    return Suite("generative", work, base.resolve(), named, named, data_at, "bfloat16", 3, made, score)
+    return Suite(
+        "generative", work, base.resolve(), named, named, data_at, "bfloat16", 3, made, score, skills
+    )
 
 
 def slug(name: str) -> str:

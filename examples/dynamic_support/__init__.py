@@ -1,0 +1,1 @@
+"""What examples/dynamic_real.py is made of."""

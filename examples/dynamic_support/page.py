@@ -1,0 +1,117 @@
+"""The report on twins: tables, whether the bar is met, and the figure over ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from merging_support.entries import ENTRIES
+from merging_support.fusion import read
+from merging_support.page import results_of
+from merging_support.suites import slug
+from merging_support.table import Result, interval, recovery, retention
+
+from dynamic_support.twins import RANKS
+
+GAP, STORAGE = (
+    0.8,
+    0.2,
+)  # the bar: recovered of what the best static merge leaves, share of the experts' bytes
+
+
+def found_twins(folder: Path) -> dict[str, dict[str, Any]]:
+    return {file.stem: read(file) for file in sorted((folder / "twins").glob("*.json"))}
+
+
+def statics(folder: Path, suite: str) -> list[Result]:
+    """Rows of merge_real that are one model for all tasks."""
+    entries = [entry for entry in ENTRIES if suite in entry.suites and not entry.per_task]
+    return [row for entry in entries if (row := results_of(folder, entry))]
+
+
+def twins_text(work: Path, suite: str) -> str:
+    """Markdown of one suite."""
+    folder = work / suite
+    twins = found_twins(folder)
+    if not twins:
+        return "not run yet\n"
+    own = read(folder / "test-experts.json")["right"]
+    experts = {task: sum(right) / len(right) for task, right in own.items()}
+    ceiling = sum(experts.values()) / len(experts)
+    best = max(statics(folder, suite), key=Result.average)
+    start = best.average()
+    lines = [
+        f"Experts {ceiling:.1%}; the best static merge on the same test rows is {best.name}, {start:.1%}.",
+        "",
+        f"| model | {' | '.join(experts)} | average | 95 % interval | of the gap | worst task keeps | stored "
+        "| tokens/s |",
+        f"|---|{'--:|' * len(experts)}--:|:-:|--:|--:|--:|--:|",
+        _line(best, experts, start, "", ""),
+    ]
+    for name, twin in twins.items():
+        stored = f"{twin['storage'] / 1e6:.1f} MB = {twin['storage'] / twin['experts']:.1%}"
+        speed = f"{twin['speed']['mixture'] / twin['speed']['shared']:.2f} of the shared model's"
+        lines.append(_line(Result(f"{name}, own router", (twin["own"],)), experts, start, stored, speed))
+        lines.append(_line(Result(f"{name}, told the task", (twin["oracle"],)), experts, start, stored, ""))
+    return "\n".join([*lines, "", *_bars(twins, best, start, ceiling)]) + "\n"
+
+
+def _line(result: Result, experts: dict[str, float], start: float, stored: str, speed: str) -> str:
+    ceiling = sum(experts.values()) / len(experts)
+    low, high = interval(result.seeds[0])
+    worst, kept = retention(result, experts)
+    cells = [f"{result.score(task):.1%}" for task in experts]
+    cells += [f"{result.average():.1%}", f"{low:.1%} to {high:.1%}"]
+    cells += [f"{recovery(result.average(), start, ceiling):.0%}", f"{worst} {kept:.0%}", stored, speed]
+    return f"| {result.name} | {' | '.join(cells)} |"
+
+
+def _bars(twins: dict[str, dict[str, Any]], best: Result, start: float, ceiling: float) -> list[str]:
+    """Whether a twin with its own router meets the bar, said of each."""
+    lines = []
+    for name, twin in twins.items():
+        average = Result(name, (twin["own"],)).average()
+        low, high = interval(twin["own"], best.seeds[0])
+        gap, stored = recovery(average, start, ceiling), twin["storage"] / twin["experts"]
+        met = low > 0 and gap >= GAP and stored <= STORAGE
+        lines.append(
+            f"- {name}: {average - start:+.1%} ({low:+.1%} to {high:+.1%}) over the best static merge, "
+            f"{gap:.0%} of the gap (bar {GAP:.0%}), {stored:.1%} of the experts' storage (bar {STORAGE:.0%}): "
+            f"{'met' if met else 'NOT met'}"
+        )
+    return lines
+
+
+def draw_ranks(work: Path, out: Path) -> None:
+    """Average retention over the rank of the parts: own router, told the task, and the best static merge."""
+    from mixmerge.evaluate.drawing import COLOURS, as_png, new_panels
+
+    figure, panels = new_panels(9, 3.6, 1, 2)
+    for panel, suite in zip(panels, ("encoders", "generative"), strict=True):
+        folder = work / suite
+        panel.set_title(suite)
+        if not (folder / "twins").is_dir():
+            continue
+        own = read(folder / "test-experts.json")["right"]
+        ceiling = sum(sum(right) / len(right) for right in own.values()) / len(own)
+        swept = {rank: twin for rank in RANKS for twin in _of_rank(folder, rank)}
+        for colour, (key, label) in zip(
+            COLOURS, (("own", "own router"), ("oracle", "told the task")), strict=False
+        ):
+            kept = [Result("", (twin[key],)).average() / ceiling for twin in swept.values()]
+            panel.plot(list(swept), kept, marker="o", color=colour, label=label)
+        best = max(result.average() for result in statics(folder, suite)) / ceiling
+        panel.axhline(best, color="grey", linestyle="--", label="best static merge")
+        panel.set_xscale("log", base=4)
+        panel.set_xticks(list(RANKS), [str(rank) for rank in RANKS])
+        panel.set_xlabel("rank")
+        panel.set_ylabel("share of the experts' average")
+        panel.legend()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_bytes(as_png(figure))
+
+
+def _of_rank(folder: Path, rank: int) -> list[dict[str, Any]]:
+    """The twin of the sweep with this rank: not that whose shared part is task arithmetic."""
+    files = sorted((folder / "twins").glob(f"*{slug(f', rank {rank}')}.json"))
+    return [read(file) for file in files if not file.stem.startswith("task-arithmetic")][:1]
