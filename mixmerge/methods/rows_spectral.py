@@ -87,6 +87,12 @@ ROWS = (
                 *("adam", "closed"),
             ),
             *_adam(300, 1e-5),
+            number(
+                "reach",
+                1.0,
+                "of closed: the largest norm of the merged delta, as a share of the sum of the experts'",
+                0.01,
+            ),
         ),
         summary="the delta that interferes least with what each expert's delta reads",
         paper="Whoever Started the Interference Should End It, arXiv:2503.08099",
