@@ -17,7 +17,8 @@ from mixmerge.methods.doge import Thresholds, doge_ta
 from mixmerge.methods.isotropic import iso_c, iso_cts, own_directions
 from mixmerge.methods.lowrank import LowRank, total
 from mixmerge.methods.memory import apply, merge_state_dicts
-from mixmerge.methods.spectral import is_matrix, orthogonal, triplets
+from mixmerge.methods.roles import is_matrix
+from mixmerge.methods.spectral import orthogonal, triplets
 from mixmerge.methods.tsv import tsv_m
 from mixmerge.methods.wudi import wudi
 

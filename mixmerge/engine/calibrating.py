@@ -5,7 +5,6 @@ Statistics are kept in a hidden folder beside the output until that is whole, so
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -259,7 +258,7 @@ def _combine(plan: Plan) -> Combine:
 
 
 def gathering(plan: Plan, anatomies: Sequence[Anatomy], shown: Sequence[Shown], places: int) -> list[Need]:
-    """What ``calibrated`` takes, one stage after the other: the experts on their rows, then the means while merging.
+    """What ``calibrated`` takes, one stage after the other: each expert on its rows.
 
     Args:
         plan: of a method with ``statistics``.
@@ -289,17 +288,9 @@ def gathering(plan: Plan, anatomies: Sequence[Anatomy], shown: Sequence[Shown], 
             for anatomy, one in zip(anatomies, shown, strict=True)
             for part in parts
         ]
-    squares = max((each**2 for each in flat), default=0)
-    element = max((math.prod(task.target.shape) for task in plan.tasks if not task.copied), default=0)
-    one = {"gram": 8 * squares, "fisher": 4 * element, "second_moment": 8 * max(flat, default=0)}[kind]
     kept = {"gram": 8 * sum(each**2 for each in flat), "second_moment": 8 * sum(flat)}
     disk = len(anatomies) * kept.get(kind, 4 * anatomies[0].elements)
-    # Means of one tensor for each expert and their weighted sum, beside the tensor of each in float32 or float64.
-    merging = {
-        "means of a tensor": (len(anatomies) + 3) * one,
-        "a tensor": 8 * (len(anatomies) + 2) * element,
-    }
-    return [Need(stage.memory, disk) for stage in (*stages, Need(merging))]
+    return [Need(stage.memory, disk) for stage in stages]
 
 
 def _kept(folder: Path) -> Facts | None:

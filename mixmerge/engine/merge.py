@@ -280,14 +280,13 @@ def _tensors(
     statistics: Callable[[Task], Mapping[str, Sequence[Any]]] | None = None,
     progress: Progress | None = None,
 ) -> None:
-    from mixmerge.engine.group import wide
     from mixmerge.engine.plain import plain
 
     adapters = Adapters()
     ranked = plan.method.parameter("epsilon") is not None
     tasks = [task for task in plan.tasks if not task.copied]
     whole_model = bool(tasks) and tasks[0].parameters.get("scope") == "model"
-    chunked = [task for task in tasks if (fused or whole_model) and not wide(task)]
+    chunked = [task for task in tasks if (fused or whole_model) and not task.wide]
     length = max([CHUNK, *(chunk_length(task, rows_whole=ranked) for task in chunked)])
     workers = [Worker(plan, files, adapters, length) for _ in range(threads if device == "cpu" else 1)]
 
@@ -314,7 +313,7 @@ def _tensors(
     def job_of(task: Task) -> Job:
         if task.copied:
             return copy(plan, task, files, output)
-        if kernel is not None and not wide(task) and not task.chunks:
+        if kernel is not None and not task.wide and not task.chunks:
             return kernel(context, task)
         return plain(context, task, files=files, adapters=adapters, device=device)
 

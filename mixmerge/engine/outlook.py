@@ -18,6 +18,7 @@ from mixmerge.errors import Fault, MixmergeError, RecipeError
 from mixmerge.experts.loading import Kind, check_tokenizer, kind_of, read_config, read_tokenizer
 from mixmerge.methods.roles import role_of
 from mixmerge.plan import Model, Plan, make_plan
+from mixmerge.plan.report import RUNTIME
 from mixmerge.recipe import Calibration, ModelRef, Parsed, Recipe, inputs, read
 from mixmerge.recipe.calibration import DEFAULT_EXAMPLES
 
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
     from mixmerge.calibrate.gathering import Reader
     from mixmerge.data.batches import Batch
 
-# Python, torch and transformers before any tensor, as measured on one Linux machine without a GPU.
-RUNTIME = 450_000_000
 # Characters of one expert's rows that are tokenised to plan: a few seconds' worth.
 _MOST = 8_000_000
 _WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -69,7 +68,10 @@ class Outlook:
 
     @property
     def peak_memory(self) -> int:
-        """Bytes of the whole process while it gathers or learns: an estimate, on the high side."""
+        """Bytes of the whole process while it gathers or learns: an estimate, on the high side.
+
+        Merging comes after: ``mixmerge.plan.peak_memory``.
+        """
         return RUNTIME + self.need.total
 
     def as_json(self) -> dict[str, Any]:

@@ -26,8 +26,9 @@ from mixmerge.methods.quantiles import (
     values,
 )
 from mixmerge.methods.records import Role
+from mixmerge.methods.roles import Tables, is_matrix
 from mixmerge.methods.sketch import Group, Totals
-from mixmerge.methods.spectral import Tables, by_matrix, is_matrix, triplets
+from mixmerge.methods.spectral import by_matrix, triplets
 
 Project = Callable[[Tensor], object]
 

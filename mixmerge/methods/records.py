@@ -75,6 +75,8 @@ class Method:
         learner: name of what learns its coefficients from calibration data; empty for none.
         bank: the result depends on the input: a shared model by another method, and a bank of what each expert has
             besides. The definition is that for given weights.
+        footprint: ``module:attr`` of how many numbers the definition holds at once (``mixmerge.methods.footprint``). A
+            row with a kernel has one if its definition may run all the same.
         no_effect: parameters mergekit accepts here that change nothing: warned about, then dropped.
         summary: one line.
         paper: title and where to find it.
@@ -98,6 +100,7 @@ class Method:
     statistics: str = ""
     learner: str = ""
     bank: bool = False
+    footprint: str = ""
     no_effect: tuple[str, ...] = ()
 
     @property

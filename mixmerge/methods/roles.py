@@ -1,11 +1,14 @@
-"""What a tensor is for, from its name, its number of dimensions and the model's type."""
+"""What a tensor is for, from its name, its number of dimensions and the model's type. Imports no torch."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Literal
 
 from mixmerge.methods.records import Role
+
+Tables = Literal["mean", "base", "spectral"]
 
 # Rows of these belong to tokens or positions, whatever the architecture calls them.
 _TABLES = re.compile(
@@ -32,3 +35,17 @@ def role_of(name: str, shape: Sequence[int], model_type: str = "") -> Role:
     if _TABLES.fullmatch(name):
         return "table"
     return "transposed" if model_type in _CONV1D_TYPES and _CONV1D.fullmatch(name) else "linear"
+
+
+def is_matrix(shape: Sequence[int], role: Role, tables: Tables) -> bool:
+    """Whether a tensor is a matrix, or a stack of them, to a spectral method.
+
+    Three dimensions are a stack of matrices (the experts of an MoE layer) if there are two or more, and no more of
+    them than each has rows and columns; else they are the kernel of a convolution or the positions of a vision model,
+    and of the rest.
+    """
+    if 0 in shape or len(shape) not in (2, 3):
+        return False
+    if len(shape) == 3:
+        return 1 < shape[0] <= min(shape[1:])
+    return role in ("linear", "transposed") or (role == "table" and tables == "spectral")

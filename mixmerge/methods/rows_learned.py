@@ -82,7 +82,15 @@ _ADA_PAPER = "AdaMerging, arXiv:2310.02575"
 _EXPERT_PAPER = "Expert Merging, arXiv:2509.25712"
 
 
-def _row(name: str, *, learner: str, parameters: tuple[Parameter, ...], summary: str, paper: str) -> Method:
+def _row(
+    name: str,
+    *,
+    learner: str,
+    parameters: tuple[Parameter, ...],
+    summary: str,
+    paper: str,
+    footprint: str = "",
+) -> Method:
     return Method(
         name=name,
         function=f"mixmerge.methods.learned:{name}",
@@ -94,6 +102,7 @@ def _row(name: str, *, learner: str, parameters: tuple[Parameter, ...], summary:
         paper=paper,
         kernel="" if name == "adamerging_plus" else "task_vectors",
         learner=learner,
+        footprint=footprint and f"mixmerge.methods.footprint:{footprint}",
     )
 
 
@@ -111,6 +120,7 @@ ROWS = (
         parameters=(_weight(0.3), _DENSITY, _SCOPE, *_ADA),
         summary="AdaMerging of deltas trimmed and sign-elected as in TIES",
         paper=_ADA_PAPER,
+        footprint="unknown",
     ),
     _row(
         "expert_merging",
@@ -125,5 +135,6 @@ ROWS = (
         parameters=(_weight(0.1), *_EXPERT, *_PLUS),
         summary="Expert Merging with more coefficients, by chunks, where they matter",
         paper=_EXPERT_PAPER,
+        footprint="chunked",
     ),
 )

@@ -46,6 +46,7 @@ ROWS = (
         differentiable=False,
         streams=True,
         sketch="mixmerge.methods.pcb:PcbSketch",
+        footprint="mixmerge.methods.footprint:pcb",
     ),
     Method(
         name="emr",
@@ -69,6 +70,7 @@ ROWS = (
         differentiable=False,
         streams=True,
         sketch="mixmerge.methods.emr:EmrSketch",
+        footprint="mixmerge.methods.footprint:emr",
     ),
     Method(
         name="tall",
@@ -81,6 +83,7 @@ ROWS = (
         paper=_TALL,
         streams=True,
         sketch="mixmerge.methods.tall:TrimSketch",
+        footprint="mixmerge.methods.footprint:tall",
     ),
     Method(
         name="consensus",
@@ -99,6 +102,7 @@ ROWS = (
         paper=_TALL,
         streams=True,
         sketch="mixmerge.methods.tall:TrimSketch",
+        footprint="mixmerge.methods.footprint:tall",
     ),
     Method(
         name="magmax",
@@ -113,5 +117,6 @@ ROWS = (
         summary="of each entry, the largest change any expert made",
         paper="MagMax, arXiv:2407.06322",
         streams=True,
+        footprint="mixmerge.methods.footprint:magmax",
     ),
 )

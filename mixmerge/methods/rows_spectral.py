@@ -49,6 +49,7 @@ def _row(
         streams=True,
         factors=True,
         sketch=sketch,
+        footprint=f"mixmerge.methods.footprint:{name}",
     )
 
 

@@ -24,6 +24,7 @@ _REGMEAN = Method(
     paper="Dataless Knowledge Fusion (RegMean), arXiv:2212.09849",
     roles=True,
     statistics="gram",
+    footprint="mixmerge.methods.footprint:regmean",
     differentiable=False,
 )
 _TIES = next(row for row in PLAIN if row.name == "ties")
@@ -49,6 +50,7 @@ ROWS = (
         summary="average of each entry by how much an expert's predictions depend on it",
         paper="Merging Models with Fisher-Weighted Averaging, arXiv:2111.09832",
         statistics="fisher",
+        footprint="mixmerge.methods.footprint:fisher",
         differentiable=False,
     ),
     _REGMEAN,
@@ -79,6 +81,7 @@ ROWS = (
         paper="ours: the score of Wanda, arXiv:2306.11695, in TIES-Merging, arXiv:2306.01708",
         roles=True,
         statistics="second_moment",
+        footprint="mixmerge.methods.footprint:activation_ties",
         differentiable=False,
     ),
 )

@@ -13,7 +13,8 @@ from torch import Tensor
 from mixmerge.methods.descent import descend
 from mixmerge.methods.lowrank import Delta, LowRank, add_to, square, stacked
 from mixmerge.methods.records import Role
-from mixmerge.methods.spectral import Tables, by_matrix, cutoff
+from mixmerge.methods.roles import Tables
+from mixmerge.methods.spectral import by_matrix, cutoff
 
 # Below this share of a pass over S, products with the factors are the cheaper way to D S.
 _THIN = 0.5
