@@ -224,6 +224,8 @@ def _number_faults(parameter: Parameter, where: str, value: object) -> list[Faul
         return [Fault(where, f"is {value!r}", "one number", run)]
     if not math.isfinite(number):
         return [Fault(where, f"is {number}", "a finite number")]
+    if parameter.whole and not number.is_integer():
+        return [Fault(where, f"is {number:g}", "a whole number")]
     if not parameter.low <= number <= parameter.high:
         return [Fault(where, f"is {number:g}", f"{parameter.low:g} to {parameter.high:g}")]
     return []

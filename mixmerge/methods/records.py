@@ -27,6 +27,7 @@ class Parameter:
         choices: allowed words of a choice.
         constant: the value may not change from tensor to tensor (it steers a whole-model statistic).
         position: the number is the position of one of the experts, from 0.
+        whole: the number counts something: it has no fraction, and gradients go in steps.
         learning: it steers how coefficients are learned; the definition does not take it.
         doc: one line for tables and errors.
     """
@@ -41,6 +42,7 @@ class Parameter:
     choices: tuple[str, ...] = ()
     constant: bool = False
     position: bool = False
+    whole: bool = False
     learning: bool = False
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mixmerge.methods.parameters import choice, kept, merged_by, number
+from mixmerge.methods.parameters import choice, kept, merged_by, number, whole
 from mixmerge.methods.records import ANY, REQUIRED, Method
 
 _TASK = number(
@@ -91,7 +91,7 @@ ROWS = (
         takes="deltas",
         parameters=(
             _MASK_LAMBDA,
-            number("least", 2.0, "how many experts must need an entry", 0.0),
+            whole("least", 2, "how many experts must need an entry"),
             _MULTI,
             _TRIM,
             merged_by(0.3),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mixmerge.methods.parameters import choice, kept, merged_by, number
+from mixmerge.methods.parameters import choice, kept, merged_by, number, whole
 from mixmerge.methods.records import ANY, Method, Parameter
 
 _TOLERANCE = number(
@@ -19,9 +19,9 @@ def _tables(rest: str) -> Parameter:
     return choice("tables", rest, doc, rest, "spectral")
 
 
-def _adam(steps: float, rate: float) -> tuple[Parameter, Parameter]:
+def _adam(steps: int, rate: float) -> tuple[Parameter, Parameter]:
     return (
-        number("steps", steps, "steps of Adam", 0, 1_000_000),
+        whole("steps", steps, "steps of Adam", 0, 1_000_000),
         number("lr", rate, "step size of Adam", 0.0),
     )
 
@@ -104,7 +104,7 @@ ROWS = (
         (
             kept(0.3, "share of each expert's entries that is kept"),
             number("eta", 0.07, "size of each expert's share of a matrix", 0.0),
-            number("subspace", 6, "the shared subspace has k / subspace directions", 1),
+            whole("subspace", 6, "the shared subspace has k / subspace directions", 1),
             *_adam(400, 1e-4),
             choice(
                 "projection",

@@ -58,8 +58,7 @@ def wudi(
         weight: a factor on each delta; 1 by default (the paper has none).
         lambda_: factor on D; 1 in the paper, which needs none.
         solver: ``adam`` (the paper) or ``closed``.
-        steps: of Adam, 0 or more: 300 in the paper, 400 in FusionBench's configuration. 0 is the sum; a
-            fraction is dropped.
+        steps: of Adam, 0 or more: 300 in the paper, 400 in FusionBench's configuration. 0 is the sum.
         lr: of Adam (its betas 0.9 and 0.999, its epsilon 1e-8).
         reach: of ``closed``, the largest norm of D as a share of the sum of the experts' norms, 0.01 or more; 1e6
             leaves the minimum what it is.
