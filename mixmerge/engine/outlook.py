@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,12 +59,14 @@ class Outlook:
         experts: their data, in the recipe's order.
         need: of the stage that takes most; its memory is beside ``RUNTIME``.
         notes: what a person should know and can ignore.
+        parts: the rows that were read, by expert: what ``run`` need not read again.
     """
 
     work: str
     experts: tuple[Seen, ...]
     need: Need
     notes: tuple[str, ...] = ()
+    parts: Mapping[ModelRef, Part] = field(default_factory=dict, repr=False)
 
     @property
     def peak_memory(self) -> int:
@@ -185,10 +187,10 @@ def _outlook(
         anatomies = [_anatomy(model, one) for model, one in zip(models, found, strict=True)]
         stages = gathering(plan, anatomies, shown, places)
         need = max(stages, key=lambda stage: stage.total)
-        return Outlook("gathering", tuple(seen), need, tuple(dict.fromkeys(notes)))
-    return Outlook(
-        "learning", tuple(seen), _learning(plan, found[0], shown, places), tuple(dict.fromkeys(notes))
-    )
+        work = "gathering"
+    else:
+        work, need = "learning", _learning(plan, found[0], shown, places)
+    return Outlook(work, tuple(seen), need, tuple(dict.fromkeys(notes)), dict(parts))
 
 
 def _gate_outlook(
@@ -222,7 +224,7 @@ def _gate_outlook(
         return None
     largest = max(shown, key=lambda one: one.places)
     need = gate_need(plan, _anatomy(plan.models[plan.donor], reader), largest, rows)
-    return Outlook(WORK, tuple(seen), need, tuple(dict.fromkeys(notes)))
+    return Outlook(WORK, tuple(seen), need, tuple(dict.fromkeys(notes)), dict(parts))
 
 
 def _where(fault: Fault, model: Model, source: str) -> str:

@@ -46,7 +46,7 @@ def peak_memory(plan: Plan, *, threads: int) -> int:
         sum(sorted((sizes[task.target.name] for task in tasks), reverse=True)[:threads])
         for tasks in (whole, small)
     )
-    runtime = RUNTIME if plan.method.needs_data else _TORCH if whole else _INTERPRETER
+    runtime = RUNTIME if plan.needs_data else _TORCH if whole else _INTERPRETER
     return runtime + threads * per_thread + masks * plan.method.stochastic + factors + tensors
 
 

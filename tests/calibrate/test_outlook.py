@@ -173,6 +173,34 @@ def test_a_data_set_of_the_hub_is_left_for_the_merge(
     assert outlook.notes == ("org/name: is no file here, so it is read from the hub at merge time",)
 
 
+@pytest.mark.parametrize("command", [False, True], ids=["merge", "mixmerge merge"])
+def test_data_are_read_once(
+    command: bool, family: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mixmerge.engine import calibration_data
+
+    asked, really = [], calibration_data.read_rows
+
+    def counted(source: str, **options: Any) -> Any:
+        asked.append(source)
+        return really(source, **options)
+
+    monkeypatch.setattr(calibration_data, "read_rows", counted)
+    made = family("llama", dtype="float32")
+    files = [rows(tmp_path / name, LINES) for name in ("a.jsonl", "b.jsonl")]
+    named = {expert.name: file for expert, file in zip(made.experts, files, strict=False)}
+    written = recipe(made, "regmean", named, max_tokens=16)
+    if command:
+        (tmp_path / "r.yaml").write_text(yaml.safe_dump(written))
+        done = CliRunner().invoke(app, ["merge", str(tmp_path / "r.yaml"), str(tmp_path / "out")])
+        assert done.exit_code == 0, done.output
+    else:
+        merge(written, tmp_path / "out")
+    assert sorted(asked) == files
+    kept = json.loads((tmp_path / "out" / "mixmerge_manifest.json").read_text())
+    assert len(kept["calibration"]["rows"]) == len(LINES)
+
+
 def hollow(folder: Path, tokenizer: Any) -> Path:
     """A model of 5 GB whose header is right and whose tensors are one hole in the file."""
     import torch
