@@ -14,10 +14,11 @@ from mixmerge.data.rows import Row
 from mixmerge.errors import MixmergeError
 from mixmerge.evaluate.advice import Deltas, Facts, advise
 from mixmerge.evaluate.leaks import Made
+from mixmerge.evaluate.model_entries import named
 from mixmerge.evaluate.model_measuring import Judged, info, means_of, measure, spreads_of
 from mixmerge.evaluate.model_records import ModelReport, Role
 from mixmerge.evaluate.model_report import to_html
-from mixmerge.evaluate.models import _notes, named
+from mixmerge.evaluate.models import _notes
 from mixmerge.evaluate.scoring_tasks import TaskScores, joined
 from mixmerge.evaluate.task_file import EvalTask, TaskSpec
 
