@@ -313,7 +313,7 @@ def _anatomy(model: Model, reader: Reader) -> Anatomy:
     maps = {
         name: (shape[1], shape[0]) if roles[name] == "linear" else (shape[0], shape[1])
         for name, shape in shapes.items()
-        if roles[name] in ("linear", "transposed")
+        if roles[name] in ("linear", "transposed") and len(shape) == 2
     }
     return Anatomy(
         shapes,

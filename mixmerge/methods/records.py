@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 Value = float | bool | str | None
-# What a tensor is for: the matrix of a linear map (outputs x inputs), the same stored as inputs x outputs (Conv1D),
-# a table whose rows belong to tokens or positions (embeddings, heads over a vocabulary), or anything else.
+# What a tensor is for: the matrix of a linear map (outputs x inputs), the same or a stack of them stored as inputs x
+# outputs (Conv1D, fused experts of some models), a table whose rows belong to tokens or positions (embeddings,
+# heads over a vocabulary), or anything else.
 Role = Literal["linear", "transposed", "table", "other"]
 REQUIRED = "required"
 ANY = 1_000_000

@@ -15,7 +15,7 @@ Arguments of all methods that use it, ``S`` the shape of the tensor, as is that 
         same as other tensors that are no matrices, or the method.
     tolerance: 0 to 0.99; by default float32's rounding times the longer side.
     role: what the tensor is for. Inputs are the columns, of a Conv1D (``transposed``) the rows. Three dimensions are a
-        stack of matrices, outputs x inputs (``roles.is_matrix``).
+        stack of matrices (``roles.is_matrix``), outputs x inputs unless they are ``transposed``.
 """
 
 from __future__ import annotations

@@ -140,7 +140,7 @@ def regmean(
     """
     shares = _shares(weight, len(experts))
     grams = _of_all(statistics, "gram")
-    if grams is None or role not in ("linear", "transposed"):
+    if grams is None or role not in ("linear", "transposed") or experts[0].ndim != 2:
         return linear(experts, weight=shares)
     width = grams[0].shape[0]
     left = torch.zeros((width, width), dtype=torch.float64, device=experts[0].device)
