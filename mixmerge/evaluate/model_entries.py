@@ -9,6 +9,7 @@ from pathlib import Path
 from mixmerge.checkpoint.locate import locate
 from mixmerge.dynamic.folders import is_dynamic, parts_of
 from mixmerge.errors import Fault, MixmergeError, collecting
+from mixmerge.evaluate.flops import flops_per_token
 from mixmerge.evaluate.leaks import Made, read_made
 from mixmerge.evaluate.model_records import Role
 from mixmerge.recipe import ModelRef
@@ -49,6 +50,14 @@ class Entry:
             folders.add(parts_of(self.folder).base)
         files = {path for folder in folders for path in folder.rglob("*.safetensors")}
         return sum(path.stat().st_size for path in files if path.is_file())
+
+    @property
+    def flops(self) -> float:
+        """Operations of a token; NaN if that is not known."""
+        if self.network:
+            parts = parts_of(self.folder)
+            return flops_per_token(parts.base, parts.bank)
+        return flops_per_token(self.folder, self.adapter)
 
 
 def is_folder(path: str) -> bool:

@@ -11,6 +11,7 @@ from mixmerge.dynamic.engine import DynamicEngine
 from mixmerge.engines.local import Dtype, TransformersEngine
 from mixmerge.errors import MixmergeError
 from mixmerge.evaluate.advice import Facts, advise, installed_methods
+from mixmerge.evaluate.flops import CONTEXT
 from mixmerge.evaluate.harness import Figures, run_lm_eval
 from mixmerge.evaluate.heads import HeadSource, score_classes
 from mixmerge.evaluate.intervals import LEVEL
@@ -183,7 +184,15 @@ def _judged(
             engine.unload()
         ordered = {task.name: answers[task.name] for task in tasks}
         judged.append(
-            Judged(entry.name, entry.role, ordered, entry.made, entry.storage, tuple(used[entry.name]))
+            Judged(
+                entry.name,
+                entry.role,
+                ordered,
+                entry.made,
+                entry.storage,
+                tuple(used[entry.name]),
+                entry.flops,
+            )
         )
     return judged
 
@@ -219,6 +228,8 @@ def _notes(tasks: Sequence[EvalTask], judged: Sequence[Judged], best: str | None
     notes = [
         "Answers are greedy: a second run gives the same. Tokens in a second are those generated, or of the choices "
         "scored, on this machine.",
+        "FLOPs per token: 2 x the parameters a token is multiplied with (of MoE layers the experts it is sent to), and "
+        f"the attention to {CONTEXT:,} tokens before it.",
         *dict.fromkeys(found),
     ]
     if best is not None:
