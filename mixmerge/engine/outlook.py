@@ -279,7 +279,7 @@ def _batches(plan: Plan, asked: Calibration, rows: Sequence[Row], reader: Reader
     from mixmerge.calibrate.learners import batches_of, step_sizes
 
     if plan.method.statistics:
-        return reader.batches(rows, statistic_of(plan), measure_of(plan))
+        return reader.batches(rows, statistic_of(plan).name, measure_of(plan))
     size, _ = step_sizes(_option(plan, "rows"), asked.batch_size)
     return batches_of(
         plan.method.learner, reader.kind, rows, reader.tokenizer,
@@ -297,7 +297,7 @@ def _largest(plan: Plan, asked: Calibration, batches: Sequence[Batch], reader: R
     if batches:
         shapes = [_shape(batch) for batch in batches]
         return max(shapes, key=lambda one: one.places)
-    lines = 1 if plan.method.statistics == "fisher" else asked.batch_size
+    lines = measure_of(plan).lines(statistic_of(plan).name) if plan.method.statistics else asked.batch_size
     return Shown(lines, min(asked.max_tokens, reader.context))
 
 
@@ -328,7 +328,7 @@ def _anatomy(model: Model, reader: Reader) -> Anatomy:
 def _singular(plan: Plan, tokens: Sequence[int | None], faults: list[Fault]) -> list[str]:
     """Gram matrices of too few tokens, where the tokens of all experts are known."""
     counted = [count for count in tokens if count is not None]
-    if statistic_of(plan) != "gram" or len(counted) < len(tokens):
+    if statistic_of(plan).power != 2 or len(counted) < len(tokens):
         return []
     try:
         return singular([(task, min(counted)) for task in plan.tasks if is_map(task)])

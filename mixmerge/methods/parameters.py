@@ -49,9 +49,13 @@ def whole(
     )
 
 
-def choice(name: str, default: Value, doc: str, *choices: str, constant: bool = False) -> Parameter:
+def choice(
+    name: str, default: Value, doc: str, *choices: str, constant: bool = False, learning: bool = False
+) -> Parameter:
     """One of the words ``choices`` for the whole merge."""
-    return Parameter(name, "choice", "merge", default, doc, choices=choices, constant=constant)
+    return Parameter(
+        name, "choice", "merge", default, doc, choices=choices, constant=constant, learning=learning
+    )
 
 
 def flag(name: str, default: bool, doc: str, *, constant: bool = False) -> Parameter:

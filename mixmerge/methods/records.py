@@ -29,7 +29,7 @@ class Parameter:
         constant: the value may not change from tensor to tensor (it steers a whole-model statistic).
         position: the number is the position of one of the experts, from 0.
         whole: the number counts something: it has no fraction, and gradients go in steps.
-        learning: it steers how coefficients are learned; the definition does not take it.
+        learning: it steers how coefficients are learned, or statistics gathered; the definition does not take it.
         doc: one line for tables and errors.
     """
 

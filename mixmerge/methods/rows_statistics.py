@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from mixmerge.methods.parameters import flag, kept, number
+from mixmerge.methods.parameters import choice, flag, kept, number
 from mixmerge.methods.records import ANY, Method
 from mixmerge.methods.rows_plain import ROWS as PLAIN
 
@@ -43,6 +43,14 @@ ROWS = (
                 False,
                 "the floor is a share of each Fisher's norm; false, as released: the smallest norm wins",
                 constant=True,
+            ),
+            choice(
+                "squares",
+                "examples",
+                "of what: each example's gradient, or sums over batches of calibration.batch_size (released code)",
+                *("examples", "batches"),
+                constant=True,
+                learning=True,
             ),
         ),
         base="input",

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from mixmerge.calibrate.anatomy import Anatomy, Shown
 from mixmerge.calibrate.gathering import gathering_need
+from mixmerge.calibrate.kinds import KINDS
 from mixmerge.calibrate.teachers import Teachers
 from mixmerge.cli import app
 from mixmerge.engine.merge import merge
@@ -294,9 +295,9 @@ def test_the_command_prints_it(family: Callable[..., Any], tmp_path: Path) -> No
 
 def test_formulas_by_hand() -> None:
     small = Anatomy({"a": (4, 2), "b": (2, 4)}, {"a": (2, 4), "b": (4, 2)}, layers=1, hidden=2)
-    need = gathering_need(small, "gram", [2, 4], Shown(1, 3))
+    need = gathering_need(small, KINDS["gram"], [2, 4], Shown(1, 3))
     assert need.memory["Gram matrices"] == 8 * (4 + 16)
-    assert gathering_need(small, "fisher", [], Shown(1, 3)).memory["squared gradients"] == 4 * 16
+    assert gathering_need(small, KINDS["fisher"], [], Shown(1, 3)).memory["squared gradients"] == 4 * 16
     assert Teachers.bytes_of(10, 2, 3) == 4 * 10 * 2 * 4
 
 
