@@ -39,7 +39,7 @@ def whole(
         name,
         "number",
         "merge",
-        float(default),
+        default,
         doc,
         low,
         high,
