@@ -61,7 +61,7 @@ class Parts:
 
         if self._untouched(task):
             return None
-        work = torch.float64 if wide(task) else torch.float32
+        work = torch.float64 if task.wide else torch.float32
         source = task.sources[expert]
         value = read_tensor(source, self._files, self._adapters, work, _DEVICE)
         if source.delta_only and task.base is not None:
