@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 
@@ -72,3 +73,16 @@ class EngineDiedError(MixmergeError):
     def __init__(self, faults: Fault | Iterable[Fault], *, exit_code: int | None = None) -> None:
         super().__init__(faults)
         self.exit_code = exit_code
+
+
+@contextmanager
+def collecting(faults: list[Fault]) -> Iterator[None]:
+    """Add what is wrong with one of several things to a list, each fault once, and go on with the next.
+
+    Args:
+        faults: to be raised as one ``MixmergeError`` when all were looked at.
+    """
+    try:
+        yield
+    except MixmergeError as error:
+        faults.extend(fault for fault in error.faults if fault not in faults)

@@ -210,6 +210,7 @@ def test_gradients_reach_coefficients_and_experts() -> None:
         ("ties", {"weight": float("nan")}, [], "parameters.weight: is nan. a finite number"),
         ("ties", {"weight": float("inf")}, [], "a finite number"),
         ("ties", {"weight": True}, [], "parameters.weight: is True. one number"),
+        ("wudi", {"steps": 2.5}, [], "parameters.steps: is 2.5. a whole number"),
         ("ties", {"weight": [1.0, 2.0]}, [], "give one per expert in expert_parameters"),
         ("ties", {"weight": 1.0, "normalize": 1}, [], "is 1. true or false"),
         ("ties", {"weight": 1.0, "scope": "layer"}, [], "parameters.scope: is 'layer'. tensor or model"),

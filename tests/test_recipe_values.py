@@ -11,7 +11,7 @@ from hypothesis import settings as budget
 from hypothesis import strategies as st
 
 from mixmerge.errors import RecipeError
-from mixmerge.methods import METHODS
+from mixmerge.methods import METHODS, Method, Parameter
 from mixmerge.recipe import (
     Conditional,
     ModelEntry,
@@ -58,6 +58,47 @@ def values(text: str, *, entry: int | None, name: str = "x", position: float = 0
 )
 def test_gradients_by_hand(anchors: tuple[Any, ...], position: float, value: object) -> None:
     assert interpolate(anchors, position) == value
+
+
+def test_whole_numbers_go_in_steps() -> None:
+    assert [interpolate((10.0, 20.0, 40.0), at / 4, whole=True) for at in range(5)] == [10, 10, 20, 20, 40]
+
+
+WHOLE = [(row, parameter) for row in METHODS.values() for parameter in row.parameters if parameter.whole]
+
+
+def test_what_counts_is_a_whole_number() -> None:
+    counts = {"steps", "subspace", "least", "rows", "period", "least_chunks", "rank"}
+    assert {parameter.name for _, parameter in WHOLE} == counts
+    named = [
+        parameter for row in METHODS.values() for parameter in row.parameters if parameter.name in counts
+    ]
+    assert all(parameter.whole for parameter in named)
+
+
+@pytest.mark.parametrize(("row", "parameter"), WHOLE, ids=lambda one: one.name)
+def test_a_fraction_is_no_count(row: Method, parameter: Parameter) -> None:
+    """It was cut in silence: 2.5 steps were 2."""
+
+    def recipe(value: object) -> dict[str, Any]:
+        data = {"calibration": {"data": "builtin:docs"}} if row.needs_data else {}
+        return {
+            "merge_method": row.name,
+            "base_model": "base",
+            "models": [{"model": "a"}, {"model": "b"}],
+            "parameters": {parameter.name: value},
+            **data,
+        }
+
+    least = max(parameter.low, 0.0)
+    fault = f"parameters.{parameter.name}: {least + 0.5:g} is no whole number. {parameter.name} is "
+    with pytest.raises(RecipeError) as raised:
+        read(recipe(least + 0.5)).require()
+    assert [str(one)[: len(fault)] for one in raised.value.faults] == [fault]
+    with pytest.raises(RecipeError, match="no whole number"):
+        read(recipe([{"filter": "mlp", "value": least + 1.5}, {"value": least}])).require()
+    for value in (int(least), float(least), f"{least:g}"):
+        assert read(recipe(value)).require().parameters[parameter.name][0].value == (least,)
 
 
 def test_layer_positions() -> None:

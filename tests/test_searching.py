@@ -205,6 +205,22 @@ def test_spaces_that_are_wrong(text: str, words: str, tmp_path: Path) -> None:
     assert words in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("dimension", "words"),
+    [
+        ("{low: 0, high: 9}", r"it is a whole number. choices: \[...\]"),
+        ("{choices: [1, 2.5]}", "2.5 is no value of it. whole numbers from 0 to 1e"),
+    ],
+)
+def test_counts_are_searched_by_choices(dimension: str, words: str, tmp_path: Path) -> None:
+    path = tmp_path / "space.yaml"
+    path.write_text(f"parameters: {{steps: {dimension}}}")
+    with pytest.raises(MixmergeError, match=words):
+        read_space(path, METHODS["wudi"])
+    path.write_text("parameters: {steps: {choices: [0, 300.0]}}")
+    assert read_space(path, METHODS["wudi"]).dimensions["steps"].choices == (0, 300.0)
+
+
 def test_the_journal_is_plain_json(make: Any, tmp_path: Path) -> None:
     recipe, scorer = make((0.9, 0.2))
     search(recipe, space_of(2, weight=Dimension(low=0.0, high=1.0)), scorer, tmp_path)

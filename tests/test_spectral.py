@@ -17,7 +17,8 @@ from mixmerge.methods.doge import Thresholds, doge_ta
 from mixmerge.methods.isotropic import iso_c, iso_cts, own_directions
 from mixmerge.methods.lowrank import LowRank, total
 from mixmerge.methods.memory import apply, merge_state_dicts
-from mixmerge.methods.spectral import is_matrix, orthogonal, triplets
+from mixmerge.methods.roles import is_matrix
+from mixmerge.methods.spectral import orthogonal, triplets
 from mixmerge.methods.tsv import tsv_m
 from mixmerge.methods.wudi import wudi
 
@@ -85,6 +86,13 @@ def test_wudi_by_hand() -> None:
     close(wudi(deltas, base=torch.zeros(1, 2), solver="closed"), matrix([1, 1]))
     close(wudi(deltas, base=torch.zeros(1, 2), steps=0), matrix([2, 1]))
     close(wudi(deltas, base=torch.zeros(1, 2), steps=1, lr=0.25), matrix([1.75, 0.75]), 1e-4)
+
+
+def test_wudi_within_reach_by_hand() -> None:
+    """A ridge of 1: S + I = [[2.5, .5], [.5, 1.5]], so D = [5, 3] / 7, whose norm is sqrt(34) / 7."""
+    deltas, reach = [matrix([1, 0]), matrix([1, 1])], 34**0.5 / 7 / (1 + 2**0.5)
+    for each in (deltas, [LowRank(torch.ones(1, 1), delta) for delta in deltas]):
+        close(wudi(each, base=torch.zeros(1, 2), solver="closed", reach=reach), matrix([5 / 7, 3 / 7]))
 
 
 # --- beside what was published
@@ -194,6 +202,49 @@ def test_closed_wudi_is_the_minimum() -> None:
     assert (
         float(loss) < float(far) < float(published) < float(interference(torch.stack(deltas).sum(0), deltas))
     )
+
+
+def steep(m: int, n: int) -> Tensor:
+    """A delta of full rank whose last singular value is a thousandth of the first."""
+    k = min(m, n)
+    u, v = torch.linalg.qr(draw(m, k, seed=5)).Q, torch.linalg.qr(draw(n, k, seed=6)).Q
+    return 0.1 * (u * torch.logspace(0, -3, k)) @ v.T
+
+
+@pytest.mark.parametrize(("m", "n"), [(96, 96), (144, 96), (64, 96)])
+def test_closed_wudi_of_adapters_beside_a_full_model_stays_within_reach(m: int, n: int) -> None:
+    """Adapters read mostly what the full model reads most, and a little of what it hardly reads."""
+    whole = steep(m, n)
+    main = torch.linalg.svd(whole).Vh[:4]
+    reads = [draw(4, n, seed=i) / n**0.5 + draw(4, 4, seed=10 + i) @ main for i in range(2)]
+    thin = [LowRank(draw(m, 4, seed=20 + i), read) for i, read in enumerate(reads)]
+    deltas: list[Any] = [*(each * float(whole.norm() / (each.b @ each.a).norm()) for each in thin), whole]
+    dense, zero = [*(each.b @ each.a for each in deltas[:2]), whole], torch.zeros(m, n)
+    norms = [float(delta.norm()) for delta in dense]
+    bare = wudi(deltas, base=zero, solver="closed", reach=1e6)
+    assert float(bare.norm()) > 5 * max(norms)
+    for reach in (1.0, 0.4):
+        merged = wudi(deltas, base=zero, solver="closed", reach=reach)
+        close(wudi(dense, base=zero, solver="closed", reach=reach), merged, 1e-4)
+        torch.testing.assert_close(float(merged.norm()), reach * sum(norms), rtol=1e-4, atol=0)
+        alike = [merged * 0 + torch.stack(dense).sum(0) * reach, bare * (merged.norm() / bare.norm())]
+        assert all(interference(merged, dense) < 0.7 * interference(other, dense) for other in alike)
+    slope = merged.double().requires_grad_()
+    loss = interference(slope, [delta.double() for delta in dense])
+    (gradient,) = torch.autograd.grad(loss, slope)
+    close(gradient / gradient.norm(), -merged / merged.norm(), 1e-3)  # only a shorter or longer D is better
+
+
+def test_what_is_within_reach_is_the_minimum_itself() -> None:
+    for shape in ((30, 20), (20, 20)):
+        deltas = experts(3, *shape)
+        s = torch.stack([(d.double().T @ d.double()) / d.double().square().sum() for d in deltas]).sum(0)
+        c = torch.stack(
+            [d.double() @ d.double().T @ d.double() / d.double().square().sum() for d in deltas]
+        ).sum(0)
+        merged = wudi(deltas, base=torch.zeros(shape), solver="closed")
+        close(merged, c @ torch.linalg.pinv(s), 1e-5)
+        assert torch.equal(merged, wudi(deltas, base=torch.zeros(shape), solver="closed", reach=1e6))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -149,6 +149,38 @@ def test_a_killed_merge_gathers_once(
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_squares_of_batches_are_statistics_of_their_own(
+    family: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was gathered for one form, or another batch size, is not taken for the other."""
+    import torch
+
+    from mixmerge.engine import merge as engine
+
+    made = family("llama", dtype="float32")
+    data = write(tmp_path / "data")
+    monkeypatch.setattr(engine, "forget", lambda out: None)
+    forms: list[dict[str, Any]] = [
+        {},
+        {"calibration": {"batch_size": 2}},
+        {"squares": "batches", "calibration": {"batch_size": 2}},
+        {"squares": "batches", "calibration": {"batch_size": 3}},
+    ]
+    kept, found = [], []
+    for form in forms:
+        merge(recipe("fisher", made.experts, data, floor=1e-20, **form), tmp_path / "out", overwrite=True)
+        kept.append(len(list(cache_folder(tmp_path / "out").iterdir())))
+        found.append(weights(tmp_path / "out"))
+    assert kept == [2, 2, 4, 6]  # of each expert one; example by example, the batch size does not matter
+
+    def alike(one: int, other: int) -> bool:
+        return all(torch.equal(found[one][name], found[other][name]) for name in found[0])
+
+    assert [alike(0, 1), alike(0, 2), alike(2, 3)] == [True, False, False]
+    with pytest.raises(MixmergeError, match="squares"):
+        merge(recipe("fisher", made.experts, data, squares="rows"), tmp_path / "other")
+
+
 def test_one_expert_comes_back_whole(family: Callable[..., Any], tmp_path: Path) -> None:
     import torch
 

@@ -399,7 +399,10 @@ WRONG: dict[str, tuple[Change, list[str]]] = {
     ),
     "no rows": (lambda r: r.update(gate={}), ["twin learns from data, and the recipe has none"]),
     "rank 0": (lambda r: r.update(parameters={"rank": 0}), ["0 is out of range. rank is at least 1"]),
-    "half a rank": (lambda r: r.update(parameters={"rank": 1.5}), ["is 1.5. Whole numbers from 1"]),
+    "half a rank": (
+        lambda r: r.update(parameters={"rank": 1.5}),
+        ["1.5 is no whole number. rank is at least 1"],
+    ),
     "rank": (
         lambda r: r.update(parameters={"rank": 49}),
         ["parameters.rank: is 49, and no matrix has more than 32 rows or columns. 1 to 32"],

@@ -188,14 +188,21 @@ def _without_data() -> tuple[Entry, ...]:
 
 def _with_statistics() -> tuple[Entry, ...]:
     return (
-        Entry("Fisher", "fisher", data="train", calibration=_SHORT, against=("fisher", _FISHER)),
+        Entry("Fisher", "fisher", data="train", calibration=_SHORT),
+        Entry(
+            "Fisher, squares of batches",
+            "fisher",
+            top={"squares": "batches"},
+            data="train",
+            calibration={**_SHORT, "batch_size": _FISHER["batch_size"]},
+            against=("fisher", _FISHER),
+        ),
         Entry(
             "Fisher, floors by norm",
             "fisher",
             top={"relative_floor": True},
             data="train",
             calibration=_SHORT,
-            against=("fisher", _FISHER),
         ),
         Entry(
             "RegMean",

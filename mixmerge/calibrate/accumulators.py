@@ -11,14 +11,13 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from mixmerge.errors import Fault, MixmergeError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Kind = Literal["gram", "fisher", "second_moment"]
 WEIGHTS, FACTS = "statistics.safetensors", "statistics.json"
 _VERSION = 1
 
@@ -28,16 +27,16 @@ class Facts:
     """What sums are of: two with the same facts, but for the rows, may be added up.
 
     Args:
-        kind: ``gram``: x xᵀ of the inputs of a linear map, (n, n). ``second_moment``: its diagonal, (n,).
-            ``fisher``: squares of the gradient of one example's log-likelihood, S.
+        kind: of ``KINDS``. ``gram``: x xᵀ of the inputs of a linear map, (n, n). ``second_moment``: its diagonal, (n,).
+            ``fisher``: squares of the gradient of one example's log-likelihood, S; ``fisher_batches``: of a batch's.
         model: fingerprint of the model that was run.
         settings: what else decides a row's share: how rows are cut, drawn labels.
         rows: digests of the rows, sorted.
-        counts: of each sum, the tokens (of ``fisher``, the examples) it is over.
+        counts: of each sum, the tokens (of gradients, the examples) it is over.
         same: tensors that share the sum of another, as the three projections of attention do: they see one input.
     """
 
-    kind: Kind
+    kind: str
     model: str
     settings: Mapping[str, Any]
     rows: tuple[str, ...]

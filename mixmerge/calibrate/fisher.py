@@ -19,9 +19,25 @@ if TYPE_CHECKING:
 
 
 def add_fisher(
-    expert: LoadedExpert, batches: Iterable[Batch], rows: Sequence[Row], seed: int, sums: Sums
+    expert: LoadedExpert,
+    batches: Iterable[Batch],
+    rows: Sequence[Row],
+    seed: int,
+    sums: Sums,
+    *,
+    together: bool = False,
 ) -> None:
-    """Squared gradients of single lines: a sum over lines or classes before the square would keep cross terms."""
+    """Squared gradients of single lines: a sum over lines or classes before the square would keep cross terms.
+
+    Args:
+        expert: what is run.
+        batches: of one line each, unless ``together``.
+        rows: what the batches are of.
+        seed: of drawn labels.
+        sums: get the squares, and how many lines they are of.
+        together: square the sum over all lines and classes of a batch, ``sum_i sum_k sqrt(p_ik) log p_ik`` of a
+            classifier, as FusionBench and MergeLM do: cross terms and all.
+    """
     import torch
 
     model = expert.model
@@ -34,13 +50,16 @@ def add_fisher(
         for batch in batches:
             moved = batch.to(device)
             if expert.kind == "causal" and not moved.loss_mask[:, 1:].any():
-                continue  # the answer was cut off
+                continue  # the answers were cut off
             logits = model(**moved.inputs()).logits.float()
             if expert.kind == "causal":
-                generator = _generator(seed, [rows[at].digest for at in batch.rows])
-                terms = [(_drawn(logits, moved.loss_mask, generator), 1.0)]
+                lines = int(moved.loss_mask[:, 1:].any(1).sum())
+                terms = [(_likelihood(logits, moved, rows, seed), 1.0)]
             else:
-                terms = expectation(logits[0], model.config)
+                lines = len(logits)
+                terms = [term for line in logits for term in expectation(line, model.config)]
+            if together:
+                terms = [(sum(value * factor**0.5 for value, factor in terms), 1.0)]  # type: ignore[misc]
             looked_up = torch.unique(moved.input_ids)
             for number, (value, factor) in enumerate(terms):
                 gradients = torch.autograd.grad(
@@ -51,7 +70,7 @@ def add_fisher(
                         sums.add_square(name, gradient, factor, looked_up if name == table else None)
                 del gradients, gradient  # or they are there until the next ones have been made
             for name in named:
-                sums.counts[name] = sums.counts.get(name, 0) + 1
+                sums.counts[name] = sums.counts.get(name, 0) + lines
     finally:
         model.requires_grad_(False)
     if not sums.counts:
@@ -98,18 +117,34 @@ def _generator(seed: int, digests: Sequence[str]) -> Any:
     return torch.Generator().manual_seed(int.from_bytes(words[:8], "big") >> 1)
 
 
+def _likelihood(logits: Tensor, batch: Batch, rows: Sequence[Row], seed: int) -> Tensor:
+    """Log-likelihood of a batch whose scored tokens are drawn from the model itself: ``(B, L, vocabulary)`` to ``()``.
+
+    A line's draws depend on the seed and its row alone; where lines hold several rows, on those of the batch.
+    """
+    owners = [[at] for at in batch.rows] if len(batch.rows) == len(logits) else [list(batch.rows)]
+    size = len(logits) // len(owners)
+    parts = [
+        _drawn(logits[at * size : (at + 1) * size], batch.loss_mask[at * size : (at + 1) * size], generator)
+        for at, generator in enumerate(_generator(seed, [rows[row].digest for row in own]) for own in owners)
+    ]
+    return sum(parts[1:], parts[0])
+
+
 def _drawn(logits: Tensor, loss_mask: Tensor, generator: Any) -> Tensor:
-    """Log-likelihood of one line whose scored tokens are drawn from the model itself.
+    """Log-likelihood of lines whose scored tokens are drawn from the model itself.
 
     The draws of two places are independent and each has a score of mean zero, so the square of the sum has the
     expectation of the sum of the squares: one backward pass gives an unbiased Fisher of all places.
 
     Shapes:
-        logits ``(1, L, vocabulary)``, loss_mask ``(1, L)``.
+        logits ``(B, L, vocabulary)``, loss_mask ``(B, L)``.
     """
     import torch
 
-    scores = torch.log_softmax(logits[0, :-1][loss_mask[0, 1:]], -1)
+    scores = torch.log_softmax(logits[:, :-1][loss_mask[:, 1:]], -1)
+    if not len(scores):
+        return scores.sum()
     drawn = torch.multinomial(scores.detach().exp().cpu(), 1, generator=generator).to(scores.device)
     return scores.gather(1, drawn).sum()
 

@@ -10,9 +10,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from mixmerge.calibrate.accumulators import Facts, Kind, Statistics, added
+from mixmerge.calibrate.accumulators import Facts, Statistics, added
 from mixmerge.calibrate.anatomy import Anatomy, Need, Shown
 from mixmerge.calibrate.fisher import add_fisher, fisher_need
+from mixmerge.calibrate.kinds import KINDS, StatisticKind
 from mixmerge.data.batches import Batch, Task, context_of, make_batches, tokenised
 from mixmerge.data.rows import Row
 from mixmerge.errors import Fault, MixmergeError
@@ -36,16 +37,19 @@ class Measure:
     layout: Literal["padded", "packed"] = "padded"
     seed: int = 0
 
-    def settings(self, kind: Kind) -> dict[str, Any]:
+    def settings(self, kind: str) -> dict[str, Any]:
         """What decides the share of a row."""
-        shown = {"max_tokens": self.max_tokens, "layout": self.layout}
-        return {**shown, "seed": self.seed} if kind == "fisher" else shown
+        return {name: getattr(self, name) for name in KINDS[kind].settings}
+
+    def lines(self, kind: str) -> int:
+        """Lines of a batch."""
+        return 1 if KINDS[kind].rows == "alone" else self.batch_size
 
 
 def gather(
     expert: LoadedExpert,
     rows: Sequence[Row],
-    kind: Kind,
+    kind: str,
     *,
     fingerprint: str,
     measure: Measure = Measure(),
@@ -57,23 +61,24 @@ def gather(
     Args:
         expert: loaded, with its tokenizer.
         rows: what it is shown. A row that is too short to say anything adds nothing.
-        kind: see ``Facts``. ``gram`` and ``second_moment`` are of the inputs of its linear maps.
+        kind: a name of ``KINDS``.
         fingerprint: of the model, to be kept with the sums.
         measure: how rows are shown.
         wanted: names of the tensors to gather for; None is all there are.
         progress: called with (rows done, rows in all) after every batch.
 
     Raises:
-        MixmergeError: no tokenizer, no usable row; for ``fisher``, a model without logits that say something; sums
-            that are not finite.
+        MixmergeError: no tokenizer, no usable row; of gradients, a model without logits that say something; sums that
+            are not finite.
     """
     batches = Reader.of(expert).batches(rows, kind, measure)
     sums = Sums(wanted)
     shown = told(batches, progress)
-    if kind == "fisher":
-        add_fisher(expert, shown, rows, measure.seed, sums)
+    row = KINDS[kind]
+    if row.gradients:
+        add_fisher(expert, shown, rows, measure.seed, sums, together=row.rows == "together")
     else:
-        _activations(expert, shown, kind, sums)
+        _activations(expert, shown, row, sums)
     used = {rows[at].digest for batch in batches for at in batch.rows}
     return finished(sums, kind, expert.name, fingerprint, measure.settings(kind), used)
 
@@ -89,7 +94,7 @@ def told(batches: Sequence[Batch], progress: Told | None) -> Iterator[Batch]:
 
 
 def finished(
-    sums: Sums, kind: Kind, name: str, fingerprint: str, settings: dict[str, Any], used: Collection[str]
+    sums: Sums, kind: str, name: str, fingerprint: str, settings: dict[str, Any], used: Collection[str]
 ) -> Statistics:
     """Sums as statistics of an expert called ``name`` on the rows with the digests ``used``.
 
@@ -146,13 +151,13 @@ class Reader:
     def task(self) -> Task:
         return "causal" if self.kind == "causal" else "classifier"
 
-    def batches(self, rows: Sequence[Row], kind: Kind, measure: Measure) -> tuple[Batch, ...]:
+    def batches(self, rows: Sequence[Row], kind: str, measure: Measure) -> tuple[Batch, ...]:
         """The rows as this expert reads them for a statistic, none longer than it can.
 
         Raises:
             MixmergeError: it has no tokenizer, or not the logits it takes; as ``make_batches``.
         """
-        if kind == "fisher" and self.kind == "other":
+        if KINDS[kind].gradients and self.kind == "other":
             what = f"is a {self.architecture}: it predicts neither a token nor a class"
             raise MixmergeError(Fault(self.name, what, "A causal language model or a sequence classifier"))
         check_tokenizer(self.tokenizer, self.name)
@@ -164,13 +169,13 @@ class Reader:
             self.tokenizer,
             task=self.task,
             max_tokens=min(measure.max_tokens, self.context),
-            batch_size=1 if kind == "fisher" else measure.batch_size,
+            batch_size=measure.lines(kind),
             layout=measure.layout,
-            order="length",
+            order="given" if KINDS[kind].rows == "together" else "length",
         )
 
 
-def gathering_need(anatomy: Anatomy, kind: Kind, widths: Sequence[int], shown: Shown) -> Need:
+def gathering_need(anatomy: Anatomy, kind: StatisticKind, widths: Sequence[int], shown: Shown) -> Need:
     """What ``gather`` takes.
 
     A sum of Gram matrices is 8 n² bytes of every map of n inputs, fewer where maps share an input; one map at a time
@@ -182,13 +187,13 @@ def gathering_need(anatomy: Anatomy, kind: Kind, widths: Sequence[int], shown: S
         widths: inputs of the linear maps that are gathered in one pass.
         shown: its largest batch.
     """
-    if kind == "fisher":
+    if kind.gradients:
         return fisher_need(anatomy, shown)
-    expert, widest = {"expert": anatomy.loading}, max(widths, default=0)
-    if kind == "gram":
-        sums = {"Gram matrices": 8 * sum(width**2 for width in widths), "one at work": 20 * widest**2}
+    expert, widest, sizes = {"expert": anatomy.loading}, max(widths, default=0), sum(map(kind.size, widths))
+    if kind.power == 2:
+        sums = {"Gram matrices": sizes, "one at work": 20 * widest**2}
     else:
-        sums = {"second moments": 8 * sum(widths), "one at work": 12 * widest * shown.places}
+        sums = {"second moments": sizes, "one at work": 12 * widest * shown.places}
     return Need({**expert, **sums, "activations": anatomy.forward(shown)})
 
 
@@ -275,7 +280,7 @@ def real_inputs(value: Tensor, mask: Tensor) -> Tensor | None:
     return flat if bool(mask.all()) else None
 
 
-def _activations(expert: LoadedExpert, batches: Iterable[Batch], kind: Kind, sums: Sums) -> None:
+def _activations(expert: LoadedExpert, batches: Iterable[Batch], kind: StatisticKind, sums: Sums) -> None:
     import torch
 
     model = expert.model
@@ -292,7 +297,7 @@ def _activations(expert: LoadedExpert, batches: Iterable[Batch], kind: Kind, sum
 class Watch:
     """What is added up each time a linear map is about to work."""
 
-    kind: Kind
+    kind: StatisticKind
     sums: Sums
     mask: Any = None
     last: tuple[Any, str] | None = None
@@ -318,24 +323,24 @@ class Watch:
         if inputs is None:
             self.unclear.add(name)
         else:
-            self.sums.add(name, _second(inputs, self.kind), len(inputs))
+            self.sums.add(name, _second(inputs, self.kind.power), len(inputs))
 
 
-def _second(inputs: Tensor, kind: Kind) -> Tensor:
+def _second(inputs: Tensor, power: int) -> Tensor:
     """Sum of x xᵀ, (n, n), or of its diagonal, (n,), in float64; float32 products of a few thousand tokens."""
     import torch
 
     width = inputs.shape[-1]
-    shape = (width, width) if kind == "gram" else (width,)
+    shape = (width,) * power
     total = torch.zeros(shape, dtype=torch.float64, device=inputs.device)
     for piece in torch.split(inputs, _PIECE):
         part = piece if piece.dtype == torch.float64 else piece.float()
-        total += part.T @ part if kind == "gram" else part.double().square().sum(0)
+        total += part.T @ part if power == 2 else part.double().square().sum(0)
     return total.cpu()
 
 
 @contextmanager
-def watching(maps: dict[str, Any], kind: Kind, sums: Sums) -> Iterator[Watch]:
+def watching(maps: dict[str, Any], kind: StatisticKind, sums: Sums) -> Iterator[Watch]:
     """Add up the inputs of linear maps while models run; each batch is announced to the watch."""
     watch = Watch(kind, sums)
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from mixmerge.calibrate.accumulators import Statistics
 from mixmerge.calibrate.anatomy import Anatomy, Need, Shown
 from mixmerge.calibrate.gathering import Measure, Reader, Sums, Told, finished, linear_maps, watching
+from mixmerge.calibrate.kinds import KINDS
 from mixmerge.data.batches import Batch
 from mixmerge.data.rows import Row
 from mixmerge.errors import Fault, MixmergeError
@@ -231,7 +232,7 @@ def _of_block(block: Any, start: str, expert: LoadedExpert, flow: Sequence[_Flow
 
     sums = Sums(None)
     maps = {name: module for name, module in linear_maps(expert.model).items() if name.startswith(start)}
-    with watching(maps, "gram", sums) as watch, torch.no_grad():
+    with watching(maps, KINDS["gram"], sums) as watch, torch.no_grad():
         for each in flow:
             watch.begin(each.batch.attention_mask)
             arguments, options = each.given[number]
@@ -249,7 +250,7 @@ def _of_rest(expert: LoadedExpert, merged: Any, flow: Sequence[_Flow], inside: s
     for name, value in merged.named_parameters():
         if name in own and name not in maps and own[name].shape == value.shape:
             own[name].data.copy_(value.data)
-    with watching(maps, "gram", sums) as watch, torch.no_grad():
+    with watching(maps, KINDS["gram"], sums) as watch, torch.no_grad():
         for each in flow:
             watch.begin(each.batch.attention_mask)
             expert.model(**each.batch.inputs())

@@ -60,7 +60,7 @@ def ask(
     from mixmerge.errors import Fault, MixmergeError
     from mixmerge.mixture import Mixture
 
-    loaded = Mixture.load(mixture, revision=revision, trust_endpoints=trust_endpoints)
+    loaded = Mixture.load(mixture, revision=revision, trust_endpoints=trust_endpoints, answers=True)
     text = sys.stdin.read() if prompt == "-" else prompt
     settings = Settings(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     labels = {label: str(value) for label, value in parse_options(meta or (), where="--meta").items()}

@@ -20,6 +20,8 @@ from mixmerge.cli.show import emit_json, size, step_progress, table
 if TYPE_CHECKING:
     from mixmerge.batch.costs import Report
     from mixmerge.batch.setup import Conditions
+    from mixmerge.errors import Fault
+    from mixmerge.mixture import Mixture
     from mixmerge.mixture.batching import JobPlan
 
 MixturePath = Annotated[
@@ -133,27 +135,37 @@ def batch(
     interrupted (exit code 130) or out of time (exit code 3) goes on when
     the same command is given again.
     """
-    from mixmerge.errors import Fault, MixmergeError
+    from mixmerge.errors import Fault, MixmergeError, collecting
     from mixmerge.mixture import Mixture, batching
 
     if output is None and not plan:
         raise MixmergeError(Fault("--output", "is missing", "A file, or --plan"))
-    conditions = conditions_of(device, memory, batch_tokens, deadline, apart=apart, ray=ray)
-    loaded = Mixture.load(mixture, revision=revision, trust_endpoints=trust_endpoints)
+    asked = batching.Files(
+        Path(input),
+        output or Path(input).with_suffix(".answers"),
+        format=format,
+        field=field,
+        name=name,
+        explain=explain,
+        unordered=unordered,
+        overwrite=overwrite,
+    )
+    faults: list[Fault] = []
+    conditions: Conditions | None = None
+    loaded: Mixture | None = None
+    with collecting(faults):
+        conditions = conditions_of(device, memory, batch_tokens, deadline, apart=apart, ray=ray)
+    with collecting(faults):
+        loaded = Mixture.load(mixture, revision=revision, trust_endpoints=trust_endpoints, answers=True)
+    with collecting(faults):
+        batching.check_files(asked, read=input != "-", written=not plan)
+    if conditions is None or loaded is None or faults:
+        raise MixmergeError(faults)
     with (
         _file(input, None if plan else output) as path,
         on_cluster(conditions, ray, ray_cpus, memory) as conditions,
     ):
-        files = batching.Files(
-            path,
-            output or path.with_suffix(".answers"),
-            format=format,
-            field=field,
-            name=name,
-            explain=explain,
-            unordered=unordered,
-            overwrite=overwrite,
-        )
+        files = replace(asked, input=path, output=output or path.with_suffix(".answers"))
         if plan:
             planned = batching.plan(loaded, files, conditions)
             emit_json(planned.as_dict()) if json else show_plan(planned)

@@ -125,7 +125,7 @@ def evaluate(
     if html is not None:
         check_plots()
     harness = _listed([lm_eval] if lm_eval is not None else [])
-    read = _tasks(tasks, task, metric, own=own, head=head, limit=limit, needed=not harness)
+    read = _tasks(tasks, task, metric, own=own, head=head, needed=not harness)
     limits = Limits(seconds=program_seconds, memory=program_memory << 20)
     with step_progress(quiet=quiet) as progress:
         report = evaluate_models(
@@ -158,6 +158,8 @@ def evaluate(
         emit_json(report.as_dict())
     else:
         _print(report)
+    if harness and not report.harness:
+        raise typer.Exit(2)
 
 
 def _listed(values: Sequence[str] | None) -> list[str]:
@@ -196,12 +198,11 @@ def _tasks(
     *,
     own: str | None,
     head: str | None,
-    limit: int | None,
     needed: bool,
-) -> tuple[EvalTask, ...]:
-    """The tasks of a file, or the one that options describe."""
+) -> Path | dict[str, object] | tuple[EvalTask, ...]:
+    """A tasks file, what would stand in one of the task that options describe, or none."""
     from mixmerge.errors import Fault, MixmergeError
-    from mixmerge.evaluate.task_file import one_task, read_tasks
+    from mixmerge.evaluate.task_file import one_task
 
     if tasks is not None and task is not None:
         raise MixmergeError(Fault("--task", "stands beside --tasks", "One of them"))
@@ -209,11 +210,11 @@ def _tasks(
         if value is not None and task is None:
             raise MixmergeError(Fault(option, "goes with --task", "In a tasks file it is a key of each task"))
     if tasks is not None:
-        return read_tasks(tasks, limit=limit)
+        return tasks
     if task is not None:
         if metric is None:
             raise MixmergeError(Fault("--task", "needs a metric", run="Name it by --metric"))
-        return (one_task(task, metric, expert=own, head=head, limit=limit),)
+        return one_task(task, metric, expert=own, head=head)
     if needed:
         raise MixmergeError(
             Fault("--tasks", "is missing", "A tasks file; or --task and --metric; or --lm-eval")

@@ -59,7 +59,7 @@ def merge(
     from mixmerge.engine.merge import fetch_for, run
     from mixmerge.engine.outlook import plan_with_data
 
-    plan, _ = plan_with_data(recipe, allow_tokenizer_mismatch=allow_tokenizer_mismatch)
+    plan, outlook = plan_with_data(recipe, allow_tokenizer_mismatch=allow_tokenizer_mismatch)
     if not quiet:
         warn(plan.warnings)
     if plan.remote:
@@ -81,6 +81,7 @@ def merge(
             progress=progress,
             learning=learning,
             gathering=gathering,
+            parts=None if outlook is None else outlook.parts,
         )
     if not quiet:
         warn(merged.notes)

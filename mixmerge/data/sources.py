@@ -8,6 +8,7 @@ import re
 import sysconfig
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -160,7 +161,10 @@ def _hub(name: str, split: str) -> Iterator[Found]:
         ) from error  # fmt: skip
     repository, _, configuration = name.partition(":")
     try:
-        found = datasets.load_dataset(repository, configuration or None, split=split, trust_remote_code=False)
+        with _without_bars(datasets):
+            found = datasets.load_dataset(
+                repository, configuration or None, split=split, trust_remote_code=False
+            )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
         raise MixmergeError(
@@ -172,6 +176,18 @@ def _hub(name: str, split: str) -> Iterator[Found]:
             )
         ) from error
     return (Found(f"{name} ({split}), row {at}", dict(values), False) for at, values in enumerate(found, 1))
+
+
+@contextmanager
+def _without_bars(datasets: Any) -> Iterator[None]:
+    """Whoever calls shows how far it is, and need not; the package draws bars of its own."""
+    hidden = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not hidden:
+            datasets.enable_progress_bars()
 
 
 def _builtin(name: str) -> Iterator[Found]:

@@ -5,15 +5,15 @@ Statistics are kept in a hidden folder beside the output until that is whole, so
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
-from mixmerge.calibrate.accumulators import Facts, Kind, read_facts, save_statistics, saved_mean
+from mixmerge.calibrate.accumulators import Facts, read_facts, save_statistics, saved_mean
 from mixmerge.calibrate.anatomy import Anatomy, Need, Shown
+from mixmerge.calibrate.kinds import SEQUENTIAL, StatisticKind, kind_for
 from mixmerge.checkpoint.identity import canonical_hash
 from mixmerge.data.rows import Row
 from mixmerge.engine.calibration_data import Data, experts_of, identity
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 # Bytes of Gram matrices gathered in one run over the rows; an expert with more is run several times.
 _AT_ONCE = 2_000_000_000
 _SHOWN = 3
-SEQUENTIAL = "gram_sequential"  # Gram matrices that need the layers merged so far
 
 Found = Mapping[str, Sequence[Any]]
 # Whose turn it is, steps done, steps in all: rows of every expert, or blocks where all experts go together.
@@ -95,10 +94,11 @@ def calibrated(
             expert.gather(cache, fingerprints, device, _counted(progress, expert, before, total))
             before += passes * len(expert.rows)
     notes = _check(plan, gathered)
-    norms = [expert.norm() for expert in gathered] if plan.method.statistics == "fisher" else []
+    kind = statistic_of(plan)
+    norms = [expert.norm() for expert in gathered] if kind.gradients else []
 
     def statistics(task: Task) -> Found:
-        found: dict[str, Sequence[Any]] = {statistic_of(plan): [expert.mean(task) for expert in gathered]}
+        found: dict[str, Sequence[Any]] = {kind.key: [expert.mean(task) for expert in gathered]}
         return {**found, "norm": norms} if norms else found
 
     return Calibrated(statistics, notes)
@@ -112,9 +112,9 @@ def _counted(progress: GatheringProgress | None, expert: _Expert, before: int, t
     return tell
 
 
-def statistic_of(plan: Plan) -> Kind:
-    """The statistic a method takes, by the name its definition knows."""
-    return "gram" if plan.method.statistics == SEQUENTIAL else cast(Kind, plan.method.statistics)
+def statistic_of(plan: Plan) -> StatisticKind:
+    """The statistics a plan's method takes."""
+    return kind_for(plan.method, next((task.parameters for task in plan.tasks if not task.copied), {}))
 
 
 class _Expert:
@@ -140,7 +140,8 @@ class _Expert:
         for number, tasks in enumerate(parts):
             before = number * len(self.rows)
             stored = [task.sources[self.place].tensor.name for task in tasks]
-            key = canonical_hash([kind, fingerprint, measure.settings(kind), identity(self.rows), stored])
+            settings = measure.settings(kind.name)
+            key = canonical_hash([kind.name, fingerprint, settings, identity(self.rows), stored])
             folder = cache / key[:24]
             facts = _kept(folder)
             if facts is None:
@@ -151,7 +152,7 @@ class _Expert:
                     tell(before + done, total)
 
                 found = gather(
-                    loaded, self.rows, kind,
+                    loaded, self.rows, kind.name,
                     fingerprint=fingerprint, measure=measure, wanted=wanted, progress=told,
                 )  # fmt: skip
                 save_statistics(found, folder)
@@ -259,7 +260,7 @@ def _combine(plan: Plan) -> Combine:
 
 
 def gathering(plan: Plan, anatomies: Sequence[Anatomy], shown: Sequence[Shown], places: int) -> list[Need]:
-    """What ``calibrated`` takes, one stage after the other: the experts on their rows, then the means while merging.
+    """What ``calibrated`` takes, one stage after the other: each expert on its rows.
 
     Args:
         plan: of a method with ``statistics``.
@@ -289,17 +290,9 @@ def gathering(plan: Plan, anatomies: Sequence[Anatomy], shown: Sequence[Shown], 
             for anatomy, one in zip(anatomies, shown, strict=True)
             for part in parts
         ]
-    squares = max((each**2 for each in flat), default=0)
-    element = max((math.prod(task.target.shape) for task in plan.tasks if not task.copied), default=0)
-    one = {"gram": 8 * squares, "fisher": 4 * element, "second_moment": 8 * max(flat, default=0)}[kind]
-    kept = {"gram": 8 * sum(each**2 for each in flat), "second_moment": 8 * sum(flat)}
-    disk = len(anatomies) * kept.get(kind, 4 * anatomies[0].elements)
-    # Means of one tensor for each expert and their weighted sum, beside the tensor of each in float32 or float64.
-    merging = {
-        "means of a tensor": (len(anatomies) + 3) * one,
-        "a tensor": 8 * (len(anatomies) + 2) * element,
-    }
-    return [Need(stage.memory, disk) for stage in (*stages, Need(merging))]
+    kept = 4 * anatomies[0].elements if kind.gradients else sum(map(kind.size, flat))
+    disk = len(anatomies) * kept
+    return [Need(stage.memory, disk) for stage in stages]
 
 
 def _kept(folder: Path) -> Facts | None:
@@ -319,17 +312,14 @@ def measure_of(plan: Plan) -> Measure:
     return Measure(asked.max_tokens, asked.batch_size, asked.layout, plan.recipe.seed)
 
 
-def _parts(plan: Plan, kind: Kind) -> list[list[Task]]:
+def _parts(plan: Plan, kind: StatisticKind) -> list[list[Task]]:
     """The tasks there are statistics for, in groups that fit in memory."""
-    if kind == "fisher":
+    if kind.gradients:
         return [[task for task in plan.tasks if not task.copied]]
-    tasks = [task for task in plan.tasks if is_map(task)]
-    if kind != "gram":
-        return [tasks]
     parts: list[list[Task]] = [[]]
     room = _AT_ONCE
-    for task in tasks:
-        size = 8 * width(task) ** 2
+    for task in (task for task in plan.tasks if is_map(task)):
+        size = kind.size(width(task))
         if size > room and parts[-1]:
             parts.append([])
             room = _AT_ONCE
@@ -362,13 +352,13 @@ def _check(plan: Plan, gathered: Sequence[_Expert]) -> list[str]:
     lacking = [
         task.target.name
         for task in plan.tasks
-        if (is_map(task) or (kind == "fisher" and not task.copied))
+        if (is_map(task) or (kind.gradients and not task.copied))
         and any(expert.found(task) is None for expert in gathered)
     ]
     if lacking:
         some = ", ".join(lacking[:_SHOWN]) + (", ..." if len(lacking) > _SHOWN else "")
         notes.append(f"{len(lacking)} tensors had no statistics and are merged without them: {some}")
-    if kind != "gram":
+    if kind.power != 2:
         return notes
     short = [
         (task, min(expert.tokens(task) for expert in gathered))

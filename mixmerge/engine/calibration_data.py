@@ -49,8 +49,12 @@ class Data:
         return {number: [row.digest for row in rows] for number, rows in self.rows.items()}
 
 
-def read_data(plan: Plan) -> Data | None:
+def read_data(plan: Plan, known: Mapping[ModelRef, Part] | None = None) -> Data | None:
     """The rows a plan may look at, or None if neither its method nor a gate needs any.
+
+    Args:
+        plan: the plan.
+        known: rows of experts that were read for it already.
 
     Raises:
         MixmergeError: what is wrong with the data of any expert, all at once.
@@ -60,7 +64,9 @@ def read_data(plan: Plan) -> Data | None:
         return None
     faults: list[Fault] = []
     refs = {number: plan.models[number].ref for number in experts_of(plan)}
-    found = read_parts(asked, list(refs.values()), plan.recipe.seed, faults)
+    found = dict(known or {})
+    unread = [ref for ref in refs.values() if ref not in found]
+    found |= read_parts(asked, unread, plan.recipe.seed, faults)
     if faults:
         raise RecipeError(faults)
     parts = {number: found[ref] for number, ref in refs.items()}

@@ -15,12 +15,6 @@ if TYPE_CHECKING:
     import torch
 
 
-def wide(task: Task) -> bool:
-    """Whether float64 takes part, which the kernels do not do."""
-    inputs = (*task.sources, *((task.base,) if task.base else ()))
-    return "F64" in {task.target.dtype, *(source.tensor.dtype for source in inputs)}
-
-
 class Inputs(Sequence["torch.Tensor"]):
     """The experts or deltas of one task, in recipe order, in the dtype they are merged in.
 
@@ -53,7 +47,7 @@ class Inputs(Sequence["torch.Tensor"]):
 
         self._plan, self._task, self._files = plan, task, files
         self._adapters, self._device, self._number = adapters, device, number
-        self._work = torch.float64 if wide(task) else torch.float32
+        self._work = torch.float64 if task.wide else torch.float32
         self.base: torch.Tensor | None = None
         if of is not None:
             self.base = None if of.base is None or number is None else of.base[number]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mixmerge.checkpoint.files import Files
 from mixmerge.engine.calibration_data import Data, experts_of
+from mixmerge.engine.maps import is_map
 from mixmerge.engine.output import Output
 from mixmerge.engine.reading import read_tensor
 from mixmerge.engine.streams import FileDeltas, Thresholds, tensor_cuts
@@ -161,7 +162,7 @@ def _weights(task: Task) -> tuple[float, ...]:
 
 def _is_learned(task: Task) -> bool:
     asked = task.parameters.get("learn", "all")
-    return asked == "all" or (asked == "linear" and task.role in ("linear", "transposed"))
+    return asked == "all" or (asked == "linear" and is_map(task))
 
 
 def _digest(rows: Sequence[Row]) -> str:

@@ -9,8 +9,8 @@ from mixmerge.plan import Task
 
 
 def is_map(task: Task) -> bool:
-    """Whether a task merges the matrix of a linear map."""
-    return not task.copied and task.role in ("linear", "transposed")
+    """Whether a task merges the matrix of a linear map; a stack of them is none."""
+    return not task.copied and task.role in ("linear", "transposed") and len(task.target.shape) == 2
 
 
 def width(task: Task) -> int:

@@ -12,7 +12,7 @@ from mixmerge import __version__
 from mixmerge.checkpoint.files import Files, opened
 from mixmerge.checkpoint.identity import canonical_hash
 from mixmerge.engine.calibrating import Calibrated, GatheringProgress, cache_folder, calibrated, forget
-from mixmerge.engine.calibration_data import Data, read_data
+from mixmerge.engine.calibration_data import Data, Part, read_data
 from mixmerge.engine.calibration_data import identity as shown
 from mixmerge.engine.copying import copy
 from mixmerge.engine.finish import add_config, add_record, input_fingerprints, verify
@@ -31,7 +31,7 @@ from mixmerge.machine import cores
 from mixmerge.methods.coefficients import Coefficients
 from mixmerge.plan import Plan, Task, fetch
 from mixmerge.plan.report import CHUNK
-from mixmerge.recipe import Recipe
+from mixmerge.recipe import ModelRef, Recipe
 from mixmerge.registry import find, load
 
 # Beyond this many threads the memory bus, not the cores, is what a merge waits for.
@@ -107,7 +107,7 @@ def merge(
         CheckpointError: an input turned out damaged, or holds NaN or Inf.
         OutputError: the output exists, is being written by another merge, or the disk refused.
     """
-    plan, _ = plan_with_data(recipe, allow_tokenizer_mismatch=allow_tokenizer_mismatch)
+    plan, outlook = plan_with_data(recipe, allow_tokenizer_mismatch=allow_tokenizer_mismatch)
     plan = fetch_for(plan, Path(out), overwrite=overwrite, device=device, progress=downloading)
     return run(
         plan,
@@ -120,6 +120,7 @@ def merge(
         progress=progress,
         learning=learning,
         gathering=gathering,
+        parts=None if outlook is None else outlook.parts,
     )
 
 
@@ -150,8 +151,9 @@ def run(
     progress: Progress | None = None,
     learning: LearningProgress | None = None,
     gathering: GatheringProgress | None = None,
+    parts: Mapping[ModelRef, Part] | None = None,
 ) -> Merged:
-    """Carry a plan out; arguments as in ``merge``."""
+    """Carry a plan out; arguments as in ``merge``, and ``parts``, rows an ``Outlook`` has: they are not read again."""
     began = time.perf_counter()
     if plan.remote:
         names = ", ".join(snapshot.name for snapshot in plan.remote)
@@ -166,7 +168,7 @@ def run(
     check_target(plan, out, overwrite=overwrite)
     stamps = _stamps(plan)
     fingerprints = input_fingerprints(plan, every_byte=verify_inputs)
-    data = read_data(plan)
+    data = read_data(plan, parts)
     rows = [] if data is None else [{number: shown(found) for number, found in data.rows.items()}]
     identity = canonical_hash(
         [__version__, plan.hash, plan.text, fingerprints, stamps, device, kernels, *rows]
@@ -280,14 +282,13 @@ def _tensors(
     statistics: Callable[[Task], Mapping[str, Sequence[Any]]] | None = None,
     progress: Progress | None = None,
 ) -> None:
-    from mixmerge.engine.group import wide
     from mixmerge.engine.plain import plain
 
     adapters = Adapters()
     ranked = plan.method.parameter("epsilon") is not None
     tasks = [task for task in plan.tasks if not task.copied]
     whole_model = bool(tasks) and tasks[0].parameters.get("scope") == "model"
-    chunked = [task for task in tasks if (fused or whole_model) and not wide(task)]
+    chunked = [task for task in tasks if (fused or whole_model) and not task.wide]
     length = max([CHUNK, *(chunk_length(task, rows_whole=ranked) for task in chunked)])
     workers = [Worker(plan, files, adapters, length) for _ in range(threads if device == "cpu" else 1)]
 
@@ -314,7 +315,7 @@ def _tensors(
     def job_of(task: Task) -> Job:
         if task.copied:
             return copy(plan, task, files, output)
-        if kernel is not None and not wide(task) and not task.chunks:
+        if kernel is not None and not task.wide and not task.chunks:
             return kernel(context, task)
         return plain(context, task, files=files, adapters=adapters, device=device)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from mixmerge.errors import Fault, MixmergeError, RecipeError
 from mixmerge.experts.loading import Kind, check_tokenizer, kind_of, read_config, read_tokenizer
 from mixmerge.methods.roles import role_of
 from mixmerge.plan import Model, Plan, make_plan
+from mixmerge.plan.report import RUNTIME
 from mixmerge.recipe import Calibration, ModelRef, Parsed, Recipe, inputs, read
 from mixmerge.recipe.calibration import DEFAULT_EXAMPLES
 
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
     from mixmerge.calibrate.gathering import Reader
     from mixmerge.data.batches import Batch
 
-# Python, torch and transformers before any tensor, as measured on one Linux machine without a GPU.
-RUNTIME = 450_000_000
 # Characters of one expert's rows that are tokenised to plan: a few seconds' worth.
 _MOST = 8_000_000
 _WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -60,16 +59,21 @@ class Outlook:
         experts: their data, in the recipe's order.
         need: of the stage that takes most; its memory is beside ``RUNTIME``.
         notes: what a person should know and can ignore.
+        parts: the rows that were read, by expert: what ``run`` need not read again.
     """
 
     work: str
     experts: tuple[Seen, ...]
     need: Need
     notes: tuple[str, ...] = ()
+    parts: Mapping[ModelRef, Part] = field(default_factory=dict, repr=False)
 
     @property
     def peak_memory(self) -> int:
-        """Bytes of the whole process while it gathers or learns: an estimate, on the high side."""
+        """Bytes of the whole process while it gathers or learns: an estimate, on the high side.
+
+        Merging comes after: ``mixmerge.plan.peak_memory``.
+        """
         return RUNTIME + self.need.total
 
     def as_json(self) -> dict[str, Any]:
@@ -183,10 +187,10 @@ def _outlook(
         anatomies = [_anatomy(model, one) for model, one in zip(models, found, strict=True)]
         stages = gathering(plan, anatomies, shown, places)
         need = max(stages, key=lambda stage: stage.total)
-        return Outlook("gathering", tuple(seen), need, tuple(dict.fromkeys(notes)))
-    return Outlook(
-        "learning", tuple(seen), _learning(plan, found[0], shown, places), tuple(dict.fromkeys(notes))
-    )
+        work = "gathering"
+    else:
+        work, need = "learning", _learning(plan, found[0], shown, places)
+    return Outlook(work, tuple(seen), need, tuple(dict.fromkeys(notes)), dict(parts))
 
 
 def _gate_outlook(
@@ -220,7 +224,7 @@ def _gate_outlook(
         return None
     largest = max(shown, key=lambda one: one.places)
     need = gate_need(plan, _anatomy(plan.models[plan.donor], reader), largest, rows)
-    return Outlook(WORK, tuple(seen), need, tuple(dict.fromkeys(notes)))
+    return Outlook(WORK, tuple(seen), need, tuple(dict.fromkeys(notes)), dict(parts))
 
 
 def _where(fault: Fault, model: Model, source: str) -> str:
@@ -275,7 +279,7 @@ def _batches(plan: Plan, asked: Calibration, rows: Sequence[Row], reader: Reader
     from mixmerge.calibrate.learners import batches_of, step_sizes
 
     if plan.method.statistics:
-        return reader.batches(rows, statistic_of(plan), measure_of(plan))
+        return reader.batches(rows, statistic_of(plan).name, measure_of(plan))
     size, _ = step_sizes(_option(plan, "rows"), asked.batch_size)
     return batches_of(
         plan.method.learner, reader.kind, rows, reader.tokenizer,
@@ -293,7 +297,7 @@ def _largest(plan: Plan, asked: Calibration, batches: Sequence[Batch], reader: R
     if batches:
         shapes = [_shape(batch) for batch in batches]
         return max(shapes, key=lambda one: one.places)
-    lines = 1 if plan.method.statistics == "fisher" else asked.batch_size
+    lines = measure_of(plan).lines(statistic_of(plan).name) if plan.method.statistics else asked.batch_size
     return Shown(lines, min(asked.max_tokens, reader.context))
 
 
@@ -309,7 +313,7 @@ def _anatomy(model: Model, reader: Reader) -> Anatomy:
     maps = {
         name: (shape[1], shape[0]) if roles[name] == "linear" else (shape[0], shape[1])
         for name, shape in shapes.items()
-        if roles[name] in ("linear", "transposed")
+        if roles[name] in ("linear", "transposed") and len(shape) == 2
     }
     return Anatomy(
         shapes,
@@ -324,7 +328,7 @@ def _anatomy(model: Model, reader: Reader) -> Anatomy:
 def _singular(plan: Plan, tokens: Sequence[int | None], faults: list[Fault]) -> list[str]:
     """Gram matrices of too few tokens, where the tokens of all experts are known."""
     counted = [count for count in tokens if count is not None]
-    if statistic_of(plan) != "gram" or len(counted) < len(tokens):
+    if statistic_of(plan).power != 2 or len(counted) < len(tokens):
         return []
     try:
         return singular([(task, min(counted)) for task in plan.tasks if is_map(task)])

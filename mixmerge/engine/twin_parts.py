@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from mixmerge.checkpoint.files import Files
 from mixmerge.checkpoint.header import TensorHeader
-from mixmerge.engine.group import wide
 from mixmerge.engine.reading import read_factors, read_tensor
 from mixmerge.engine.worker import Adapters
 from mixmerge.plan import Plan, Source, Task
@@ -61,7 +60,7 @@ class Parts:
 
         if self._untouched(task):
             return None
-        work = torch.float64 if wide(task) else torch.float32
+        work = torch.float64 if task.wide else torch.float32
         source = task.sources[expert]
         value = read_tensor(source, self._files, self._adapters, work, _DEVICE)
         if source.delta_only and task.base is not None:

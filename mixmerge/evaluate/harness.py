@@ -6,6 +6,7 @@ import importlib.util
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,30 +20,55 @@ if TYPE_CHECKING:
 Figures = dict[str, dict[str, float]]  # task -> figure -> value
 
 
-def check_lm_eval(tasks: Sequence[str], path: str | Path | None) -> None:
-    """Whether the harness can be asked for these tasks at all: before any model is loaded.
+@dataclass(frozen=True)
+class Harness:
+    """The harness, ready to run.
+
+    Args:
+        tasks: that it knows.
+        manager: its ``TaskManager``.
+    """
+
+    tasks: tuple[str, ...]
+    manager: Any
+
+
+def find_harness(tasks: Sequence[str], path: str | Path | None) -> Harness | None:
+    """The harness for these tasks, or None if there are none; no model is loaded.
+
+    Args:
+        tasks: names of the harness, or of tasks in ``path``.
+        path: a folder with tasks of your own, as YAML.
 
     Raises:
         DependencyError: lm_eval is not installed.
-        MixmergeError: a path without tasks, or one that is no folder.
+        MixmergeError: a path without tasks, or one that is no folder; a task that it does not know.
     """
     if path is not None and not tasks:
         raise MixmergeError(Fault("--lm-eval-path", "is given without tasks", run="Name them by --lm-eval"))
     if not tasks:
-        return
+        return None
     if path is not None and not Path(path).is_dir():
         raise MixmergeError(Fault("--lm-eval-path", f"{path} is no folder", "A folder with YAML tasks"))
     if importlib.util.find_spec("lm_eval") is None:
         raise DependencyError(
             Fault("--lm-eval", "takes lm-evaluation-harness", run="Run: pip install 'mixmerge[lm-eval]'")
         )
+    from lm_eval.tasks import TaskManager
+
+    with _quiet():
+        own = None if path is None else str(path)
+        manager = TaskManager(include_path=own, include_defaults=path is None)
+        if not set(tasks) <= set(manager.all_tasks):  # reading the harness's own ones takes seconds
+            manager = TaskManager(include_path=own)
+        _check_tasks(tasks, list(manager.all_tasks))
+    return Harness(tuple(tasks), manager)
 
 
 def run_lm_eval(
     entries: Sequence[Entry],
-    tasks: Sequence[str],
+    harness: Harness,
     *,
-    path: str | Path | None = None,
     limit: int | None = None,
     device: str = "cpu",
     batch_size: int = 8,
@@ -52,28 +78,19 @@ def run_lm_eval(
 
     Args:
         entries: models; adapters go through peft.
-        tasks: names of the harness, or of tasks in ``path``.
-        path: a folder with tasks of your own, as YAML.
+        harness: what to run.
         limit: at most so many examples of each task.
         device, batch_size: as the harness takes them.
         seed: of the examples it draws for few-shot prompts.
 
     Raises:
-        DependencyError: lm_eval is not installed.
-        MixmergeError: a task that it does not know, or cannot load; a model that it cannot load.
+        MixmergeError: a task or a model that it cannot load.
     """
-    check_lm_eval(tasks, path)
     from lm_eval import evaluate
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
 
+    found: dict[str, Figures] = {}
     with _quiet():
-        own = None if path is None else str(path)
-        manager = TaskManager(include_path=own, include_defaults=path is None)
-        if not set(tasks) <= set(manager.all_tasks):  # reading the harness's own ones takes seconds
-            manager = TaskManager(include_path=own)
-        _check_tasks(tasks, list(manager.all_tasks))
-        found: dict[str, Figures] = {}
         for entry in entries:
             with _faults_of(entry.name):
                 adapter = None if entry.adapter is None else str(entry.adapter)
@@ -86,7 +103,7 @@ def run_lm_eval(
                 )
                 results = evaluate(
                     lm=model,
-                    task_dict=_loaded(tasks, manager, seed),
+                    task_dict=_loaded(harness, seed),
                     limit=limit,
                     bootstrap_iters=0,
                     log_samples=False,
@@ -95,8 +112,8 @@ def run_lm_eval(
     return found
 
 
-def _loaded(tasks: Sequence[str], manager: Any, seed: int) -> Any:
-    loaded = manager.load(list(tasks))
+def _loaded(harness: Harness, seed: int) -> Any:
+    loaded = harness.manager.load(list(harness.tasks))
     for task in loaded["tasks"].values():
         task.set_fewshot_seed(seed=seed)
     return loaded

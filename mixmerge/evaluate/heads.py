@@ -12,7 +12,7 @@ import numpy as np
 
 from mixmerge.data.rows import Row
 from mixmerge.dynamic.folders import is_dynamic, parts_of
-from mixmerge.errors import Fault, MixmergeError
+from mixmerge.errors import Fault, MixmergeError, collecting
 from mixmerge.evaluate.scoring_tasks import TaskScores, no_numbers
 from mixmerge.evaluate.task_file import EvalTask
 from mixmerge.registry import choices
@@ -71,23 +71,44 @@ def score_classes(
     return TaskScores(right, tokens, seconds, tuple(map(str, picks)), tuple(notes))
 
 
+def head_faults(folder: Path, task: EvalTask, heads: Mapping[str, HeadSource], *, name: str) -> list[Fault]:
+    """What is wrong with a task's head and its labels, as far as configs say; arguments as in ``score_classes``."""
+    from mixmerge.experts.loading import HEADS, heads_of, kind_of, read_config
+
+    head, kept = task.spec.head or "", heads_of(folder)
+    if head not in kept and head not in heads:
+        known = sorted({*kept, *heads})
+        allowed = choices(head, known) if known else "It keeps no heads, and no experts are given"
+        what = f"{name} has no head {head!r}"
+        return [Fault(f"task {task.name}", what, allowed, "Name the expert by --experts")]
+    faults: list[Fault] = []
+    with collecting(faults):
+        place = folder / HEADS / head if head in kept else heads[head].folder
+        config = read_config(place, str(place))
+        if kind_of(str((config.architectures or [""])[0])) == "classifier":
+            faults += _no_class(task, int(config.num_labels))
+    return faults
+
+
+def _no_class(task: EvalTask, classes: int) -> list[Fault]:
+    """The least label that is no class of the head, if there is one."""
+    wrong = sorted({row.label for row in task.rows if row.label is not None and row.label >= classes})
+    what = (
+        f"label {wrong[0]} is none of the {classes} classes of the head {task.spec.head!r}" if wrong else ""
+    )
+    return [Fault(f"task {task.name}", what, f"0 to {classes - 1}")] if wrong else []
+
+
 def _with_head(
     folder: Path, task: EvalTask, heads: Mapping[str, HeadSource], *, name: str, device: str
 ) -> LoadedExpert:
     from mixmerge.experts.loading import heads_of, load_expert, load_with_head
 
     head = task.spec.head or ""
-    kept = heads_of(folder)
-    if head in kept:
+    if faults := head_faults(folder, task, heads, name=name):
+        raise MixmergeError(faults)
+    if head in heads_of(folder):
         return load_with_head(folder, head, device=device)
-    if head not in heads:
-        known = sorted({*kept, *heads})
-        allowed = choices(head, known) if known else "It keeps no heads, and no experts are given"
-        raise MixmergeError(
-            Fault(
-                f"task {task.name}", f"{name} has no head {head!r}", allowed, "Name the expert by --experts"
-            )
-        )
     source = heads[head]
     whole = load_expert(source.folder, device=device)
     if source.folder == folder:
@@ -122,10 +143,8 @@ def _check(expert: LoadedExpert, task: EvalTask, classes: int, name: str) -> Non
         raise MixmergeError(Fault(f"task {task.name}", what, "A head of a *ForSequenceClassification"))
     if expert.tokenizer is None:
         raise MixmergeError(Fault(name, "has no tokenizer"))
-    wrong = sorted({row.label for row in task.rows if row.label is not None and row.label >= classes})
-    if wrong:
-        what = f"label {wrong[0]} is none of the {classes} classes of the head {task.spec.head!r}"
-        raise MixmergeError(Fault(f"task {task.name}", what, f"0 to {classes - 1}"))
+    if faults := _no_class(task, classes):
+        raise MixmergeError(faults)
 
 
 def _network(folder: Path, expert: LoadedExpert) -> DynamicModel | None:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from mixmerge.checkpoint.locate import locate
 from mixmerge.dynamic.folders import is_dynamic, parts_of
-from mixmerge.errors import Fault, MixmergeError
+from mixmerge.errors import Fault, MixmergeError, collecting
+from mixmerge.evaluate.flops import flops_per_token
 from mixmerge.evaluate.leaks import Made, read_made
 from mixmerge.evaluate.model_records import Role
 from mixmerge.recipe import ModelRef
@@ -50,6 +51,14 @@ class Entry:
         files = {path for folder in folders for path in folder.rglob("*.safetensors")}
         return sum(path.stat().st_size for path in files if path.is_file())
 
+    @property
+    def flops(self) -> float:
+        """Operations of a token; NaN if that is not known."""
+        if self.network:
+            parts = parts_of(self.folder)
+            return flops_per_token(parts.base, parts.bank)
+        return flops_per_token(self.folder, self.adapter)
+
 
 def is_folder(path: str) -> bool:
     """Whether there is a folder of that name; whatever signs it has, it is that folder."""
@@ -75,31 +84,30 @@ def named(models: Models, *, where: str) -> dict[str, str]:
     return {one if last.count(short) > 1 else short: one for one, short in zip(listed, last, strict=True)}
 
 
-def entries_of(models: Models, experts: Models, base: str | Path | None) -> list[Entry]:
-    """What is asked, in the order of a report; what is on the hub is downloaded.
+def entries_of(models: Models, experts: Models, base: str | Path | None, faults: list[Fault]) -> list[Entry]:
+    """The models judged, the experts, the base, in the order of a report; those that cannot be found are left out.
 
-    Raises:
-        MixmergeError: no model, two of one name, one that is not there; all at once.
+    Args:
+        models, experts, base: as ``evaluate_models`` takes them; what is on the hub is downloaded.
+        faults: gets what is wrong with any of them.
     """
     listed: list[tuple[Role, str, str]] = []
-    listed += [("merge", name, model) for name, model in named(models, where="models").items()]
-    listed += [("expert", name, model) for name, model in named(experts, where="experts").items()]
+    with collecting(faults):
+        listed += [("merge", name, model) for name, model in named(models, where="models").items()]
+    with collecting(faults):
+        listed += [("expert", name, model) for name, model in named(experts, where="experts").items()]
     listed += [("base", "base", str(base))] if base is not None else []
-    if not listed:
-        raise MixmergeError(Fault("models", "none is given", "A folder, a hub id or BASE+ADAPTER"))
+    if not listed and not faults:
+        faults.append(Fault("models", "none is given", "A folder, a hub id or BASE+ADAPTER"))
     names = [name for _, name, _ in listed]
-    faults = [
+    faults += [
         Fault("models", f"two are called {name!r}", run="Name them: NAME=MODEL")
         for name in sorted({one for one in names if names.count(one) > 1})
     ]
     entries = []
     for role, name, model in listed:
-        try:
+        with collecting(faults):
             entries.append(_entry(role, name, model))
-        except MixmergeError as error:
-            faults += error.faults
-    if faults:
-        raise MixmergeError(faults)
     return entries
 
 

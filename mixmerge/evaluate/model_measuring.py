@@ -6,6 +6,7 @@ M models, T tasks, Q rows of a task, B resamples.
 from __future__ import annotations
 
 import json
+import math
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ class Judged:
     """A model that was asked everything.
 
     Args:
-        name, role, storage: as in ``ModelRow``.
+        name, role, storage, flops: as in ``ModelRow``.
         answers: task -> its scores.
         made: what its manifest says.
         transductive: tasks with rows that its merge has used.
@@ -39,6 +40,7 @@ class Judged:
     made: Made
     storage: int
     transductive: tuple[str, ...] = ()
+    flops: float = math.nan
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,6 +104,7 @@ def measure(
                 over_best=_over(value, drawn, at, best, level),
                 storage=model.storage,
                 speed=_speed(model),
+                flops=model.flops,
                 method=model.made.method,
                 seed=model.made.seed if model.made.method is not None else None,
                 transductive=model.transductive,

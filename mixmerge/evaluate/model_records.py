@@ -55,6 +55,8 @@ class ModelRow:
             that expert itself.
         storage: bytes of weights that serving it takes, its base's included where it is an adapter.
         speed: tokens that were generated or scored in a second.
+        flops: floating-point operations of a token behind 1,024 others (``mixmerge.evaluate.flops``); NaN if they are
+            not known.
         method: that merged it, as its manifest says; None for other models.
         seed: of that merge.
         transductive: tasks with rows that its merge has used.
@@ -72,6 +74,7 @@ class ModelRow:
     over_best: Comparison | None
     storage: int
     speed: float
+    flops: float
     method: str | None
     seed: int | None
     transductive: tuple[str, ...]

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def render(report: ModelReport, title: str) -> Table:
-    """Scores in per cent with the share that is retained, averages, the worst task, storage and speed."""
+    """Scores in per cent with the share that is retained, averages, the worst task, storage, speed and operations."""
     from rich.table import Table
     from rich.text import Text
 
@@ -37,6 +37,7 @@ def columns(report: ModelReport) -> list[str]:
         *(["vs best expert", "p"] if report.best_single is not None else []),
         "storage",
         "tokens/s",
+        "GFLOPs/token",
     ]
 
 
@@ -57,7 +58,8 @@ def cells(report: ModelReport, row: ModelRow) -> list[str]:
     if report.best_single is not None:
         found += [difference(row.over_best), p_value(row.over_best)]
     speed = "-" if row.speed != row.speed else f"{row.speed:,.0f}"
-    return [*found, f"{row.storage / 1e6:,.1f} MB", speed]
+    flops = "-" if row.flops != row.flops else f"{row.flops / 1e9:,.3g}"
+    return [*found, f"{row.storage / 1e6:,.1f} MB", speed, flops]
 
 
 def percent(value: float, *, digits: int = 1) -> str:

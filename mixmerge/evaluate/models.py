@@ -7,25 +7,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mixmerge.data.rows import read_rows
 from mixmerge.dynamic.engine import DynamicEngine
 from mixmerge.engines.local import Dtype, TransformersEngine
-from mixmerge.errors import Fault, MixmergeError
-from mixmerge.evaluate.advice import Facts, advise, deltas_of, installed_methods
-from mixmerge.evaluate.harness import check_lm_eval, run_lm_eval
+from mixmerge.errors import MixmergeError
+from mixmerge.evaluate.advice import Facts, advise, installed_methods
+from mixmerge.evaluate.flops import CONTEXT
+from mixmerge.evaluate.harness import Figures, run_lm_eval
 from mixmerge.evaluate.heads import HeadSource, score_classes
 from mixmerge.evaluate.intervals import LEVEL
-from mixmerge.evaluate.leaks import leak_faults, used_rows
-from mixmerge.evaluate.metrics import text_metric
-from mixmerge.evaluate.model_entries import Entry, Models, entries_of
+from mixmerge.evaluate.model_entries import Entry, Models
 from mixmerge.evaluate.model_measuring import Judged, info, means_of, measure, spreads_of
 from mixmerge.evaluate.model_records import ModelReport
 from mixmerge.evaluate.options import RESAMPLES
+from mixmerge.evaluate.preparing import Asked, Prepared, prepare
 from mixmerge.evaluate.sandbox import Limits
 from mixmerge.evaluate.scoring_tasks import TaskScores, score_task
-from mixmerge.evaluate.task_file import EvalTask, read_tasks
+from mixmerge.evaluate.task_file import EvalTask
 from mixmerge.machine import cores
-from mixmerge.registry import choices
 
 Progress = Callable[[str, int, int], None]  # (model, tasks done, tasks in all)
 _ADAPTER = "adapter"  # what engines call it
@@ -78,34 +76,45 @@ def evaluate_models(
         progress: called when a model is done with a task.
 
     Raises:
-        MixmergeError: no model or task, an unknown expert, rows that a merge has used, a model that does not load.
+        MixmergeError: no model or task, an unknown expert, rows that a merge has used: all at once, before a model is
+            asked; a model that does not load; the harness failed, and there are no ``tasks`` (else it is a warning).
     """
-    check_lm_eval(lm_eval, lm_eval_path)
-    read = _tasks(tasks, limit, may_be_none=bool(lm_eval))
-    entries = entries_of(models, experts, base)
-    used = _check(entries, read, transductive=transductive, resamples=resamples, level=level)
-    data = _advice_data(read, calibration, asked=recommend, complete=bool(experts) and base is not None)
-    # What can fail at once comes first: answers that took hours are not lost to it.
-    deltas, harness = None, {}
-    if recommend:
-        refs = [entry.ref for entry in entries if entry.role == "expert"]
-        deltas = deltas_of(refs, next(entry.ref for entry in entries if entry.role == "base"))
-    merges = [entry for entry in entries if entry.role == "merge"]
-    if lm_eval:
-        _refuse_networks(merges)
-        harness = run_lm_eval(merges, lm_eval, path=lm_eval_path, limit=limit, device=device, seed=seed)
+    found = prepare(
+        Asked(
+            models, tasks, experts, base, transductive, limit, resamples, level, recommend, calibration,
+            lm_eval, lm_eval_path,
+        )
+    )  # fmt: skip
     loading = _Loading(dtype, device, batch_tokens, task_id)
-    judged = _judged(entries, read, used, loading, limits, progress)
-    report = _report(read, judged, used, resamples=resamples, seed=seed, level=level)
-    told = [entry.name for entry in entries if task_id and entry.network]
+    judged = _judged(found.entries, found.tasks, found.used, loading, limits, progress)
+    report = _report(found.tasks, judged, found.used, resamples=resamples, seed=seed, level=level)
+    told = [entry.name for entry in found.entries if task_id and entry.network]
     if told:
         note = f"Told which expert each task belongs to, which then answers alone: {', '.join(told)}."
         report = replace(report, notes=(*report.notes, note))
-    if recommend:
-        report = replace(report, advice=advise(Facts(report, deltas, data, installed_methods())))
-    unchecked = [entry.name for entry in merges if entry.made.rows] if lm_eval else []
-    warnings = (*report.warnings, *(_UNCHECKED.format(name) for name in unchecked))
-    return replace(report, harness=harness, warnings=warnings)
+    if found.deltas is not None:
+        facts = Facts(report, found.deltas, found.may_calibrate, installed_methods())
+        report = replace(report, advice=advise(facts))
+    if found.harness is None:
+        return report
+    harness, warnings = _of_harness(found, limit=limit, device=device, seed=seed)
+    return replace(report, harness=harness, warnings=(*report.warnings, *warnings))
+
+
+def _of_harness(
+    found: Prepared, *, limit: int | None, device: str, seed: int
+) -> tuple[dict[str, Figures], list[str]]:
+    """Its figures and what to say of them; a harness that fails does not take the answers to other tasks with it."""
+    merges = [entry for entry in found.entries if entry.role == "merge"]
+    if found.harness is None:
+        return {}, []
+    try:
+        figures = run_lm_eval(merges, found.harness, limit=limit, device=device, seed=seed)
+    except MixmergeError as error:
+        if not found.tasks:
+            raise
+        return {}, [str(fault) for fault in error.faults]
+    return figures, [_UNCHECKED.format(entry.name) for entry in merges if entry.made.rows]
 
 
 @dataclass(frozen=True)
@@ -163,7 +172,6 @@ def _judged(
                 alone = loading.alone(entry, task)
                 if task.metric.asked == "class":
                     engine.unload()
-                    _refuse_adapter(entry, task)
                     found = score_classes(
                         entry.folder, task, heads, name=entry.name, device=loading.device, alone=alone
                     )
@@ -176,25 +184,17 @@ def _judged(
             engine.unload()
         ordered = {task.name: answers[task.name] for task in tasks}
         judged.append(
-            Judged(entry.name, entry.role, ordered, entry.made, entry.storage, tuple(used[entry.name]))
+            Judged(
+                entry.name,
+                entry.role,
+                ordered,
+                entry.made,
+                entry.storage,
+                tuple(used[entry.name]),
+                entry.flops,
+            )
         )
     return judged
-
-
-def _refuse_adapter(entry: Entry, task: EvalTask) -> None:
-    if entry.adapter is not None:
-        what = f"{entry.name} is an adapter, and accuracy takes whole models"
-        raise MixmergeError(Fault(f"task {task.name}", what, run="Merge it into its base: mixmerge merge"))
-
-
-def _refuse_networks(entries: Sequence[Entry]) -> None:
-    found = [
-        Fault(f"model {entry.name}", "has a bank and a gate, which lm-evaluation-harness cannot run")
-        for entry in entries
-        if entry.network
-    ]
-    if found:
-        raise MixmergeError(found)
 
 
 def _report(
@@ -223,80 +223,13 @@ def _report(
     )
 
 
-def _advice_data(
-    tasks: Sequence[EvalTask], calibration: str | Path | None, *, asked: bool, complete: bool
-) -> bool:
-    """Whether there is data to calibrate on that is not what is scored.
-
-    Raises:
-        MixmergeError: advice is asked for without experts, base or tasks, or the data are the tasks' own rows.
-    """
-    if not asked:
-        if calibration is not None:
-            raise MixmergeError(Fault("--calibration", "goes with --recommend"))
-        return False
-    if not complete or not tasks:
-        what = "needs the experts, their base and tasks: what is retained is a share of the experts' scores"
-        raise MixmergeError(Fault("--recommend", what, run="Name them by --experts, --base and --tasks"))
-    if calibration is None:
-        return False
-    rows = {row.digest for row in read_rows(calibration)}
-    faults = [
-        Fault("--calibration", f"{count:,} of its rows are rows of task {task.name}", run="Keep them apart")
-        for task in tasks
-        if (count := sum(row.digest in rows for row in task.rows))
-    ]
-    if faults:
-        raise MixmergeError(faults)
-    return True
-
-
-def _tasks(
-    tasks: str | Path | Mapping[str, Any] | Sequence[EvalTask], limit: int | None, *, may_be_none: bool
-) -> tuple[EvalTask, ...]:
-    if limit is not None and limit < 1:
-        raise MixmergeError(Fault("limit", f"is {limit}", "1 or more"))
-    if isinstance(tasks, str | Path | Mapping):
-        return read_tasks(tasks, limit=limit)
-    read = tuple(replace(task, rows=task.rows[:limit]) for task in tasks)
-    if not read and not may_be_none:
-        raise MixmergeError(Fault("tasks", "none is given", "A tasks file, or one task with its metric"))
-    return read
-
-
-def _check(
-    entries: Sequence[Entry], tasks: Sequence[EvalTask], *, transductive: bool, resamples: int, level: float
-) -> dict[str, dict[str, int]]:
-    """What forbids an evaluation, all at once; else model -> task -> rows that its merge has used."""
-    faults = []
-    if resamples < 100:
-        faults.append(Fault("resamples", f"is {resamples}", "100 or more"))
-    if not 0 < level < 1:
-        faults.append(Fault("level", f"is {level}", "Above 0 and below 1"))
-    experts = [entry.name for entry in entries if entry.role == "expert"]
-    for task in tasks:
-        if task.spec.expert is not None and experts and task.spec.expert not in experts:
-            what = f"its expert {task.spec.expert!r} is not among the experts"
-            faults.append(Fault(f"task {task.name}", what, choices(task.spec.expert, experts)))
-        if task.metric.asked == "text":
-            try:
-                text_metric(task.metric.name)
-            except MixmergeError as error:
-                faults += error.faults
-    used = {entry.name: used_rows(entry.made, tasks) for entry in entries}
-    for entry in entries:
-        if not (transductive or entry.made.transductive):
-            faults += leak_faults(entry.name, used[entry.name], tasks)
-    if faults:
-        raise MixmergeError(faults)
-    return used
-
-
 def _notes(tasks: Sequence[EvalTask], judged: Sequence[Judged], best: str | None) -> tuple[str, ...]:
     found = [note for model in judged for one in model.answers.values() for note in one.notes]
     notes = [
         "Answers are greedy: a second run gives the same. Tokens in a second are those generated, or of the choices "
         "scored, on this machine.",
+        "FLOPs per token: 2 x the parameters a token is multiplied with (of MoE layers the experts it is sent to), and "
+        f"the attention to {CONTEXT:,} tokens before it.",
         *dict.fromkeys(found),
     ]
     if best is not None:

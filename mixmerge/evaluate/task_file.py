@@ -118,17 +118,12 @@ def read_tasks(
 
 
 def one_task(
-    data: str, metric: str, *, expert: str | None = None, head: str | None = None, limit: int | None = None
-) -> EvalTask:
-    """A task without a file, named as its data.
-
-    Raises:
-        MixmergeError: as ``read_tasks``.
-    """
+    data: str, metric: str, *, expert: str | None = None, head: str | None = None
+) -> dict[str, object]:
+    """What a tasks file would say of one task, named as its data."""
     name = Path(data).stem or data
     given = {"name": name, "data": data, "metric": metric, "expert": expert, "head": head}
-    row = {key: value for key, value in given.items() if value is not None}
-    return read_tasks({"tasks": [row]}, limit=limit)[0]
+    return {"tasks": [{key: value for key, value in given.items() if value is not None}]}
 
 
 def _specs(source: str | Path | Mapping[str, Any]) -> list[TaskSpec]:

@@ -26,8 +26,9 @@ from mixmerge.methods.quantiles import (
     values,
 )
 from mixmerge.methods.records import Role
+from mixmerge.methods.roles import Tables, is_matrix
 from mixmerge.methods.sketch import Group, Totals
-from mixmerge.methods.spectral import Tables, by_matrix, is_matrix, triplets
+from mixmerge.methods.spectral import by_matrix, triplets
 
 Project = Callable[[Tensor], object]
 
@@ -130,7 +131,7 @@ def doge_ta(
         lambda_: factor on what is added; 1 in the paper.
         eta: as above, 0 or more; 0.07 in the code.
         subspace: as above, 1 or more; 6 in the code.
-        steps, lr: of Adam; 400 and 1e-4 in the code. Of steps and subspace a fraction is dropped.
+        steps, lr: of Adam; 400 and 1e-4 in the code.
         projection: ``gradient`` is the code's: Adam is given projected gradients, and as it scales each entry by
             itself, D does not stay outside the subspace. ``step`` projects D after every step as well, so it does.
         sketch: of ``LargestEntries``; without it, this tensor alone is the model.

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from mixmerge.methods.lowrank import Delta, LowRank, square, total
 from mixmerge.methods.records import Role
-from mixmerge.methods.spectral import Tables, Triplets, by_matrix, orthogonal, triplets
+from mixmerge.methods.roles import Tables
+from mixmerge.methods.spectral import Triplets, by_matrix, orthogonal, triplets
 
 
 def iso_c(

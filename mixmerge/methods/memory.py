@@ -45,7 +45,8 @@ def apply(
         base: needed where the row requires one, else not passed on.
         parameters: by their names in a recipe, checked already: one value per tensor for a parameter ``per``
             input or expert, one value otherwise. What is left out takes the default of the definition's
-            signature (weight, t, and the density, gamma and epsilon of all but ``ties``, have none).
+            signature (weight, t, and the density, gamma and epsilon of all but ``ties``, have none); what steers
+            learning or gathering is not passed on.
         draw: seed and tensor name, passed on to stochastic rows only.
         cuts: thresholds per delta for ``scope: model``.
         role: what the tensor is for; passed on to rows with ``roles``.
@@ -60,7 +61,9 @@ def apply(
             that are not one per tensor.
     """
     options: dict[str, object] = {
-        name + "_" if keyword.iskeyword(name) else name: value for name, value in parameters.items()
+        name + "_" if keyword.iskeyword(name) else name: value
+        for name, value in parameters.items()
+        if not ((parameter := method.parameter(name)) and parameter.learning)
     }
     faults = [*_count_faults(method, len(tensors), base is not None)]
     # What is read when it is asked for was held against the base's shape by the plan.
@@ -224,6 +227,8 @@ def _number_faults(parameter: Parameter, where: str, value: object) -> list[Faul
         return [Fault(where, f"is {value!r}", "one number", run)]
     if not math.isfinite(number):
         return [Fault(where, f"is {number}", "a finite number")]
+    if parameter.whole and not number.is_integer():
+        return [Fault(where, f"is {number:g}", "a whole number")]
     if not parameter.low <= number <= parameter.high:
         return [Fault(where, f"is {number:g}", f"{parameter.low:g} to {parameter.high:g}")]
     return []

@@ -24,9 +24,38 @@ def number(
     return Parameter(name, "number", per, default, doc, low, high, constant=constant, position=position)
 
 
-def choice(name: str, default: Value, doc: str, *choices: str, constant: bool = False) -> Parameter:
+def whole(
+    name: str,
+    default: int | None,
+    doc: str,
+    low: int = 0,
+    high: float = _MOST,
+    *,
+    constant: bool = False,
+    learning: bool = False,
+) -> Parameter:
+    """A whole number for the whole merge."""
+    return Parameter(
+        name,
+        "number",
+        "merge",
+        default,
+        doc,
+        low,
+        high,
+        constant=constant,
+        whole=True,
+        learning=learning,
+    )
+
+
+def choice(
+    name: str, default: Value, doc: str, *choices: str, constant: bool = False, learning: bool = False
+) -> Parameter:
     """One of the words ``choices`` for the whole merge."""
-    return Parameter(name, "choice", "merge", default, doc, choices=choices, constant=constant)
+    return Parameter(
+        name, "choice", "merge", default, doc, choices=choices, constant=constant, learning=learning
+    )
 
 
 def flag(name: str, default: bool, doc: str, *, constant: bool = False) -> Parameter:

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 Value = float | bool | str | None
-# What a tensor is for: the matrix of a linear map (outputs x inputs), the same stored as inputs x outputs (Conv1D),
-# a table whose rows belong to tokens or positions (embeddings, heads over a vocabulary), or anything else.
+# What a tensor is for: the matrix of a linear map (outputs x inputs), the same or a stack of them stored as inputs x
+# outputs (Conv1D, fused experts of some models), a table whose rows belong to tokens or positions (embeddings,
+# heads over a vocabulary), or anything else.
 Role = Literal["linear", "transposed", "table", "other"]
 REQUIRED = "required"
 ANY = 1_000_000
@@ -27,7 +28,8 @@ class Parameter:
         choices: allowed words of a choice.
         constant: the value may not change from tensor to tensor (it steers a whole-model statistic).
         position: the number is the position of one of the experts, from 0.
-        learning: it steers how coefficients are learned; the definition does not take it.
+        whole: the number counts something: it has no fraction, and gradients go in steps.
+        learning: it steers how coefficients are learned, or statistics gathered; the definition does not take it.
         doc: one line for tables and errors.
     """
 
@@ -41,6 +43,7 @@ class Parameter:
     choices: tuple[str, ...] = ()
     constant: bool = False
     position: bool = False
+    whole: bool = False
     learning: bool = False
 
 
@@ -75,6 +78,8 @@ class Method:
         learner: name of what learns its coefficients from calibration data; empty for none.
         bank: the result depends on the input: a shared model by another method, and a bank of what each expert has
             besides. The definition is that for given weights.
+        footprint: ``module:attr`` of how many numbers the definition holds at once (``mixmerge.methods.footprint``). A
+            row with a kernel has one if its definition may run all the same.
         no_effect: parameters mergekit accepts here that change nothing: warned about, then dropped.
         summary: one line.
         paper: title and where to find it.
@@ -98,6 +103,7 @@ class Method:
     statistics: str = ""
     learner: str = ""
     bank: bool = False
+    footprint: str = ""
     no_effect: tuple[str, ...] = ()
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mixmerge.methods.parameters import choice, number
+from mixmerge.methods.parameters import choice, number, whole
 from mixmerge.methods.records import ANY, Method
 
 DEFAULT_RANK = 16
@@ -14,7 +14,7 @@ ROWS = (
         function="mixmerge.methods.twin:twin",
         takes="experts",
         parameters=(
-            number("rank", None, f"of every part; {DEFAULT_RANK} where nothing else is asked", 1),
+            whole("rank", None, f"of every part; {DEFAULT_RANK} where nothing else is asked", 1),
             number("energy", None, "share of each part's squared norm that its rank keeps", 0.0, 1.0),
             number(
                 "budget",

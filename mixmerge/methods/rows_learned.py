@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mixmerge.methods.parameters import kept, number, threshold_scope
+from mixmerge.methods.parameters import kept, number, threshold_scope, whole
 from mixmerge.methods.records import ANY, Method, Parameter, Value
 
 _MANY = 1e6
@@ -10,6 +10,10 @@ _MANY = 1e6
 
 def _number(name: str, default: float, doc: str, low: float = 0.0, high: float = float("inf")) -> Parameter:
     return Parameter(name, "number", "merge", default, doc, low, high, constant=True, learning=True)
+
+
+def _whole(name: str, default: int, doc: str, low: int = 0, high: float = float("inf")) -> Parameter:
+    return whole(name, default, doc, low, high, constant=True, learning=True)
 
 
 def _choice(name: str, default: Value, doc: str, *choices: str) -> Parameter:
@@ -46,18 +50,18 @@ _ADA = (
     _GRANULARITY,
     _CLAMP,
     _learn("all"),
-    _number("steps", 500, "updates of the coefficients", 1, _MANY),
-    _number("rows", 16, "rows of each expert in a step; the released loop takes 32", 1, _MANY),
+    _whole("steps", 500, "updates of the coefficients", 1, _MANY),
+    _whole("rows", 16, "rows of each expert in a step; the released loop takes 32", 1, _MANY),
     _number("learning_rate", 1e-3, "of Adam, betas .9 and .999"),
     _PRECISION,
 )
 _EXPERT = (
     _learn("linear"),
-    _number("steps", 50, "updates of the coefficients; the released run has about 7", 1, _MANY),
-    _number("rows", 8, "rows of each expert in a step", 1, _MANY),
+    _whole("steps", 50, "updates of the coefficients; the released run has about 7", 1, _MANY),
+    _whole("rows", 8, "rows of each expert in a step", 1, _MANY),
     _number("learning_rate", 0.5, "of AdamW on the coefficients' logits"),
     _number("weight_decay", 1e-5, "of AdamW"),
-    _number("period", 50, "steps between cosine warm restarts", 1, _MANY),
+    _whole("period", 50, "steps between cosine warm restarts", 1, _MANY),
     _number("clip", 1.0, "greatest norm of the gradient; 0 for no limit"),
     _number("regulariser", 5.0, "times the mean distance of coefficients from their start (gamma)"),
     _IMPORTANCE,
@@ -72,7 +76,7 @@ _EXPERT = (
 _PLUS = (
     _number("budget", 1.0, "chunks in all, as a multiple of the tensors; paper: .9 to 1.2", 0.0, 1e4),
     _number("kappa", 1.0, "exponent on a tensor's importance; its value is not published", 0.0, 10.0),
-    _number("least_chunks", 1, "of any tensor; 0 freezes those whose share is none", 0, 1),
+    _whole("least_chunks", 1, "of any tensor; 0 freezes those whose share is none", 0, 1),
 )
 _DENSITY = kept(0.2)
 _SCOPE = threshold_scope(
@@ -82,7 +86,15 @@ _ADA_PAPER = "AdaMerging, arXiv:2310.02575"
 _EXPERT_PAPER = "Expert Merging, arXiv:2509.25712"
 
 
-def _row(name: str, *, learner: str, parameters: tuple[Parameter, ...], summary: str, paper: str) -> Method:
+def _row(
+    name: str,
+    *,
+    learner: str,
+    parameters: tuple[Parameter, ...],
+    summary: str,
+    paper: str,
+    footprint: str = "",
+) -> Method:
     return Method(
         name=name,
         function=f"mixmerge.methods.learned:{name}",
@@ -94,6 +106,7 @@ def _row(name: str, *, learner: str, parameters: tuple[Parameter, ...], summary:
         paper=paper,
         kernel="" if name == "adamerging_plus" else "task_vectors",
         learner=learner,
+        footprint=footprint and f"mixmerge.methods.footprint:{footprint}",
     )
 
 
@@ -111,6 +124,7 @@ ROWS = (
         parameters=(_weight(0.3), _DENSITY, _SCOPE, *_ADA),
         summary="AdaMerging of deltas trimmed and sign-elected as in TIES",
         paper=_ADA_PAPER,
+        footprint="unknown",
     ),
     _row(
         "expert_merging",
@@ -125,5 +139,6 @@ ROWS = (
         parameters=(_weight(0.1), *_EXPERT, *_PLUS),
         summary="Expert Merging with more coefficients, by chunks, where they matter",
         paper=_EXPERT_PAPER,
+        footprint="chunked",
     ),
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mixmerge.methods.parameters import choice, kept, merged_by, number
+from mixmerge.methods.parameters import choice, kept, merged_by, number, whole
 from mixmerge.methods.records import ANY, REQUIRED, Method
 
 _TASK = number(
@@ -46,6 +46,7 @@ ROWS = (
         differentiable=False,
         streams=True,
         sketch="mixmerge.methods.pcb:PcbSketch",
+        footprint="mixmerge.methods.footprint:pcb",
     ),
     Method(
         name="emr",
@@ -69,6 +70,7 @@ ROWS = (
         differentiable=False,
         streams=True,
         sketch="mixmerge.methods.emr:EmrSketch",
+        footprint="mixmerge.methods.footprint:emr",
     ),
     Method(
         name="tall",
@@ -81,6 +83,7 @@ ROWS = (
         paper=_TALL,
         streams=True,
         sketch="mixmerge.methods.tall:TrimSketch",
+        footprint="mixmerge.methods.footprint:tall",
     ),
     Method(
         name="consensus",
@@ -88,7 +91,7 @@ ROWS = (
         takes="deltas",
         parameters=(
             _MASK_LAMBDA,
-            number("least", 2.0, "how many experts must need an entry", 0.0),
+            whole("least", 2, "how many experts must need an entry"),
             _MULTI,
             _TRIM,
             merged_by(0.3),
@@ -99,6 +102,7 @@ ROWS = (
         paper=_TALL,
         streams=True,
         sketch="mixmerge.methods.tall:TrimSketch",
+        footprint="mixmerge.methods.footprint:tall",
     ),
     Method(
         name="magmax",
@@ -113,5 +117,6 @@ ROWS = (
         summary="of each entry, the largest change any expert made",
         paper="MagMax, arXiv:2407.06322",
         streams=True,
+        footprint="mixmerge.methods.footprint:magmax",
     ),
 )

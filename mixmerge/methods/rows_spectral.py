@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mixmerge.methods.parameters import choice, kept, merged_by, number
+from mixmerge.methods.parameters import choice, kept, merged_by, number, whole
 from mixmerge.methods.records import ANY, Method, Parameter
 
 _TOLERANCE = number(
@@ -19,9 +19,9 @@ def _tables(rest: str) -> Parameter:
     return choice("tables", rest, doc, rest, "spectral")
 
 
-def _adam(steps: float, rate: float) -> tuple[Parameter, Parameter]:
+def _adam(steps: int, rate: float) -> tuple[Parameter, Parameter]:
     return (
-        number("steps", steps, "steps of Adam", 0, 1_000_000),
+        whole("steps", steps, "steps of Adam", 0, 1_000_000),
         number("lr", rate, "step size of Adam", 0.0),
     )
 
@@ -49,6 +49,7 @@ def _row(
         streams=True,
         factors=True,
         sketch=sketch,
+        footprint=f"mixmerge.methods.footprint:{name}",
     )
 
 
@@ -87,6 +88,12 @@ ROWS = (
                 *("adam", "closed"),
             ),
             *_adam(300, 1e-5),
+            number(
+                "reach",
+                1.0,
+                "of closed: the largest norm of the merged delta, as a share of the sum of the experts'",
+                0.01,
+            ),
         ),
         summary="the delta that interferes least with what each expert's delta reads",
         paper="Whoever Started the Interference Should End It, arXiv:2503.08099",
@@ -97,7 +104,7 @@ ROWS = (
         (
             kept(0.3, "share of each expert's entries that is kept"),
             number("eta", 0.07, "size of each expert's share of a matrix", 0.0),
-            number("subspace", 6, "the shared subspace has k / subspace directions", 1),
+            whole("subspace", 6, "the shared subspace has k / subspace directions", 1),
             *_adam(400, 1e-4),
             choice(
                 "projection",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from mixmerge.methods.parameters import flag, kept, number
+from mixmerge.methods.parameters import choice, flag, kept, number
 from mixmerge.methods.records import ANY, Method
 from mixmerge.methods.rows_plain import ROWS as PLAIN
 
@@ -24,6 +24,7 @@ _REGMEAN = Method(
     paper="Dataless Knowledge Fusion (RegMean), arXiv:2212.09849",
     roles=True,
     statistics="gram",
+    footprint="mixmerge.methods.footprint:regmean",
     differentiable=False,
 )
 _TIES = next(row for row in PLAIN if row.name == "ties")
@@ -43,12 +44,21 @@ ROWS = (
                 "the floor is a share of each Fisher's norm; false, as released: the smallest norm wins",
                 constant=True,
             ),
+            choice(
+                "squares",
+                "examples",
+                "of what: each example's gradient, or sums over batches of calibration.batch_size (released code)",
+                *("examples", "batches"),
+                constant=True,
+                learning=True,
+            ),
         ),
         base="input",
         inputs=(1, ANY),
         summary="average of each entry by how much an expert's predictions depend on it",
         paper="Merging Models with Fisher-Weighted Averaging, arXiv:2111.09832",
         statistics="fisher",
+        footprint="mixmerge.methods.footprint:fisher",
         differentiable=False,
     ),
     _REGMEAN,
@@ -79,6 +89,7 @@ ROWS = (
         paper="ours: the score of Wanda, arXiv:2306.11695, in TIES-Merging, arXiv:2306.01708",
         roles=True,
         statistics="second_moment",
+        footprint="mixmerge.methods.footprint:activation_ties",
         differentiable=False,
     ),
 )

@@ -15,7 +15,7 @@ Arguments of all methods that use it, ``S`` the shape of the tensor, as is that 
         same as other tensors that are no matrices, or the method.
     tolerance: 0 to 0.99; by default float32's rounding times the longer side.
     role: what the tensor is for. Inputs are the columns, of a Conv1D (``transposed``) the rows. Three dimensions are a
-        stack of matrices, outputs x inputs (``is_matrix``).
+        stack of matrices (``roles.is_matrix``), outputs x inputs unless they are ``transposed``.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from torch import Tensor
 
 from mixmerge.methods.lowrank import Delta, LowRank, add_to
 from mixmerge.methods.records import Role
+from mixmerge.methods.roles import Tables, is_matrix
 
-Tables = Literal["mean", "base", "spectral"]
 _SVD_BELOW = 1e-6  # a Gram matrix in float64 tells singular values apart down to the root of its rounding
 
 
@@ -76,20 +76,6 @@ class View(Sequence[Delta]):
         delta = delta.mT if self._turned else delta
         factor = 1.0 if self._weight is None else float(self._weight[index])
         return delta if factor == 1.0 else delta * factor
-
-
-def is_matrix(shape: Sequence[int], role: Role, tables: Tables) -> bool:
-    """Whether a tensor is a matrix, or a stack of them, to a spectral method.
-
-    Three dimensions are a stack of matrices (the experts of an MoE layer) if there are two or more, and no more of
-    them than each has rows and columns; else they are the kernel of a convolution or the positions of a vision model,
-    and of the rest.
-    """
-    if 0 in shape or len(shape) not in (2, 3):
-        return False
-    if len(shape) == 3:
-        return 1 < shape[0] <= min(shape[1:])
-    return role in ("linear", "transposed") or (role == "table" and tables == "spectral")
 
 
 def by_matrix(

@@ -66,8 +66,9 @@ def fisher(
         MethodError: no weight is above 0, or a norm is 0 (an expert whose predictions depend on nothing).
 
     Deviations:
-        released implementations square the summed gradient of a batch, which keeps products of different examples;
-        here gradients are squared example by example.
+        released implementations (MergeLM, FusionBench) square the summed gradient of a batch, which keeps products of
+        different examples and classes, so that the result depends on the batch size (32 there). Here gradients are
+        squared example by example; ``squares: batches`` of a recipe, which is gathered, not seen here, is theirs.
     """
     coefficients = _shares(weight, len(experts))
     found = _of_all(statistics, "fisher")
@@ -140,7 +141,7 @@ def regmean(
     """
     shares = _shares(weight, len(experts))
     grams = _of_all(statistics, "gram")
-    if grams is None or role not in ("linear", "transposed"):
+    if grams is None or role not in ("linear", "transposed") or experts[0].ndim != 2:
         return linear(experts, weight=shares)
     width = grams[0].shape[0]
     left = torch.zeros((width, width), dtype=torch.float64, device=experts[0].device)

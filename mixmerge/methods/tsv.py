@@ -9,7 +9,8 @@ from torch import Tensor
 
 from mixmerge.methods.lowrank import Delta
 from mixmerge.methods.records import Role
-from mixmerge.methods.spectral import Tables, by_matrix, orthogonal, triplets
+from mixmerge.methods.roles import Tables
+from mixmerge.methods.spectral import by_matrix, orthogonal, triplets
 
 
 def tsv_m(

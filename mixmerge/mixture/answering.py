@@ -16,8 +16,9 @@ from mixmerge.batch.setup import Defaults, Setup
 from mixmerge.checkpoint.identity import canonical_hash
 from mixmerge.decision.records import Decision, Query
 from mixmerge.dynamic.folders import is_dynamic
-from mixmerge.errors import Fault, MixmergeError
-from mixmerge.experts import Expert, ExpertSet, identity
+from mixmerge.errors import Fault, MixmergeError, collecting
+from mixmerge.experts import Expert, ExpertSet
+from mixmerge.experts.identity import identities
 from mixmerge.mixture.fitting import outcomes_of
 from mixmerge.mixture.network import setup_of_network
 from mixmerge.mixture.schema import LATER, ExpertSpec, MixtureSpec
@@ -71,13 +72,21 @@ def setup_of(mixture: Mixture, *, explain: bool = False) -> Setup:
         explain: answers of a network say its weights too.
 
     Raises:
-        MixmergeError: a composition that is not available; an expert whose folder is not there.
+        MixmergeError: a composition that is not available; experts whose folders are not there; all at once.
     """
     spec, policy = mixture.spec, mixture.policy
     if spec.gated:
         return setup_of_network(spec, defaults_of(spec, explain=explain))
     router = mixture.routing
-    experts, made = expert_set(spec), _composition(mixture)
+    experts, faults = expert_set(spec), list[Fault]()
+    made: Composition | None = None
+    identity: dict[str, str] = {}
+    with collecting(faults):
+        made = _composition(mixture)
+    with collecting(faults):
+        identity = identities(experts)
+    if made is None or faults:
+        raise MixmergeError(faults)
 
     def route(queries: Sequence[Query]) -> Sequence[Decision]:
         return policy.decide(router.score(queries), queries, version=router.version)
@@ -90,7 +99,7 @@ def setup_of(mixture: Mixture, *, explain: bool = False) -> Setup:
         defaults=defaults_of(spec, explain=explain),
         identity=canonical_hash(
             {
-                "experts": {one.name: identity(one) for one in experts},
+                "experts": identity,
                 "router": router.version if router.version != UNSAVED else fingerprint_of(router),
                 "policy": policy.model_dump(mode="json"),
                 "compose": spec.compose.model_dump(mode="json"),

@@ -15,9 +15,10 @@ from mixmerge.batch.journal import FILE, remove
 from mixmerge.batch.lines import Input, Line
 from mixmerge.batch.placing import REMOTE, Placement, load_seconds
 from mixmerge.batch.records import Answer
-from mixmerge.batch.setup import Conditions
+from mixmerge.batch.setup import Conditions, Setup
 from mixmerge.batch.writing import Form
 from mixmerge.batch.writing_files import Unordered, write_ordered
+from mixmerge.errors import Fault, MixmergeError, collecting
 from mixmerge.mixture.answering import setup_of
 from mixmerge.outcomes.whole import check_free
 
@@ -121,7 +122,7 @@ class Batched:
 
 def plan(mixture: Mixture, files: Files, conditions: Conditions) -> JobPlan:
     """What ``run`` would do: nothing is loaded or written; what a run before has answered counts."""
-    setup, source = setup_of(mixture), _input(files, mixture)
+    setup, source = _opened(mixture, files)
     with (
         tempfile.TemporaryDirectory(prefix="mixmerge-") as folder,
         Job(
@@ -154,7 +155,7 @@ def run(
         MixmergeError: the output exists, the input has no request, the disk refuses, ...
     """
     check_free(files.output, overwrite=files.overwrite or files.begun)
-    setup, source = setup_of(mixture, explain=files.explain), _input(files, mixture)
+    setup, source = _opened(mixture, files)
     if files.overwrite:
         remove(files.work)
     begun = files.begun
@@ -171,13 +172,45 @@ def run(
     return Batched(report, files.output)
 
 
-def _input(files: Files, mixture: Mixture) -> Input:
+def check_files(files: Files, *, read: bool = True, written: bool = True) -> None:
+    """What can be told of a job's files without its mixture.
+
+    Args:
+        files: of the job.
+        read: look at the input: it is a file, not standard input.
+        written: look at the output: the job is to be run, not planned.
+
+    Raises:
+        MixmergeError: the input is of no format that is read, the output exists; all at once.
+    """
+    faults: list[Fault] = []
+    if read:
+        with collecting(faults):
+            _input(files, ())
+    if written:
+        with collecting(faults):
+            check_free(files.output, overwrite=files.overwrite or files.begun)
+    if faults:
+        raise MixmergeError(faults)
+
+
+def _opened(mixture: Mixture, files: Files) -> tuple[Setup, Input]:
+    """What answers, and what is asked; all that is wrong with either at once."""
+    faults: list[Fault] = []
+    setup: Setup | None = None
+    source: Input | None = None
+    with collecting(faults):
+        setup = setup_of(mixture, explain=files.explain)
+    with collecting(faults):
+        source = _input(files, tuple(mixture.experts))
+    if setup is None or source is None:
+        raise MixmergeError(faults)
+    return setup, source
+
+
+def _input(files: Files, experts: tuple[str, ...]) -> Input:
     return Input.open(
-        files.input,
-        format=files.format,
-        field=files.field,
-        experts=tuple(mixture.experts),
-        mixture_name=files.name,
+        files.input, format=files.format, field=files.field, experts=experts, mixture_name=files.name
     )
 
 

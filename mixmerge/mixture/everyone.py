@@ -9,7 +9,8 @@ from mixmerge.aggregate import Ask, Composition, Question, Said, Settled
 from mixmerge.batch.setup import Setup
 from mixmerge.checkpoint.identity import canonical_hash
 from mixmerge.decision.records import Decision, Pick, Query
-from mixmerge.experts import ExpertSet, identity
+from mixmerge.experts import ExpertSet
+from mixmerge.experts.identity import identities
 from mixmerge.mixture.answering import defaults_of
 from mixmerge.mixture.schema import MixtureSpec
 
@@ -48,7 +49,7 @@ def everyone(
         return [Decision(one.id, picks, picks[0].expert, {}, "everyone", {}, "") for one in queries]
 
     about = {
-        "experts": {one.name: identity(one) for one in experts},
+        "experts": identities(experts),
         "generate": spec.generate.model_dump(mode="json"),
         "draws": composition.draws,
         "temperature": composition.temperature,

@@ -13,7 +13,9 @@ from mixmerge.batch.setup import Conditions
 from mixmerge.decision.files import FILE, read_policy
 from mixmerge.decision.policies import Policy
 from mixmerge.decision.records import Decision, Query, as_queries
-from mixmerge.errors import MixmergeError
+from mixmerge.errors import Fault, MixmergeError, collecting
+from mixmerge.experts.identity import check_folders
+from mixmerge.mixture.answering import expert_set
 from mixmerge.mixture.asking import Asked, Piece, answers, as_finished, stream
 from mixmerge.mixture.batching import Batched, Files, run
 from mixmerge.mixture.fitting import outcomes_of, same_experts, unfitted
@@ -44,6 +46,7 @@ class Mixture:
         *,
         revision: str | None = None,
         trust_endpoints: bool = False,
+        answers: bool = False,
     ) -> Self:
         """Read a mixture, and fit its router on its outcomes or load it from its folder.
 
@@ -54,6 +57,7 @@ class Mixture:
             revision: branch, tag or commit of a hub id; refused of anything else.
             trust_endpoints: a mixture of the hub may send prompts, and keys of the environment, to the servers that
                 it names.
+            answers: its experts are to answer, so their folders have to be there; to route, they need not.
 
         Raises:
             MixmergeError: every fault of the YAML; or outcomes or a router that cannot be read, or that know
@@ -67,8 +71,16 @@ class Mixture:
             spec = spec_from(source, revision=revision, trust_endpoints=trust_endpoints)
         if spec.gated:
             return cls(check_fitted(spec), None, Policy())
-        fitted = _loaded(spec) if spec.routed.folder else unfitted(spec).fit(outcomes_of(spec))
-        return cls.of(spec, fitted)
+        faults: list[Fault] = []
+        router: Router | None = None
+        with collecting(faults):
+            router = _loaded(spec) if spec.routed.folder else unfitted(spec).fit(outcomes_of(spec))
+        if answers:
+            with collecting(faults):
+                check_folders(expert_set(spec))
+        if router is None or faults:
+            raise MixmergeError(faults)
+        return cls.of(spec, router)
 
     @classmethod
     def of(cls, spec: MixtureSpec, router: Router) -> Self:

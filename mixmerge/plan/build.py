@@ -79,8 +79,7 @@ def make_plan(
     groups = _gather(split.models, entries, needs_base, agreement, deltas=method.takes == "deltas")
     wanted = [Wanted(name, *_output_form(group, recipe)) for name, group in groups.items()]
     targets, shards = lay_out(wanted, recipe.output.shard_size)
-    kind = str(models[donor].config.get("model_type", ""))
-    tasks = _tasks(recipe, method, groups, targets, kind, faults)
+    tasks = _tasks(recipe, method, groups, targets, models[donor].config, faults)
     tasks = replayed(recipe, method, tasks, faults, warnings)
     _check_scope(tasks, faults)
     bank = _bank(parsed.recipe, names_of(models, entries), tasks, faults)
@@ -190,10 +189,11 @@ def _tasks(
     method: Method,
     groups: dict[str, tuple[tuple[Source, ...], Source | None]],
     targets: list[Target],
-    model_type: str,
+    config: Mapping[str, Any],
     faults: list[Fault],
 ) -> list[Task]:
     stacks = depths(groups)
+    model_type, hidden = str(config.get("model_type", "")), _width(config)
     values = _Values(recipe, method)
     tasks = []
     for target in targets:
@@ -211,7 +211,7 @@ def _tasks(
                 if parameter.per != "merge":
                     parameters[parameter.name] = tuple(entry[parameter.name] for entry in resolved.entries)
         inputs_ = sources if not copied or base is None else (*sources, base)
-        role = role_of(target.name, target.shape, model_type)
+        role = role_of(target.name, target.shape, model_type, hidden=hidden)
         tasks.append(Task(target, inputs_, None if copied else base, copied, parameters, role))
     return tasks
 
@@ -234,6 +234,13 @@ def _bank(
 def _position(name: str, stacks: Mapping[str, int]) -> float:
     layer = layer_of(name)
     return layer_position(layer[1], stacks[layer[0]]) if layer else layer_position(None, 0)
+
+
+def _width(config: Mapping[str, Any]) -> int:
+    """Of the hidden states, or of those of a model's language part."""
+    inner = config.get("text_config")
+    found = (inner if isinstance(inner, Mapping) else config).get("hidden_size")
+    return found if isinstance(found, int) else 0
 
 
 def _check_scope(tasks: Sequence[Task], faults: list[Fault]) -> None:

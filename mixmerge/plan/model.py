@@ -110,6 +110,12 @@ class Task:
     role: Role = "other"
     chunks: tuple[tuple[float, ...], ...] = ()
 
+    @property
+    def wide(self) -> bool:
+        """Whether float64 takes part, which the kernels do not do."""
+        inputs = (*self.sources, *((self.base,) if self.base else ()))
+        return "F64" in {self.target.dtype, *(source.tensor.dtype for source in inputs)}
+
 
 @dataclass(frozen=True)
 class Dropped:

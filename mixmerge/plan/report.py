@@ -5,13 +5,18 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from mixmerge.methods.footprint import Sizes, held
 from mixmerge.plan.bank import BankPlan
 from mixmerge.plan.model import Plan, Task
 
-# Python, numpy and the compiled kernels, before any tensor.
+# Before any tensor, on one Linux machine without a GPU: Python, numpy and the compiled kernels; with torch and its
+# optimisers; with transformers.
 _INTERPRETER = 300_000_000
-_WITH_TORCH = 450_000_000
+_TORCH = 350_000_000
+RUNTIME = 450_000_000
 CHUNK = 1 << 18
+# Blocks of memory up to this size mostly stay with the allocator once they are freed (glibc).
+_KEPT_BELOW = 32_000_000
 
 
 def task_rows(task: Task) -> int:
@@ -20,7 +25,11 @@ def task_rows(task: Task) -> int:
 
 
 def peak_memory(plan: Plan, *, threads: int) -> int:
-    """Bytes a merge by kernels needs at most: buffers per thread, and masks of the tensors under way."""
+    """Bytes the process needs at most while it merges on a CPU: an estimate, on the high side.
+
+    Buffers of every thread, masks of the tensors under way, adapters; where a method runs by its definition, what that
+    holds of the largest tensors, one for each thread, and as much of smaller ones again for what was freed.
+    """
     rows = max((task_rows(task) for task in plan.tasks), default=1)
     per_thread = CHUNK * 4 * (rows + 6)
     masks = max((len(task.sources) * task.target.nbytes // 8 for task in plan.tasks), default=0)
@@ -30,7 +39,40 @@ def peak_memory(plan: Plan, *, threads: int) -> int:
         for delta in model.deltas.values()
         for header in delta.headers
     )
-    return _INTERPRETER + threads * per_thread + masks * plan.method.stochastic + factors
+    whole = [task for task in plan.tasks if _by_definition(plan, task)]
+    sizes = {task.target.name: _definition(plan, task) for task in whole}
+    small = [task for task in whole if 4 * math.prod(task.target.shape) <= _KEPT_BELOW]
+    tensors = sum(
+        sum(sorted((sizes[task.target.name] for task in tasks), reverse=True)[:threads])
+        for tasks in (whole, small)
+    )
+    runtime = RUNTIME if plan.needs_data else _TORCH if whole else _INTERPRETER
+    return runtime + threads * per_thread + masks * plan.method.stochastic + factors + tensors
+
+
+def _by_definition(plan: Plan, task: Task) -> bool:
+    """Whether no kernel merges a tensor, or perhaps none."""
+    method = plan.method
+    return not task.copied and (not method.kernel or bool(method.footprint) or task.wide or bool(task.chunks))
+
+
+def _definition(plan: Plan, task: Task) -> int:
+    """Bytes that the method's definition holds of a tensor."""
+    sizes = Sizes(task.target.shape, task.role, len(task.sources), task.parameters, _ranks(plan, task))
+    return (8 if task.wide else 4) * held(plan.method, sizes)
+
+
+def _ranks(plan: Plan, task: Task) -> tuple[int, ...]:
+    """Of a task whose deltas are all factors, their ranks."""
+    ranks = []
+    for source in task.sources:
+        adapter = source.adapter
+        if not plan.method.factors or adapter is None or adapter.a is None:
+            return ()
+        if not source.delta_only or adapter.kind != "lowrank" or adapter.needs_weight:
+            return ()
+        ranks.append(adapter.a.shape[0] // adapter.experts)
+    return tuple(ranks)
 
 
 def _bank(plan: Plan, bank: BankPlan) -> dict[str, Any]:
@@ -87,7 +129,7 @@ def as_json(plan: Plan, *, threads: int) -> dict[str, Any]:
         "bytes_written": plan.bytes_written,
         "peak_memory": max(
             peak_memory(plan, threads=threads),
-            0 if plan.bank is None else _WITH_TORCH + bank_memory(plan.bank),
+            0 if plan.bank is None else RUNTIME + bank_memory(plan.bank),
         ),
         "shards": [{"file": shard.file, "bytes": shard.nbytes} for shard in plan.shards],
         "tensors": [

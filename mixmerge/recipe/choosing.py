@@ -34,7 +34,7 @@ def known_parameters(method: Method | None, rows: Mapping[str, Any]) -> dict[str
     if method is not None:
         return {parameter.name: parameter for parameter in method.parameters}
     return {
-        parameter.name: replace(parameter, low=-math.inf, high=math.inf, constant=False)
+        parameter.name: replace(parameter, low=-math.inf, high=math.inf, constant=False, whole=False)
         for row in rows.values()
         if isinstance(row, Method)
         for parameter in row.parameters

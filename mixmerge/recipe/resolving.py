@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from mixmerge.document import Scalar
@@ -41,28 +41,31 @@ def layer_position(layer: int | None, layers: int) -> float:
     return layer / (layers - 1) if layers > 1 else 1.0
 
 
-def interpolate(anchors: Sequence[Scalar], position: float) -> Scalar | None:
-    """The value of a gradient: piecewise linear for numbers, a step function for words and booleans.
+def interpolate(anchors: Sequence[Scalar], position: float, *, whole: bool = False) -> Scalar | None:
+    """The value of a gradient: piecewise linear for numbers, a step function for words, booleans and whole numbers.
 
     Args:
         anchors: k values, evenly spread over [0, 1]; none gives None.
         position: in [0, 1]; steps take anchor ``floor(position * (k - 1))``.
+        whole: numbers are whole numbers.
     """
     if len(anchors) < 2:
         return anchors[0] if anchors else None
     scaled = position * (len(anchors) - 1)
     left = int(scaled)
     before, after = anchors[left], anchors[min(left + 1, len(anchors) - 1)]
-    if isinstance(before, bool | str) or isinstance(after, bool | str):
+    if whole or isinstance(before, bool | str) or isinstance(after, bool | str):
         return before
     fraction = scaled - left
     return (1 - fraction) * before + fraction * after
 
 
-def _evaluate(setting: Setting | None, name: str, position: float) -> Scalar | None:
-    for one in setting or ():
+def _evaluate(
+    parameters: Mapping[str, Setting], parameter: Parameter, name: str, position: float
+) -> Scalar | None:
+    for one in parameters.get(parameter.name, ()):
         if one.filter is None or one.filter in name:
-            return interpolate(one.value, position)
+            return interpolate(one.value, position, whole=parameter.whole)
     return None
 
 
@@ -123,7 +126,7 @@ def _merge_values(
     for parameter in method.parameters:
         if parameter.per != "merge":
             continue
-        value = _evaluate(recipe.parameters.get(parameter.name), name, position)
+        value = _evaluate(recipe.parameters, parameter, name, position)
         if value is not None:
             written[parameter.name] = value
         elif parameter.default == REQUIRED:
@@ -144,9 +147,9 @@ def _entry_values(
     for parameter in method.parameters:
         if parameter.per == "merge":
             continue
-        value = _evaluate(entry.parameters.get(parameter.name), name, position)
+        value = _evaluate(entry.parameters, parameter, name, position)
         if value is None:
-            value = _evaluate(recipe.parameters.get(parameter.name), name, position)
+            value = _evaluate(recipe.parameters, parameter, name, position)
         if value is None and parameter.name == "weight" and recipe.coefficients is not None:
             value = 0.0  # the plan puts in what was learned
         if value is None and parameter.default == REQUIRED:

@@ -117,6 +117,8 @@ def _number(node: Node, value: Scalar | int, parameter: Parameter, report: Repor
         report.fault(node, f"{parameter.name} is not a number (NaN)")
     elif abs(result) > _FLOAT32_MAX:
         report.fault(node, f"{parameter.name} is infinite, or too large for float32 arithmetic")
+    elif parameter.whole and not result.is_integer():
+        report.fault(node, f"{number(result)} is no whole number", _range(parameter))
     elif not parameter.low <= result <= parameter.high:
         report.fault(node, f"{number(result)} is out of range", _range(parameter))
     else:

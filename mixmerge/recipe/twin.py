@@ -83,12 +83,10 @@ def check_blocks(blocks: Blocks, draft: Draft, report: Report) -> None:
     for name in ("energy", "budget"):
         if any(value == 0 for one in draft.settings.get(name) or () for value in one.value):
             report.fault(draft.node("parameters", name), "0 is out of range", f"{name} is above 0")
-    for name, allowed in (("bits", WIDTHS), ("rank", None)):
-        values = [value for one in draft.settings.get(name) or () for value in one.value]
-        wrong = [value for value in values if value not in (allowed or (round(float(value)),))]
-        if wrong:
-            known = ", ".join(map(str, allowed)) if allowed else "Whole numbers from 1"
-            report.fault(draft.node("parameters", name), f"is {show(wrong[0])}", known)
+    wrong = [value for one in draft.settings.get("bits") or () for value in one.value if value not in WIDTHS]
+    if wrong:
+        known = ", ".join(map(str, WIDTHS))
+        report.fault(draft.node("parameters", "bits"), f"is {show(wrong[0])}", known)
     if blocks.method is None:
         return
     required = blocks.method.base == "required"

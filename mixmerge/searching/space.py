@@ -160,7 +160,9 @@ def misfits(parameter: Parameter, dimension: Dimension, where: str) -> list[Faul
     if parameter.constant and dimension.anchors != 1:
         faults.append(Fault(where, "it is one value for the whole model", "anchors: 1"))
     if dimension.choices is None:
-        if parameter.kind != "number":
+        if parameter.whole:
+            faults.append(Fault(where, "it is a whole number", "choices: [...]"))
+        elif parameter.kind != "number":
             faults.append(Fault(where, "it is no number", "choices: [...]"))
         elif (dimension.low or 0.0) < parameter.low or (dimension.high or 0.0) > parameter.high:
             bounds = f"{dimension.low:g} to {dimension.high:g}"
@@ -169,7 +171,9 @@ def misfits(parameter: Parameter, dimension: Dimension, where: str) -> list[Faul
     for value in dimension.choices:
         if not _fits(parameter, value):
             allowed = {"bool": "true and false", "choice": " and ".join(parameter.choices)}
-            numbers = f"numbers from {parameter.low:g} to {parameter.high:g}"
+            numbers = (
+                f"{'whole ' if parameter.whole else ''}numbers from {parameter.low:g} to {parameter.high:g}"
+            )
             faults.append(
                 Fault(where, f"{show(value)} is no value of it", allowed.get(parameter.kind, numbers))
             )
@@ -182,7 +186,9 @@ def _fits(parameter: Parameter, value: Value) -> bool:
     if parameter.kind == "choice":
         return value in parameter.choices
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and parameter.low <= float(value) <= parameter.high
+    if not number or (parameter.whole and not float(value).is_integer()):
+        return False
+    return parameter.low <= float(value) <= parameter.high
 
 
 def slots(space: Space, recipe: Recipe, *, layers: int) -> tuple[Slot, ...]:

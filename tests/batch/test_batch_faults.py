@@ -22,7 +22,7 @@ from mixmerge.batch.lines import Input
 from mixmerge.batch.records import Answer
 from mixmerge.batch.setup import Conditions
 from mixmerge.cli import app
-from mixmerge.errors import StoppedError
+from mixmerge.errors import MixmergeError, StoppedError
 from mixmerge.mixture import Mixture
 from mixmerge.mixture.answering import setup_of
 
@@ -202,6 +202,43 @@ def test_lines_that_are_no_requests(case: Make) -> None:
         assert one["response"]["body"]["error"]["type"] == "invalid_request_error"
     assert "Known: a, b" in found[3]["error"]["message"] or "mixmerge" in found[3]["error"]["message"]
     assert [found[at]["response"]["body"]["model"] for at in (0, 4)] == ["a", "b"]
+
+
+def test_what_a_mixture_lacks_is_told_at_once(case: Make) -> None:
+    """Outcomes, two experts' folders, requests and a free place for the answers: none of it is there."""
+    experts = {"a": {"model": "./gone"}, "b": {"adapter": "./lost", "base": "./gone"}, "e": echo()}
+    made = case(experts, plain(2))
+    taken = made.folder / "out.jsonl"
+    taken.write_text("mine")
+    outcomes = made.folder / "outcomes.jsonl"
+    kept = outcomes.read_bytes()
+    outcomes.unlink()
+    made.requests.unlink()
+
+    def said(*command: object) -> list[str]:
+        result = run(*command, code=2)
+        assert "Traceback" not in result.stderr
+        return [line.removeprefix("error: ") for line in result.stderr.splitlines()]
+
+    folders = ["expert a: ./gone: no such", "expert b: ./gone: no such", "expert b: ./lost: no such"]
+    asked = ("batch", made.mixture, "-i", made.requests, "-o", taken)
+    wanted = [f"{outcomes}: ", *folders, f"{made.requests}: ", f"{taken}: exists already"]
+    for found, start in zip(said(*asked), wanted, strict=True):
+        assert found.startswith(start), found
+    assert len(said(*asked[:4], "--plan")) == len(wanted) - 1  # no answers are written
+    assert len(said(*asked, "--device", "tpu")) == len(wanted) + 1
+    assert len(said("ask", made.mixture, "hello")) == len(wanted) - 2
+    outcomes.write_bytes(kept)
+    for found, start in zip(said(*asked), wanted[1:], strict=True):
+        assert found.startswith(start), found
+    assert taken.read_text() == "mine"
+    assert not list(made.folder.glob(".*.job"))
+    # Who only routes needs no expert's folder.
+    loaded = Mixture.load(made.mixture)
+    assert loaded.route(["hello"])[0].primary == "a"
+    with pytest.raises(MixmergeError) as caught:
+        loaded.batch(made.requests, made.folder / "other.jsonl")
+    assert len(caught.value.faults) == 3  # of each expert the first folder, and the requests
 
 
 def test_an_input_that_changes_between_runs(case: Make) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from mixmerge.calibrate.accumulators import added, load_statistics, read_facts, save_statistics, saved_mean
 from mixmerge.calibrate.gathering import Measure, extend, gather, real_inputs
+from mixmerge.calibrate.kinds import KINDS
 from mixmerge.data.batches import make_batches
 from mixmerge.data.rows import Row
 from mixmerge.errors import MixmergeError
@@ -118,6 +119,65 @@ def test_fisher_of_a_classifier_is_the_exact_expectation(classifier: LoadedExper
     batch_squared = gather(classifier, ROWS, "fisher", fingerprint="m", wanted=[name])
     assert list(batch_squared.sums) == [name]
     assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_squares_of_batches_by_hand(classifier: LoadedExpert, decoder: LoadedExpert) -> None:
+    """As released: of every batch the gradient of ``sum_i sum_k sqrt(p_ik) log p_ik``, squared."""
+    import torch
+
+    name = "bert.encoder.layer.0.output.dense.weight"
+    weight = dict(classifier.model.named_parameters())[name].requires_grad_(True)
+    expected, alone = torch.zeros_like(weight), torch.zeros_like(weight)
+    for pair in (ROWS[:2], ROWS[2:]):
+        total = torch.zeros_like(weight)
+        for row in pair:
+            scores = torch.log_softmax(
+                classifier.model(classifier.tokenizer(row.text, return_tensors="pt")["input_ids"]).logits[0],
+                -1,
+            )
+            (gradient,) = torch.autograd.grad((scores.detach().exp().sqrt() * scores).sum(), [weight])
+            total += gradient
+            alone += gradient**2
+        expected += total**2
+    weight.requires_grad_(False)
+    kind = "fisher_batches"
+    two = gather(classifier, ROWS, kind, fingerprint="m", measure=Measure(batch_size=2))
+    assert close(two.sums[name], expected)
+    assert set(two.facts.counts.values()) == {4}
+    mean = two.mean(name)
+    assert mean is not None
+    assert close(mean, expected / 4)
+    one = gather(classifier, ROWS, kind, fingerprint="m", measure=Measure(batch_size=1))
+    assert close(one.sums[name], alone)  # the classes of a row are still added up before the square
+    assert not close(one.sums[name], gather(classifier, ROWS, "fisher", fingerprint="m").sums[name])
+    with pytest.raises(MixmergeError, match="settings differs"):
+        added(
+            one, gather(classifier, [Row(text="new")], kind, fingerprint="m", measure=Measure(batch_size=2))
+        )
+
+    # A language model's labels are drawn for each row, whoever shares its batch.
+    alike = gather(decoder, ROWS, kind, fingerprint="m", measure=Measure(batch_size=1))
+    single = gather(decoder, ROWS, "fisher", fingerprint="m")
+    assert all(close(alike.sums[tensor], single.sums[tensor]) for tensor in single.sums)
+    parts = [likelihood_gradient(decoder, row, "model.norm.weight") for row in ROWS]
+    both = gather(decoder, ROWS, kind, fingerprint="m", measure=Measure(batch_size=3))
+    assert close(both.sums["model.norm.weight"], (parts[0] + parts[1] + parts[2]) ** 2 + parts[3] ** 2)
+    packed = Measure(batch_size=2, max_tokens=12, layout="packed")
+    assert gather(decoder, ROWS, kind, fingerprint="m", measure=packed).sums.keys() == single.sums.keys()
+
+
+def likelihood_gradient(decoder: LoadedExpert, row: Row, name: str) -> Any:
+    """Of one row's drawn labels, as the gathering draws them."""
+    import torch
+
+    from mixmerge.calibrate.fisher import _drawn, _generator
+
+    weight = dict(decoder.model.named_parameters())[name].requires_grad_(True)
+    (batch,) = make_batches([row], decoder.tokenizer)
+    value = _drawn(decoder.model(**batch.inputs()).logits, batch.loss_mask, _generator(0, [row.digest]))
+    (gradient,) = torch.autograd.grad(value, [weight])
+    weight.requires_grad_(False)
+    return gradient
 
 
 def test_fisher_of_a_language_model_is_unbiased(decoder: LoadedExpert) -> None:
@@ -263,7 +323,7 @@ def test_a_map_that_saw_the_input_of_another_only_at_first_has_no_sum() -> None:
 
     one, other = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
     mask, sums = torch.ones(1, 2), Sums(None)
-    with watching({"one": one, "other": other}, "gram", sums) as watch:
+    with watching({"one": one, "other": other}, KINDS["gram"], sums) as watch:
         for shared in (True, False):
             watch.begin(mask)
             value = torch.ones(1, 2, 3)

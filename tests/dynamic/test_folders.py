@@ -120,11 +120,11 @@ def test_heads_of_a_merged_trunk(tmp_path: Path, tokenizer: Any, standins: Any) 
             base = dynamic(batch["input_ids"], batch["attention_mask"], weights=[0, 0, 0])
             assert not torch.allclose(base, together, atol=1e-4)
     from mixmerge.evaluate.heads import score_classes
-    from mixmerge.evaluate.task_file import one_task
+    from mixmerge.evaluate.task_file import one_task, read_tasks
 
     rows = [{"text": text, "label": int(pick)} for text, pick in zip(texts, together.argmax(-1), strict=True)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
-    task = one_task(str(tmp_path / "rows.jsonl"), "accuracy", expert=None, head="three", limit=None)
+    (task,) = read_tasks(one_task(str(tmp_path / "rows.jsonl"), "accuracy", head="three"))
     assert score_classes(folder, task, {}, name="twin").scores.tolist() == [1, 1, 1]
     told = score_classes(folder, task, {}, name="twin", alone="one")
     model = DynamicModel.load(folder, head="three")

@@ -62,6 +62,12 @@ def test_a_table(run: Callable[..., Any]) -> None:
     assert len(Path("a.jsonl").read_text().splitlines()) == 4 * 2 * 4
 
 
+def test_all_faults_of_the_inputs_at_once(run: Callable[..., Any]) -> None:
+    Path("bad.jsonl").write_text('{"prompt": "a"}\n')
+    result = run("gone", "--task", "bad.jsonl", "--metric", "exact", "--experts", "x=lost", code=2)
+    assert [line.split()[1] for line in result.stderr.splitlines()] == ["task", "model:", "experts:"]
+
+
 def test_a_page_that_cannot_be_drawn_is_told_first(
     run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -382,6 +382,34 @@ def test_what_is_missing_is_told_before_any_model_answers(
     assert done == []
 
 
+def test_everything_that_is_wrong_is_told_at_once(experts: Any, classifiers: Path, tmp_path: Path) -> None:
+    rows = {
+        "bad": [{"txt": "a"}],
+        "c": [{"text": "a", "label": 2}],
+        "q": [{"prompt": "a", "choices": ["b", "c"], "label": 0}],
+    }
+    data = {name: _write(tmp_path / f"{name}.jsonl", some) for name, some in rows.items()}
+
+    def said(tasks: Any, model: Path, **options: Any) -> list[str]:
+        with pytest.raises(MixmergeError) as caught:
+            mixmerge.evaluate_models({"m": model, "n": tmp_path / "nobody"}, tasks=tasks, **options)
+        return [str(fault) for fault in caught.value.faults]
+
+    bad = {"tasks": [{"name": "bad", "data": data["bad"], "metric": "choice"}]}
+    missing = {"experts": {"x": str(tmp_path / "gone")}, "base": experts.base}
+    found = said(bad, experts.base, **missing, recommend=True, calibration=tmp_path / "c.json", resamples=5)
+    for fault, word in zip(found, ("task bad", "nobody", "gone", "c.json", "resamples: is 5"), strict=True):
+        assert word in fault
+    heads = [
+        {"name": name, "data": data["c"], "metric": "accuracy", "head": name} for name in ("mood", "modd")
+    ]
+    own = {"name": "q", "data": data["q"], "metric": "choice", "expert": "x"}
+    found = said({"tasks": [*heads, own]}, classifiers / "merged")
+    words = ("nobody", "label 2 is none of the 2 classes", "no head 'modd'")
+    for fault, word in zip(found, words, strict=True):
+        assert word in fault
+
+
 def test_faults_of_heads(classifiers: Path, experts: Any, tmp_path: Path) -> None:
     data = _write(tmp_path / "c.jsonl", [{"text": "a", "label": 2}])
 
@@ -435,5 +463,26 @@ def test_lm_eval_runs_a_local_task(experts: Any, tmp_path: Path, monkeypatch: py
     )
     theirs = report.harness["m"]["local_words"]["acc,none"]
     assert theirs == pytest.approx(report.rows[0].scores["words"].value), "the same rows, the same model"
-    with pytest.raises(MixmergeError, match="no task is called 'local_word'"):
-        mixmerge.evaluate_models({"m": experts.base}, tasks=(), lm_eval=["local_word"], lm_eval_path=folder)
+    gone = _write(tmp_path / "gone.jsonl", [{"txt": "a"}])
+    bad = {"tasks": [{"name": "bad", "data": gone, "metric": "choice"}]}
+    with pytest.raises(MixmergeError) as caught:
+        mixmerge.evaluate_models(
+            {"m": tmp_path / "no"}, tasks=bad, lm_eval=["local_word"], lm_eval_path=folder
+        )
+    assert [one.where.partition(":")[0] for one in caught.value.faults] == ["--lm-eval", "task bad", "model"]
+
+    # What the harness cannot do is found out after the answers to our questions, which are kept.
+    task["dataset_kwargs"] = {"data_files": {"test": str(tmp_path / "nothing.jsonl")}}
+    (folder / "words.yaml").write_text(yaml.safe_dump(task))
+    both: dict[str, Any] = {"lm_eval": ["local_words"], "lm_eval_path": folder, "resamples": 100}
+    half = mixmerge.evaluate_models({"m": experts.base}, tasks={"tasks": [ours]}, **both)
+    assert half.rows[0].scores["words"] == report.rows[0].scores["words"]
+    assert half.harness == {}
+    assert any(one.startswith("--lm-eval: m: the harness failed: ") for one in half.warnings)
+    with pytest.raises(MixmergeError, match="the harness failed"):
+        mixmerge.evaluate_models({"m": experts.base}, tasks=(), **both)
+    long = _write(tmp_path / "long.jsonl", [{**rows[0], "prompt": "many words " * 2000}])
+    with pytest.raises(MixmergeError, match="long, row 1"):
+        mixmerge.evaluate_models(
+            {"m": experts.base}, tasks={"tasks": [{**ours, "name": "long", "data": long}]}, **both
+        )

@@ -14,10 +14,12 @@ from mixmerge.data.rows import Row
 from mixmerge.errors import MixmergeError
 from mixmerge.evaluate.advice import Deltas, Facts, advise
 from mixmerge.evaluate.leaks import Made
+from mixmerge.evaluate.model_entries import named
 from mixmerge.evaluate.model_measuring import Judged, info, means_of, measure, spreads_of
 from mixmerge.evaluate.model_records import ModelReport, Role
 from mixmerge.evaluate.model_report import to_html
-from mixmerge.evaluate.models import _notes, named
+from mixmerge.evaluate.model_tables import cells, columns
+from mixmerge.evaluate.models import _notes
 from mixmerge.evaluate.scoring_tasks import TaskScores, joined
 from mixmerge.evaluate.task_file import EvalTask, TaskSpec
 
@@ -85,6 +87,17 @@ def test_by_hand() -> None:
     assert base.retained_average.value == 0.0
     assert merge.speed == pytest.approx(3 * 10 / 1.5)
     assert (merge.method, merge.seed, base.method, base.seed) == ("ties", 0, None, None)
+
+
+def test_operations_stand_in_table_page_and_json() -> None:
+    judged = [dataclasses.replace(one, flops=2.5e9) if one.name == "merge" else one for one in _judged()]
+    rows, _ = measure(TASKS, judged, means_of(TASKS, judged, resamples=100, seed=0), level=0.95)
+    report = dataclasses.replace(_report(), rows=rows)
+    at = columns(report).index("GFLOPs/token")
+    assert [cells(report, row)[at] for row in rows] == ["2.5", "-", "-", "-"]
+    assert "GFLOPs/token" in to_html(report)
+    found = json.loads(json.dumps(report.as_dict()))["rows"]
+    assert [row["flops"] for row in found] == [2.5e9, None, None, None]
 
 
 def test_intervals_hold_the_value_and_do_not_depend_on_the_order() -> None:

@@ -103,7 +103,7 @@ def test_faults_are_told_at_once(tmp_path: Path) -> None:
 def test_rows_that_a_metric_cannot_score(metric: str, row: dict[str, Any], word: str, tmp_path: Path) -> None:
     data = _rows(tmp_path / "d.jsonl", [{"id": "one", **row}] * 30)
     with pytest.raises(MixmergeError) as caught:
-        one_task(str(data), metric)
+        read_tasks(one_task(str(data), metric))
     assert str(caught.value.faults[0]).startswith(f"task d: row one: {word}")
     assert len(caught.value.faults) == 21
     assert "10 more rows are like these" in str(caught.value.faults[-1])
