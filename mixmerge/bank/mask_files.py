@@ -72,7 +72,9 @@ def read_mask_card(folder: str | Path) -> MaskCard:
     path = place / FOLDER / CARD
     if not path.is_file():
         run = "Make them: mixmerge merge with merge_method: emr or tall, and task: all"
-        raise CheckpointError(Fault(str(folder), "has no masks of tasks", f"A folder with {FOLDER}/{CARD}", run))
+        raise CheckpointError(
+            Fault(str(folder), "has no masks of tasks", f"A folder with {FOLDER}/{CARD}", run)
+        )
     raw = read_json(path)
     if raw.get("format") != FORMAT:
         raise CheckpointError(Fault(str(path), "is not a card of masks", f"format: {FORMAT}"))
@@ -137,7 +139,9 @@ class MaskFolder:
     def tensor(self, name: str, task: int) -> Tensor:
         """A tensor of a task's model, in the dtype of the base."""
         delta = ELECTED if f"{ELECTED}/{name}" in self._files else UNIFIED
-        parts = [self._read(self._files[f"{part}/{name}"], f"{part}/{name}") for part in (delta, BITS, FACTORS)]
+        parts = [
+            self._read(self._files[f"{part}/{name}"], f"{part}/{name}") for part in (delta, BITS, FACTORS)
+        ]
         return MaskedTensor(*parts, elected=delta == ELECTED).of_task(self.base(name), task)
 
     def _read(self, path: Path, name: str) -> Tensor:
@@ -157,5 +161,7 @@ def _checked(path: Path, facts: FileCard) -> dict[str, TensorHeader]:
         what = f"has {size:,} bytes, its card says {facts.nbytes:,}"
         raise CheckpointError(Fault(str(path), what, run=again))
     if digest([path]) != facts.sha256:
-        raise CheckpointError(Fault(str(path), "was changed after it was written: its hash differs", run=again))
+        raise CheckpointError(
+            Fault(str(path), "was changed after it was written: its hash differs", run=again)
+        )
     return read_header(path)

@@ -35,7 +35,13 @@ class MaskedTensor:
 
     @classmethod
     def of(
-        cls, unified: Tensor, keep: Callable[[int], Tensor], factors: Tensor, *, base: Tensor, stored: torch.dtype
+        cls,
+        unified: Tensor,
+        keep: Callable[[int], Tensor],
+        factors: Tensor,
+        *,
+        base: Tensor,
+        stored: torch.dtype,
     ) -> Self:
         """Packed as small as loses nothing.
 
@@ -47,7 +53,9 @@ class MaskedTensor:
             stored: dtype of the base's file. A unified delta takes entries of experts as they are; of experts in
                 this dtype it is kept as those entries themselves, which are half as wide.
         """
-        rows = [np.packbits(keep(at).cpu().numpy().reshape(-1), bitorder="little") for at in range(len(factors))]
+        rows = [
+            np.packbits(keep(at).cpu().numpy().reshape(-1), bitorder="little") for at in range(len(factors))
+        ]
         bits, factors = torch.from_numpy(np.stack(rows)), factors.cpu().contiguous()  # (T, ceil(n / 8)), (T,)
         if stored.itemsize < unified.dtype.itemsize:
             values = (base + unified).to(stored)

@@ -64,7 +64,9 @@ def parts_of(folder: str | Path, *, base: str | Path | None = None) -> Parts:
     place = Path(folder).expanduser()
     if has_masks(place) and not is_dynamic(place):
         what = "has masks of tasks, and no bank: a task is named, never weighed"
-        raise CheckpointError(Fault(str(folder), what, _WANTED, "Load it with TaskModel, or the engine tasks"))
+        raise CheckpointError(
+            Fault(str(folder), what, _WANTED, "Load it with TaskModel, or the engine tasks")
+        )
     if not is_dynamic(place):
         run = "Make one: mixmerge fit MIXTURE.yaml OUT, or mixmerge merge with merge_method: twin"
         raise CheckpointError(Fault(str(folder), f"has no {FOLDER}/{CARD}", _WANTED, run))

@@ -73,7 +73,9 @@ class TaskEngine(TransformersEngine):
             MixmergeError: always.
         """
         what = "a folder of masks takes no further adapters"
-        raise MixmergeError(Fault(f"engine {self.name}: adapter {name}", what, run="Merge again, with its expert"))
+        raise MixmergeError(
+            Fault(f"engine {self.name}: adapter {name}", what, run="Merge again, with its expert")
+        )
 
     def unload(self) -> None:
         self._switch = None

@@ -1,4 +1,4 @@
-"""The masks of a merge for all tasks: the base is written as it is, and beside it what the tasks' models are made of."""
+"""Masks of a merge for all tasks: the base is written as it is, and beside it what the tasks' models are made of."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def add_masks(
     from mixmerge.bank.cards import FileCard
     from mixmerge.bank.mask_files import MaskCard
 
-    tasks = [task for task in plan.tasks if not task.copied and math.prod(task.target.shape)]
+    tasks = [task for task in plan.tasks if not task.copied and task.target.nbytes]
     parts = _Files(output)
     left = [task for task in tasks if task.target.name not in parts.done]
     if left:

@@ -1,6 +1,7 @@
 """EMR-Merging: one unified delta, and for each task the entries of it that agree with its expert, rescaled.
 
-``emr`` is the model of one task, ``emr_masks`` what the models of all tasks share and what each keeps of it. Shapes: deltas, base and result ``S``; T experts.
+``emr`` is the model of one task, ``emr_masks`` what the models of all tasks share and what each keeps of it.
+Shapes: deltas, base and result ``S``; T experts.
 """
 
 from __future__ import annotations

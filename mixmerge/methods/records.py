@@ -74,8 +74,8 @@ class Method:
         sketch: ``module:attr`` of what it must know of the whole model first (``mixmerge.methods.sketch``).
         statistics: name of the statistics of calibration data it takes, one of each expert; empty for none.
         learner: name of what learns its coefficients from calibration data; empty for none.
-        masks: ``module:attr`` of what the models of all tasks share of a tensor, and what each keeps of it; ``task: all``
-            writes that. Empty if there is no such thing.
+        masks: ``module:attr`` of what the models of all tasks share of a tensor, and what each keeps of it; ``task:
+            all`` writes that. Empty if there is no such thing.
         bank: the result depends on the input: a shared model by another method, and a bank of what each expert has
             besides. The definition is that for given weights.
         no_effect: parameters mergekit accepts here that change nothing: warned about, then dropped.

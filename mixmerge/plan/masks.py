@@ -58,7 +58,9 @@ def plan_masks(
     if rounded:
         more = f" and {len(rounded) - 1} more" if len(rounded) > 1 else ""
         what = f"task: {ALL} keeps the base as it is, and the output's dtype rounds it: {rounded[0]}{more}"
-        faults.append(Fault("out_dtype", what, "As wide as the base", "Leave out_dtype and dtype out, or float32"))
+        faults.append(
+            Fault("out_dtype", what, "As wide as the base", "Leave out_dtype and dtype out, or float32")
+        )
     nbytes = sum(_at_most(task, len(experts)) for task in merged)
     return MaskPlan(tuple(experts), nbytes, len(experts) * sum(task.target.nbytes for task in tasks))
 
