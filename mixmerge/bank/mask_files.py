@@ -139,10 +139,10 @@ class MaskFolder:
     def tensor(self, name: str, task: int) -> Tensor:
         """A tensor of a task's model, in the dtype of the base."""
         delta = ELECTED if f"{ELECTED}/{name}" in self._files else UNIFIED
-        parts = [
+        change, bits, factors = (
             self._read(self._files[f"{part}/{name}"], f"{part}/{name}") for part in (delta, BITS, FACTORS)
-        ]
-        return MaskedTensor(*parts, elected=delta == ELECTED).of_task(self.base(name), task)
+        )
+        return MaskedTensor(change, bits, factors, delta == ELECTED).of_task(self.base(name), task)
 
     def _read(self, path: Path, name: str) -> Tensor:
         if path not in self._open:

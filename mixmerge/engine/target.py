@@ -69,7 +69,7 @@ def _check_target(plan: Plan, out: Path, *, overwrite: bool) -> None:
 
 
 def _replaceable(folder: Path) -> bool:
-    """Only a model would be lost: config, weights, heads, bank, masks, no other folder (.git, checkpoints); or nothing."""
+    """Only a model would be lost: config, weights, heads, bank, masks, no other folder (.git); or nothing."""
     entries = list(folder.iterdir())
     weights = any(entry.match(pattern) for pattern in _WEIGHTS for entry in entries)
     ours = {"heads": _heads, BANK: _files, MASKS: _files}

@@ -1,7 +1,7 @@
 """TALL masks: which entries of a multi-task vector an expert needs, and which of them several experts need.
 
-``tall`` makes the model of one task, ``tall_masks`` what all tasks' models are made of; ``consensus`` makes one model for all tasks.
-Shapes: deltas, base and result ``S``; T experts.
+``tall`` makes the model of one task, ``tall_masks`` what all tasks' models are made of; ``consensus`` makes one model
+for all tasks. Shapes: deltas, base and result ``S``; T experts.
 """
 
 from __future__ import annotations

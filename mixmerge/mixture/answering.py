@@ -52,7 +52,7 @@ def expert_set(spec: MixtureSpec) -> ExpertSet:
 
 
 def _engine_of(one: ExpertSpec) -> str:
-    """Who runs an expert that names no engine: a folder with a bank is a network, of one with masks adapters are tasks."""
+    """Who runs an expert that names no engine: a folder with a bank is a network, of masks adapters are tasks."""
     if one.endpoint is not None:
         return "openai"
     if one.adapter is not None and has_masks(str(one.base)):

@@ -90,6 +90,14 @@ def test_every_task_is_what_its_own_merge_writes(
     assert done.masks <= done.plan.masks.nbytes + header
 
 
+def test_float64(family: Family, tmp_path: Path, read_tensors: Any) -> None:
+    recipe = recipe_of(family("llama", experts=3, dtype="bfloat16"), "emr", "all")
+    mixmerge.merge({**recipe, "out_dtype": "float64"}, tmp_path / "all")
+    mixmerge.merge({**recipe, "out_dtype": "float64", "parameters": {"task": 1}}, tmp_path / "1")
+    found = tensors_of(tmp_path / "all", read_tensors, 1)
+    assert differing(found, read_tensors(tmp_path / "1")) == []
+
+
 @pytest.mark.parametrize("name", ["bert", "gpt2"])
 def test_other_models(family: Family, name: str, tmp_path: Path, read_tensors: Any) -> None:
     """An encoder, whose tensors TaskModel finds under the names of its trunk; and one with transposed matrices."""
