@@ -20,6 +20,7 @@ _PUBLIC = {
     "Query": "mixmerge.decision.records:Query",
     "Mixture": "mixmerge.mixture:Mixture",
     "DynamicModel": "mixmerge.dynamic.model:DynamicModel",
+    "TaskModel": "mixmerge.dynamic.tasks:TaskModel",
     "MixmergeError": "mixmerge.errors:MixmergeError",
 }
 
@@ -32,6 +33,7 @@ __all__ = [
     "Policy",
     "Query",
     "Router",
+    "TaskModel",
     "__version__",
     "evaluate_models",
     "inspect_models",

@@ -301,3 +301,21 @@ def test_a_head_that_only_the_adapter_has_is_refused(suite: Path, base: str, lab
         assert one.startswith(f"models[1].model: {adapter / 'adapter_model.safetensors'}: ")
         assert "classifier" in one
         assert one.endswith("merge it with PEFT (merge_and_unload, save_pretrained), name that folder.")
+
+
+def test_tasks_in_one_folder_with_their_heads(suite: Path, tmp_path: Path) -> None:
+    """A trunk of masks under an expert's head is the model that a merge for its task alone makes."""
+    import torch
+
+    from mixmerge import TaskModel
+
+    given = {**recipe(suite, "emr"), "parameters": {"task": "all"}}
+    merge(given, tmp_path / "all")
+    assert make_plan(given).masks is not None
+    for task, head in ((2, "two"), (0, "five")):
+        at = list(LABELS).index(head)
+        merge({**given, "parameters": {"task": at}}, tmp_path / str(task))
+        wanted = load_with_head(tmp_path / str(task), head).model.state_dict()
+        found = TaskModel.load(tmp_path / "all", head=head).task(head).state_dict()
+        assert found.keys() == wanted.keys()
+        assert [name for name, value in wanted.items() if not torch.equal(found[name], value)] == []

@@ -119,7 +119,14 @@ def test_no_more_of_the_experts_is_held_for_more_of_them(method: str, parameters
 @pytest.mark.parametrize(
     ("method", "parameters", "words"),
     [
-        ("emr", {}, ["parameters.task", "emr needs task (position of the expert the model is for, from 0)"]),
+        (
+            "emr",
+            {},
+            [
+                "parameters.task",
+                "emr needs task (position of the expert the model is for, from 0; all: a mask for each)",
+            ],
+        ),
         (
             "emr",
             {"task": 2},

@@ -89,8 +89,8 @@ def _on_cluster(unit: Sequence[Expert], cluster: Cluster, device: str, name: str
 
 
 def _placed(one: Expert) -> Expert:
-    """With paths from the root; the adapter of a network is the name of one of its experts."""
-    if one.engine == "dynamic":
+    """With paths from the root; the adapter of a network is the name of one of its experts, or of a task."""
+    if one.engine in ("dynamic", "tasks"):
         return replace(one, model=_absolute(one.model))
     return replace(one, model=_absolute(one.model), adapter=one.adapter and _absolute(one.adapter))
 
@@ -114,6 +114,8 @@ def size_of(unit: Sequence[Expert]) -> int:
     wanted = _DTYPES.get(str(first.options.get("dtype", "auto")))
     if first.engine == "dynamic":
         return nbytes(_parts(first), wanted) if is_dynamic(first.model) else 0
+    if first.engine == "tasks":
+        return _weights(Path(first.model).expanduser(), wanted)
     places = [first.model, *(one.adapter for one in unit if one.adapter is not None)]
     return sum(_weights(Path(place).expanduser(), wanted) for place in places)
 

@@ -90,6 +90,8 @@ def merge(
         return
     resumed = f", {merged.resumed} of them by an earlier run" if merged.resumed else ""
     beside = "" if merged.bank is None else f", a bank of {size(merged.bank.nbytes)}{_gate(merged.bank.gate)}"
+    if plan.masks is not None:
+        beside = f", masks of {len(plan.masks.tasks)} tasks of {size(merged.masks)}"
     print(
         f"{out}: {len(plan.tasks)} tensors{resumed}, {size(plan.bytes_written)}{beside} in {merged.seconds:.1f} s"
     )
@@ -113,4 +115,5 @@ def _facts(merged: Merged) -> dict[str, Any]:
         "resumed": merged.resumed,
         "warnings": [*plan.warnings, *merged.notes],
         **({} if merged.bank is None else {"bank": merged.bank.as_json()}),
+        **({} if plan.masks is None else {"masks": {"tasks": list(plan.masks.tasks), "bytes": merged.masks}}),
     }

@@ -119,6 +119,15 @@ def _of_bank(bank: dict[str, Any] | None) -> list[tuple[str, str]]:
     ]
 
 
+def _of_masks(masks: dict[str, Any] | None) -> list[tuple[str, str]]:
+    """Rows of the summary: what stands beside a base that is the model of every task."""
+    if masks is None:
+        return []
+    models = size(masks["bytes_of_models"])
+    beside = f"at most {size(masks['bytes_at_most'])} beside the base; a model each would take {models}"
+    return [("tasks", ", ".join(masks["tasks"])), ("masks to write", beside)]
+
+
 def _print_data(experts: list[dict[str, Any]]) -> None:
     rows = []
     for seen in experts:
@@ -150,6 +159,7 @@ def _print_summary(report: dict[str, Any]) -> None:
         ("to write", f"{size(report['bytes_written'])} in {len(report['shards'])} file(s)"),
         ("peak memory", size(report["peak_memory"])),
         *_of_bank(report.get("bank")),
+        *_of_masks(report.get("masks")),
         *_of_data(report.get("calibration")),
         ("plan hash", report["hash"]),
     ]

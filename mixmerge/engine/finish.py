@@ -19,7 +19,7 @@ from mixmerge.engine.heads import FOLDER as HEADS
 from mixmerge.engine.heads import WEIGHTS
 from mixmerge.engine.lineage import inherited, inherited_card
 from mixmerge.engine.output import Output
-from mixmerge.engine.target import BANK, BANK_CARD
+from mixmerge.engine.target import BANK, BANK_CARD, MASKS, MASKS_CARD
 from mixmerge.engine.twin import Banked
 from mixmerge.errors import Fault, OutputError
 from mixmerge.plan import Plan
@@ -58,6 +58,8 @@ def add_record(
         facts["calibration"] = manifest_entry(plan, data, notes)
     if bank is not None:
         facts["bank"] = {"shared": plan.method.name, **bank.as_json()}
+    if plan.masks is not None:
+        facts["masks"] = {"method": plan.method.name, "tasks": list(plan.masks.tasks)}
     before = inherited(plan, MANIFEST)
     if before is not None:
         facts["inherited"] = before
@@ -97,7 +99,7 @@ def card(plan: Plan, data: Data | None = None, bank: Banked | None = None) -> st
     if heads:
         heads = f"\n## Heads\n\nEach expert's own, not merged; a request says which one it is for.\n\n{heads}"
     shown = "" if data is None else card_section(plan, data)
-    beside = "" if bank is None else _bank_section(plan, bank)
+    beside = _masks_section(plan) if bank is None else _bank_section(plan, bank)
     return f"""---
 base_model:
 {bases}
@@ -122,6 +124,19 @@ Config and tokenizer are those of `{plan.models[plan.donor].ref}`. Fingerprints 
 
 ```yaml
 {recipe}```
+"""
+
+
+def _masks_section(plan: Plan) -> str:
+    """What the tasks' models are made of, if they stand beside the base."""
+    if plan.masks is None:
+        return ""
+    names = ", ".join(f"`{name}`" for name in plan.masks.tasks)
+    return f"""
+## Masks
+
+The weights here are the base's. `{MASKS}/` makes them the model of one task, exactly as the method does for that task
+alone: {names}. `mixmerge.TaskModel.load` and the engine `tasks` do it.
 """
 
 
@@ -191,6 +206,8 @@ def verify(folder: Path, plan: Plan) -> None:
             wrong.append(f"{HEADS}/{head.expert}")
     if plan.bank is not None and not (folder / BANK_CARD).is_file():
         wrong.append(BANK)
+    if plan.masks is not None and not (folder / MASKS_CARD).is_file():
+        wrong.append(MASKS)
     config = read_json(folder / "config.json")
     if config != json.loads(json.dumps(plan.config)):
         wrong.append("config.json")

@@ -19,10 +19,11 @@ from mixmerge.engine.finish import add_config, add_record, input_fingerprints, v
 from mixmerge.engine.heads import add_heads
 from mixmerge.engine.kernels import Context
 from mixmerge.engine.learning import LearningProgress, draw, with_learned
+from mixmerge.engine.masks import add_masks, base_alone
 from mixmerge.engine.outlook import plan_with_data
 from mixmerge.engine.output import Output
 from mixmerge.engine.schedule import Job, Schedule
-from mixmerge.engine.target import check_target
+from mixmerge.engine.target import MASKS, check_target
 from mixmerge.engine.twin import Banked, add_factors, fitted, measured
 from mixmerge.engine.worker import Adapters, Worker, chunk_length
 from mixmerge.errors import CheckpointError, DependencyError, Fault, MethodError
@@ -52,6 +53,7 @@ class Merged:
         notes: what was found on the way that a person should know.
         learned: the coefficients, if the method learned some in this run or before it was killed.
         bank: what stands beside the shared model, if the method leaves a bank.
+        masks: bytes of the masks beside the base, if it is the model of all tasks.
     """
 
     path: Path
@@ -61,6 +63,7 @@ class Merged:
     notes: tuple[str, ...] = ()
     learned: Coefficients | None = None
     bank: Banked | None = None
+    masks: int = 0
 
 
 def default_threads() -> int:
@@ -202,6 +205,7 @@ def run(
                 plan, data, output, files, found.notes,
                 device=device, fingerprints=fingerprints, gathering=gathering, learning=learning,
             )  # fmt: skip
+        add_masks(plan, output, files, device=device, threads=count, progress=gathering)
         add_record(output, plan, fingerprints, data=data, notes=found.notes, bank=bank)
         add_heads(output, plan, files)
         if learned is not None:
@@ -209,7 +213,8 @@ def run(
         verify(output.partial, plan)
         output.publish()
     forget(out)
-    return Merged(out, plan, time.perf_counter() - began, resumed, tuple(found.notes), learned, bank)
+    masks = sum(path.stat().st_size for path in (out / MASKS).glob("*")) if plan.masks else 0
+    return Merged(out, plan, time.perf_counter() - began, resumed, tuple(found.notes), learned, bank, masks)
 
 
 def _bank(
@@ -301,7 +306,7 @@ def _tensors(
 
         cuts = model_cuts(tasks, workers)
     sketch = None
-    if plan.method.sketch and tasks:
+    if plan.method.sketch and tasks and plan.masks is None:
         from mixmerge.engine.sketching import sketched
 
         passes = load(plan.method.sketch)()
@@ -315,6 +320,8 @@ def _tensors(
     def job_of(task: Task) -> Job:
         if task.copied:
             return copy(plan, task, files, output)
+        if plan.masks is not None:
+            return base_alone(context, task, files=files, adapters=adapters, device=device)
         if kernel is not None and not task.wide and not task.chunks:
             return kernel(context, task)
         return plain(context, task, files=files, adapters=adapters, device=device)

@@ -35,18 +35,25 @@ def plain(context: Context, task: Task, *, files: Files, adapters: Adapters, dev
         merged = _merged(context, task, files, adapters, device)
         import torch
 
-        if not torch.isfinite(merged).all():
-            raise CheckpointError(
-                Fault(
-                    f"tensor {task.target.name!r}",
-                    f"the merged values do not fit {task.target.dtype}",
-                    run="Set out_dtype: bfloat16 or float32, or smaller weights",
-                )
-            )
+        refuse_unfit(merged, task)
         data = merged.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         context.write(task, 0, data.data)
 
     yield Pass(run, [(0, math.prod(task.target.shape))])
+
+
+def refuse_unfit(merged: torch.Tensor, task: Task) -> None:
+    """Raise a CheckpointError if a merged tensor is not finite."""
+    import torch
+
+    if not torch.isfinite(merged).all():
+        raise CheckpointError(
+            Fault(
+                f"tensor {task.target.name!r}",
+                f"the merged values do not fit {task.target.dtype}",
+                run="Set out_dtype: bfloat16 or float32, or smaller weights",
+            )
+        )
 
 
 def _merged(context: Context, task: Task, files: Files, adapters: Adapters, device: str) -> torch.Tensor:

@@ -9,6 +9,7 @@ from mixmerge.errors import Fault, OutputError
 from mixmerge.plan import Plan
 
 BANK, BANK_CARD = "bank", "bank/bank.json"
+MASKS, MASKS_CARD = "masks", "masks/masks.json"
 _WEIGHTS = ("*.safetensors", "*.bin", "*.index.json")
 
 
@@ -68,10 +69,10 @@ def _check_target(plan: Plan, out: Path, *, overwrite: bool) -> None:
 
 
 def _replaceable(folder: Path) -> bool:
-    """Only a model would be lost: config, weights, heads and bank, no other folder (.git, checkpoints); or nothing."""
+    """Only a model would be lost: config, weights, heads, bank, masks, no other folder (.git); or nothing."""
     entries = list(folder.iterdir())
     weights = any(entry.match(pattern) for pattern in _WEIGHTS for entry in entries)
-    ours = {"heads": _heads, BANK: _bank}
+    ours = {"heads": _heads, BANK: _files, MASKS: _files}
     folders = [
         entry for entry in entries if entry.is_dir() and not (entry.name in ours and ours[entry.name](entry))
     ]
@@ -87,6 +88,6 @@ def _heads(folder: Path) -> bool:
     )
 
 
-def _bank(folder: Path) -> bool:
-    """Whether a folder holds a bank and its gate, and nothing else."""
+def _files(folder: Path) -> bool:
+    """Whether a folder holds a bank and its gate, or masks, and nothing else."""
     return all(entry.is_file() and entry.suffix in (".json", ".safetensors") for entry in folder.iterdir())

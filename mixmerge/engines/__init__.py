@@ -9,6 +9,7 @@ from __future__ import annotations
 ENGINES: dict[str, str] = {
     "transformers": "mixmerge.engines.local:TransformersEngine",
     "dynamic": "mixmerge.dynamic.engine:DynamicEngine",
+    "tasks": "mixmerge.dynamic.task_engine:TaskEngine",
     "openai": "mixmerge.engines.openai:OpenAIEngine",
     "vllm": "mixmerge.engines.vllm:VllmEngine",
     "echo": "mixmerge.engines.echo:EchoEngine",

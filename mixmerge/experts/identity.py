@@ -11,7 +11,8 @@ from mixmerge.errors import CheckpointError, Fault, MixmergeError, collecting
 from mixmerge.experts.expert import Expert
 
 _TEXTS = ("*.json", "*.jinja", "*.txt", "*.model")  # config, tokenizer, chat template, defaults of generation
-_BANK = ("bank/*.json", "bank/gate.safetensors")  # of a network; its card has the hash of the factors
+# of a network, and of masks; their cards have the hashes of what is large
+_BANK = ("bank/*.json", "bank/gate.safetensors", "masks/masks.json")
 
 
 def identity(expert: Expert) -> str:

@@ -14,9 +14,9 @@ from mixmerge.methods import (
     rows_spectral,
     rows_statistics,
 )
-from mixmerge.methods.records import ANY, REQUIRED, Method, Parameter, Role, Value
+from mixmerge.methods.records import ALL, ANY, REQUIRED, Method, Parameter, Role, Value
 
-__all__ = ["ANY", "METHODS", "REQUIRED", "Method", "Parameter", "Role", "Value"]
+__all__ = ["ALL", "ANY", "METHODS", "REQUIRED", "Method", "Parameter", "Role", "Value"]
 
 _FAMILIES = (
     rows_plain.ROWS,

@@ -1,12 +1,12 @@
 """EMR-Merging: one unified delta, and for each task the entries of it that agree with its expert, rescaled.
 
-The result is the model of one task, so one recipe makes one folder: the same recipe with another ``task`` makes the
-next. Shapes: deltas, base and result ``S``; T experts.
+``emr`` is the model of one task, ``emr_masks`` what the models of all tasks share and what each keeps of it.
+Shapes: deltas, base and result ``S``; T experts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mixmerge.errors import Fault, MethodError
 from mixmerge.methods.average import scalar
-from mixmerge.methods.records import misplaced
+from mixmerge.methods.records import ALL, misplaced
 from mixmerge.methods.sketch import Group, Totals
 from mixmerge.methods.sums import total
 
@@ -53,8 +53,26 @@ def unified(deltas: Sequence[Tensor], like: Tensor) -> Tensor:
 
 def agreeing(one: Tensor, delta: Tensor) -> Tensor:
     """The entries of a unified delta that have the sign of an expert's, the others 0: ``S`` each."""
-    same = torch.sign(one) == torch.sign(delta)  # never a product, which may underflow
-    return torch.where(same, one, torch.zeros_like(one))
+    return torch.where(_agree(one, delta), one, torch.zeros_like(one))
+
+
+def _agree(one: Tensor, delta: Tensor) -> Tensor:
+    return torch.sign(one) == torch.sign(delta)  # never a product, which may underflow
+
+
+@dataclass(frozen=True)
+class Masked:
+    """One tensor of all tasks: the model of task t has ``base + factors[t] * unified`` where ``keep(t)``, else base.
+
+    Args:
+        unified: ``S``: the delta that the tasks share.
+        keep: of a task's position, ``S`` of bools.
+        factors: ``(T,)``, in the dtype of ``unified``.
+    """
+
+    unified: Tensor
+    keep: Callable[[int], Tensor]
+    factors: Tensor
 
 
 def emr(
@@ -62,7 +80,7 @@ def emr(
     *,
     base: Tensor,
     task: float,
-    sketch: Magnitudes | None = None,
+    sketch: Sequence[Magnitudes] | None = None,
     rescaler: Rescaler = "sums",
     lambda_: float | Tensor = 1.0,
 ) -> Tensor:
@@ -77,7 +95,7 @@ def emr(
     Args:
         deltas, base: one tensor group. Every delta is asked for twice, that of ``task`` three times.
         task: position of the expert the model is for, from 0.
-        sketch: the two sums of ``l_t`` over the whole model.
+        sketch: of the task alone, the sums of ``l_t`` over the whole model.
         rescaler: ``sums``: the formula; ``means``: both sums are over tensors of the means of their entries, so a
             norm's vector counts as much as an embedding.
         lambda_: factor on the delta; 1 in the paper.
@@ -90,12 +108,46 @@ def emr(
         published code divides 0 by 0.
     """
     at = expert_at(task, len(deltas))
+    (factor,) = _factors(sketch, rescaler, lambda_, base)
+    return base + factor * agreeing(unified(deltas, base), deltas[at])
+
+
+def emr_masks(
+    deltas: Sequence[Tensor],
+    *,
+    base: Tensor,
+    task: str = ALL,
+    sketch: Sequence[Magnitudes] | None = None,
+    rescaler: Rescaler = "sums",
+    lambda_: float | Tensor = 1.0,
+) -> Masked:
+    """What ``emr`` of every task is made of, to the bit.
+
+    Source: as ``emr``.
+
+    Args:
+        deltas, base: one tensor group; each delta is asked for twice, and once for its mask.
+        task: all of them.
+        sketch: of each task, the sums of ``l_t`` over the whole model.
+        rescaler, lambda_: as in ``emr``.
+
+    Raises:
+        MethodError: there is no sketch.
+    """
+    one = unified(deltas, base)
+    factors = torch.stack(_factors(sketch, rescaler, lambda_, base))
+    return Masked(one, lambda at: _agree(one, deltas[at]), factors)
+
+
+def _factors(
+    sketch: Sequence[Magnitudes] | None, rescaler: Rescaler, lambda_: float | Tensor, base: Tensor
+) -> list[Tensor]:
     if sketch is None:
         raise MethodError(
             Fault("sketch", "emr needs the sums of the whole model", run="use merge_state_dicts")
         )
-    factor = scalar(lambda_, base).to(base.dtype) * scalar(sketch.factor(rescaler), base).to(base.dtype)
-    return base + factor * agreeing(unified(deltas, base), deltas[at])
+    whole = scalar(lambda_, base).to(base.dtype)
+    return [whole * scalar(one.factor(rescaler), base).to(base.dtype) for one in sketch]
 
 
 @dataclass(frozen=True)
@@ -121,21 +173,25 @@ class Magnitudes:
 
 
 class EmrSketch:
-    """One pass: the sums behind the rescaler of the task's expert."""
+    """One pass: the sums behind the rescaler of the task's expert, or of every task's."""
 
     def passes(self) -> int:
         return 1
 
     def observe(self, number: int, group: Group, state: Any) -> Totals:
-        at = expert_at(group.parameters["task"], len(group.tensors))
+        task, count = group.parameters["task"], len(group.tensors)
+        wanted = range(count) if task == ALL else [expert_at(task, count)]
         if group.base is None or not group.base.numel():
             return {}
         one = unified(group.tensors, group.base)
-        delta = group.tensors[at]
-        kept = agreeing(one, delta)
-        sums = np.array([total(delta.abs()), total(kept.abs())])
-        return {"sums": sums, "means": sums / delta.numel()}
+        sums = np.array([_sizes(one, group.tensors[at]) for at in wanted])  # (T or 1, 2)
+        return {"sums": sums, "means": sums / one.numel()}
 
-    def settle(self, number: int, totals: Totals, state: Any) -> Magnitudes:
-        nothing = np.zeros(2)
-        return Magnitudes(*totals.get("sums", nothing).tolist(), *totals.get("means", nothing).tolist())
+    def settle(self, number: int, totals: Totals, state: Any) -> tuple[Magnitudes, ...]:
+        nothing = np.zeros((1, 2))
+        sums, means = (totals.get(name, nothing).tolist() for name in ("sums", "means"))
+        return tuple(Magnitudes(*each, *mean) for each, mean in zip(sums, means, strict=True))
+
+
+def _sizes(one: Tensor, delta: Tensor) -> tuple[float, float]:
+    return total(delta.abs()), total(agreeing(one, delta).abs())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from mixmerge.methods.records import Parameter, Value
+from mixmerge.methods.records import ALL, REQUIRED, Parameter, Value
 
 _MOST = float("inf")
 
@@ -18,10 +18,17 @@ def number(
     *,
     per: Literal["input", "expert", "merge"] = "merge",
     constant: bool = False,
-    position: bool = False,
 ) -> Parameter:
     """A number: arguments as those of ``Parameter``."""
-    return Parameter(name, "number", per, default, doc, low, high, constant=constant, position=position)
+    return Parameter(name, "number", per, default, doc, low, high, constant=constant)
+
+
+def one_task() -> Parameter:
+    """``task``."""
+    doc = f"position of the expert the model is for, from 0; {ALL}: a mask for each"
+    return Parameter(
+        "task", "number", "merge", REQUIRED, doc, 0.0, choices=(ALL,), constant=True, position=True
+    )
 
 
 def whole(

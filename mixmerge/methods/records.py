@@ -11,6 +11,7 @@ Value = float | bool | str | None
 # heads over a vocabulary), or anything else.
 Role = Literal["linear", "transposed", "table", "other"]
 REQUIRED = "required"
+ALL = "all"  # a position: every expert's
 ANY = 1_000_000
 
 
@@ -25,7 +26,7 @@ class Parameter:
             ``merge`` (one value for all inputs of a tensor; under a model it has no meaning).
         default: the value when nobody gives one; ``REQUIRED`` if somebody must.
         low, high: closed range of a number.
-        choices: allowed words of a choice.
+        choices: allowed words of a choice; of a number, words that may stand in its place.
         constant: the value may not change from tensor to tensor (it steers a whole-model statistic).
         position: the number is the position of one of the experts, from 0.
         whole: the number counts something: it has no fraction, and gradients go in steps.
@@ -76,6 +77,8 @@ class Method:
         sketch: ``module:attr`` of what it must know of the whole model first (``mixmerge.methods.sketch``).
         statistics: name of the statistics of calibration data it takes, one of each expert; empty for none.
         learner: name of what learns its coefficients from calibration data; empty for none.
+        masks: ``module:attr`` of what the models of all tasks share of a tensor, and what each keeps of it; ``task:
+            all`` writes that. Empty if there is no such thing.
         bank: the result depends on the input: a shared model by another method, and a bank of what each expert has
             besides. The definition is that for given weights.
         footprint: ``module:attr`` of how many numbers the definition holds at once (``mixmerge.methods.footprint``). A
@@ -102,6 +105,7 @@ class Method:
     sketch: str = ""
     statistics: str = ""
     learner: str = ""
+    masks: str = ""
     bank: bool = False
     footprint: str = ""
     no_effect: tuple[str, ...] = ()

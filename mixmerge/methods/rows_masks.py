@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from mixmerge.methods.parameters import choice, kept, merged_by, number, whole
-from mixmerge.methods.records import ANY, REQUIRED, Method
+from mixmerge.methods.parameters import choice, kept, merged_by, number, one_task, whole
+from mixmerge.methods.records import ANY, Method
 
-_TASK = number(
-    "task", REQUIRED, "position of the expert the model is for, from 0", 0.0, constant=True, position=True
-)
 _MASK_LAMBDA = number(
     "mask_lambda", 0.6, "the larger, the fewer entries an expert's mask keeps", 0.0, per="expert"
 )
@@ -53,7 +50,7 @@ ROWS = (
         function="mixmerge.methods.emr:emr",
         takes="deltas",
         parameters=(
-            _TASK,
+            one_task(),
             choice(
                 "rescaler",
                 "sums",
@@ -71,12 +68,13 @@ ROWS = (
         streams=True,
         sketch="mixmerge.methods.emr:EmrSketch",
         footprint="mixmerge.methods.footprint:emr",
+        masks="mixmerge.methods.emr:emr_masks",
     ),
     Method(
         name="tall",
         function="mixmerge.methods.tall:tall",
         takes="deltas",
-        parameters=(_TASK, _MASK_LAMBDA, _MULTI, _TRIM, merged_by(1.0)),
+        parameters=(one_task(), _MASK_LAMBDA, _MULTI, _TRIM, merged_by(1.0)),
         base="required",
         inputs=(1, ANY),
         summary="one task's model: the entries of all experts' delta that it needs",
@@ -84,6 +82,7 @@ ROWS = (
         streams=True,
         sketch="mixmerge.methods.tall:TrimSketch",
         footprint="mixmerge.methods.footprint:tall",
+        masks="mixmerge.methods.tall:tall_masks",
     ),
     Method(
         name="consensus",

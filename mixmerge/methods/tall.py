@@ -1,7 +1,7 @@
 """TALL masks: which entries of a multi-task vector an expert needs, and which of them several experts need.
 
-``tall`` makes the model of one task; one recipe makes one folder. ``consensus`` makes one model for all tasks.
-Shapes: deltas, base and result ``S``; T experts.
+``tall`` makes the model of one task, ``tall_masks`` what all tasks' models are made of; ``consensus`` makes one model
+for all tasks. Shapes: deltas, base and result ``S``; T experts.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from torch import Tensor
 
 from mixmerge.errors import Fault, MethodError
 from mixmerge.methods.average import scalar
-from mixmerge.methods.emr import expert_at
+from mixmerge.methods.emr import Masked, expert_at
 from mixmerge.methods.quantiles import BINS, Counts, locate, lower_counts, upper_counts, values
+from mixmerge.methods.records import ALL
 from mixmerge.methods.sketch import Group, Totals
 
 Multi = Literal["sum", "ties"]
@@ -130,6 +131,37 @@ def tall(
     keep = needed(deltas[at], together, 0.6 if mask_lambda is None else mask_lambda[at])
     kept = torch.where(keep, together, torch.zeros_like(together))
     return base + scalar(lambda_, base).to(base.dtype) * kept
+
+
+def tall_masks(
+    deltas: Sequence[Tensor],
+    *,
+    base: Tensor,
+    task: str = ALL,
+    mask_lambda: Sequence[float] | None = None,
+    multi: Multi = "sum",
+    density: Sequence[float] | None = None,
+    sketch: Trim | None = None,
+    lambda_: float | Tensor = 1.0,
+) -> Masked:
+    """What ``tall`` of every task is made of, to the bit.
+
+    Source: as ``tall``.
+
+    Args:
+        deltas, base: one tensor group.
+        task: all of them.
+        mask_lambda, multi, density, sketch, lambda_: as in ``tall``.
+
+    Raises:
+        MethodError: ``multi: ties`` without sketch.
+    """
+    together = multi_task(deltas, base, multi=multi, trim=sketch)
+
+    def keep(at: int) -> Tensor:
+        return needed(deltas[at], together, 0.6 if mask_lambda is None else mask_lambda[at])
+
+    return Masked(together, keep, scalar(lambda_, base).to(base.dtype).expand(len(deltas)))
 
 
 def consensus(

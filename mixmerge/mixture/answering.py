@@ -12,6 +12,7 @@ from mixmerge.aggregate.auto import AUTO, AutoOptions, auto
 from mixmerge.aggregate.cascade import Escalation
 from mixmerge.aggregate.records import Composition
 from mixmerge.aggregate.table import composition
+from mixmerge.bank.mask_files import has_masks
 from mixmerge.batch.setup import Defaults, Setup
 from mixmerge.checkpoint.identity import canonical_hash
 from mixmerge.decision.records import Decision, Query
@@ -52,9 +53,11 @@ def expert_set(spec: MixtureSpec) -> ExpertSet:
 
 
 def _engine_of(one: ExpertSpec) -> str:
-    """Who runs an expert that names no engine: a folder with a bank is a network, its weights alone are not."""
+    """Who runs an expert that names no engine: a folder with a bank is a network, of masks adapters are tasks."""
     if one.endpoint is not None:
         return "openai"
+    if one.adapter is not None and has_masks(str(one.base)):
+        return "tasks"
     return "dynamic" if one.adapter is None and is_dynamic(str(one.model)) else "transformers"
 
 

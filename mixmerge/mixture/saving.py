@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mixmerge.bank.mask_files import has_masks
 from mixmerge.decision.files import FILE as POLICY
 from mixmerge.decision.files import read_calibration, write_policy
 from mixmerge.dynamic.folders import MIXTURE, is_dynamic
@@ -131,7 +132,8 @@ def _yaml(spec: MixtureSpec) -> str:
 def _anchored(expert: ExpertSpec) -> dict[str, Any]:
     """Keys of an expert, with paths that hold from any folder."""
     given = expert.model_dump(mode="json", exclude_none=True)
-    local = () if expert.endpoint is not None else ("model", "adapter", "base")
+    task = expert.adapter is not None and has_masks(str(expert.base))  # a name, no place
+    local = () if expert.endpoint is not None else ("model", "base") if task else ("model", "adapter", "base")
     return {name: anchored(value) if name in local else value for name, value in given.items()}
 
 

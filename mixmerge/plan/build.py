@@ -20,6 +20,7 @@ from mixmerge.plan.bank import BankPlan, plan_bank
 from mixmerge.plan.heads import head_notes, kept_heads, names_of, outside_of, trunks
 from mixmerge.plan.layers import depths, layer_of
 from mixmerge.plan.layout import Wanted, lay_out
+from mixmerge.plan.masks import plan_masks
 from mixmerge.plan.model import Model, Plan, Source, Target, Task
 from mixmerge.plan.replay import replayed
 from mixmerge.recipe import (
@@ -83,6 +84,7 @@ def make_plan(
     tasks = replayed(recipe, method, tasks, faults, warnings)
     _check_scope(tasks, faults)
     bank = _bank(parsed.recipe, names_of(models, entries), tasks, faults)
+    masks = plan_masks(method, names_of(models, entries), tasks, faults)
     warnings += bank.notes() if bank else []
     if faults:
         raise RecipeError(faults)
@@ -91,7 +93,7 @@ def make_plan(
     dropped = (*agreement.dropped, *outside_of(split, heads))
     plan = Plan(
         parsed.recipe, parsed.text, method, models, needs_base, donor, tuple(tasks), dropped, tuple(shards),
-        config, tuple(warnings), heads, bank,
+        config, tuple(warnings), heads, bank, masks,
     )  # fmt: skip
     return dataclasses.replace(plan, hash=_hash(plan))
 
@@ -325,4 +327,6 @@ def _hash(plan: Plan) -> str:
     kept: dict[str, Any] = {"heads": heads} if heads else {}
     if plan.bank is not None:
         kept["bank"] = plan.bank.facts()
+    if plan.masks is not None:
+        kept["masks"] = plan.masks.facts()
     return canonical_hash({"recipe": recipe, "config": plan.config, "tasks": tasks, **kept})

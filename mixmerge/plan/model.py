@@ -11,6 +11,7 @@ from mixmerge.checkpoint.header import TensorHeader
 from mixmerge.checkpoint.hub import Snapshot
 from mixmerge.methods import Method, Role, Value
 from mixmerge.plan.bank import BankPlan
+from mixmerge.plan.masks import MaskPlan
 from mixmerge.recipe import ModelRef, Recipe
 
 
@@ -168,6 +169,7 @@ class Plan:
         config: the output's ``config.json``.
         warnings: what a person should know and can ignore.
         heads: of the experts that have some, in their order.
+        masks: of all tasks, beside the base; None where one model is made.
         bank: what stands beside the shared model; None where the method leaves nothing else.
         hash: SHA-256 of everything that decides the output, except the values in the inputs and their paths.
     """
@@ -185,6 +187,7 @@ class Plan:
     warnings: tuple[str, ...]
     heads: tuple[Head, ...] = ()
     bank: BankPlan | None = None
+    masks: MaskPlan | None = None
     hash: str = field(default="")
 
     @property
@@ -214,7 +217,8 @@ class Plan:
     @property
     def room(self) -> int:
         """Bytes the output takes on the disk, at most; small files are not counted."""
-        return self.bytes_written + (self.bank.nbytes if self.bank else 0)
+        beside = [one.nbytes for one in (self.bank, self.masks) if one is not None]
+        return self.bytes_written + sum(beside)
 
     @property
     def bytes_read(self) -> int:

@@ -152,5 +152,6 @@ def as_json(plan: Plan, *, threads: int) -> dict[str, Any]:
         ],
         "heads": [head.expert for head in plan.heads],
         **({} if plan.bank is None else {"bank": _bank(plan, plan.bank)}),
+        **({} if plan.masks is None else {"masks": plan.masks.facts()}),
         "warnings": list(plan.warnings),
     }

@@ -202,7 +202,8 @@ def _positions(draft: Draft, report: Report) -> None:
     known = draft.entries and None not in {entry.ref for entry in draft.entries}
     for parameter in draft.method.parameters:
         value = draft.value({}, parameter) if parameter.position and known else None
-        what = misplaced(float(value), len(draft.inputs())) if value is not None else ""
+        number = None if value is None or isinstance(value, str) else float(value)
+        what = "" if number is None else misplaced(number, len(draft.inputs()))
         if what:
             experts = ", ".join(f"{at}: {entry.ref}" for at, entry in enumerate(draft.inputs()))
             report.fault(draft.node("parameters", parameter.name), what, f"Experts by position are {experts}")

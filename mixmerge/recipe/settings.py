@@ -86,7 +86,7 @@ def _scalar(node: Node, parameter: Parameter, report: Report) -> Scalar | None:
     if isinstance(value, tuple | dict):
         report.fault(node, f"expected {_KINDS[parameter.kind]}, got {show(value)}")
         return None
-    if parameter.kind == "number":
+    if parameter.kind == "number" and not (isinstance(value, str) and value in parameter.choices):
         return _number(node, value, parameter, report)
     if parameter.kind == "bool":
         word = str(int(value) if value in (0, 1) else value).strip().lower()
