@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mixmerge.bank.building import fingerprint_of
 from mixmerge.bank.cards import CARD, FOLDER, BankCard, read_card
@@ -29,10 +30,12 @@ class Parts:
     Args:
         folder: with ``bank/`` in it.
         base: of the model that it runs in.
+        encoder: of texts, a folder or hub id, if the mixture names one.
     """
 
     folder: Path
     base: Path
+    encoder: str | None = None
 
     @property
     def bank(self) -> Path:
@@ -61,15 +64,22 @@ def parts_of(folder: str | Path, *, base: str | Path | None = None) -> Parts:
     if not is_dynamic(place):
         run = "Make one: mixmerge fit MIXTURE.yaml OUT, or mixmerge merge with merge_method: twin"
         raise CheckpointError(Fault(str(folder), f"has no {FOLDER}/{CARD}", _WANTED, run))
+    own = (place / "config.json").is_file()
+    said = {} if own or (base is not None and not (place / MIXTURE).is_file()) else _compose(place / MIXTURE)
+    encoder = said.get("encoder")
+    encoder = encoder if isinstance(encoder, str) else None
     if base is not None:
-        return Parts(place, locate(str(base), None, where=f"{folder}: base"))
-    if (place / "config.json").is_file():
+        return Parts(place, locate(str(base), None, where=f"{folder}: base"), encoder)
+    if own:
         return Parts(place, place)
-    return Parts(place, locate(_named_base(place), None, where=f"{place / MIXTURE}: compose.base"))
+    named = said.get("base")
+    if not isinstance(named, str):
+        path = place / MIXTURE
+        raise CheckpointError(Fault(str(path), "does not say what the base is", _WANTED, "Fit it again"))
+    return Parts(place, locate(named, None, where=f"{place / MIXTURE}: compose.base"), encoder)
 
 
-def _named_base(folder: Path) -> str:
-    path = folder / MIXTURE
+def _compose(path: Path) -> dict[str, Any]:
     report = Report(_KIND)
     text = read_file(path, name=str(path), report=report)
     root = None if text is None else load(text, name=str(path), report=report)
@@ -77,10 +87,7 @@ def _named_base(folder: Path) -> str:
         raise MixmergeError(report.faults(str(path)))
     data = None if root is None else to_data(root)
     compose = data.get("compose") if isinstance(data, dict) else None
-    base = compose.get("base") if isinstance(compose, dict) else None
-    if not isinstance(base, str):
-        raise CheckpointError(Fault(str(path), "does not say what the base is", _WANTED, "Fit it again"))
-    return base
+    return compose if isinstance(compose, dict) else {}
 
 
 def checked_card(parts: Parts) -> BankCard:
