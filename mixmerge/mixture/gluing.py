@@ -19,10 +19,9 @@ from mixmerge.data.rows import Row, read_rows, sample_rows
 from mixmerge.errors import Fault, MixmergeError
 from mixmerge.mixture.fitting import outcomes_of, unfitted
 from mixmerge.mixture.gated import AdaptersOptions, base_of
-from mixmerge.mixture.saving import FILE, save_network
+from mixmerge.mixture.saving import FILE, is_fitted, save_network
 from mixmerge.mixture.schema import MixtureSpec
 from mixmerge.mixture.wiring import Mixture
-from mixmerge.routers.storage import CARD
 
 if TYPE_CHECKING:
     from mixmerge.bank.cards import BankCard
@@ -115,7 +114,8 @@ class _Network:
         from mixmerge.bank.gate_files import save_gate
         from mixmerge.bank.publishing import check_free, making
 
-        told, owned = self._told, [FILE, CARD]
+        # A YAML of this name alone, beside whatever else, is a person's own.
+        told, owned = self._told, [FILE if is_fitted(out) else f"{FILE} with what was fitted"]
         check_free(out, overwrite=overwrite, of=owned)
         faults: list[Fault] = []
         base, experts = self._places(faults)

@@ -408,3 +408,26 @@ def test_rows_that_a_gate_has_learned_from_are_not_scored(
     assert refused.exit_code == 2
     assert "was made with 4 of the 6 rows of task one" in " ".join(refused.stderr.split())
     assert run(*asked, "--transductive", "--json").exit_code == 0
+
+
+def test_a_folder_that_holds_a_yaml_of_its_own_is_not_overwritten(loras: Any, tmp_path: Path) -> None:
+    place = tmp_path / "project"
+    place.mkdir()
+    (place / "mixture.yaml").write_text(loras.entries() + "compose: {kind: adapters, gate: {kind: arrow}}\n")
+    (place / "notes.txt").write_text("mine")
+    done = run("fit", place / "mixture.yaml", place, "--overwrite", "-q")
+    assert done.exit_code == 2
+    assert "holds no mixture.yaml with what was fitted" in " ".join(done.stderr.split())
+    assert (place / "notes.txt").read_text() == "mine"
+    assert run("fit", place / "mixture.yaml", tmp_path / "net", "-q").exit_code == 0
+    assert run("fit", place / "mixture.yaml", tmp_path / "net", "--overwrite", "-q").exit_code == 0
+
+
+def test_a_device_that_is_not_here(loras: Any, rows: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "mix.yaml").write_text(
+        loras.entries() + f"compose: {{kind: adapters, gate: {{kind: xlora}}, data: {rows['one']}}}\n"
+    )
+    done = run("fit", tmp_path / "mix.yaml", tmp_path / "net", "--device", "nowhere", "-q")
+    assert done.exit_code == 2
+    assert "cannot be put on the device 'nowhere'" in " ".join(done.stderr.split())
+    assert not (tmp_path / "net").exists()
