@@ -153,7 +153,13 @@ def _card(raw: Mapping[str, Any]) -> BankCard:
     files = {site.file for site in sites.values()} | {one.file for one in card.vectors.values()}
     kinds = {site.kind for site in sites.values()} <= set(get_args(Kind))
     lengths = all(len(site.ranks) == len(card.experts) and min(site.ranks) >= 0 for site in sites.values())
-    plain = all(Path(name).name == name for name in card.files)
+    plain = all(Path(name).name == name != ".." for name in card.files)
+    sizes = [size for site in sites.values() for size in (site.inputs, site.outputs)]
+    sizes += [one.length for one in card.vectors.values()] + [one.nbytes for one in card.files.values()]
+    texts = [card.base, *card.hashes.values(), *card.earlier, *(one.sha256 for one in card.files.values())]
+    plain &= all(type(one) is int for one in sizes) and all(isinstance(one, str) for one in texts)
+    plain &= len(set(card.experts)) == len(card.experts) and card.hashes.keys() == set(card.experts)
+    plain &= all(isinstance(site.tied, bool) for site in sites.values())
     if not (kinds and lengths and plain and files <= card.files.keys() and card.bits in (None, 8, 16, 32)):
         raise ValueError("facts that contradict each other")
     return card

@@ -33,7 +33,7 @@ from mixmerge.bank.eight_bits import from_codes, to_codes
 from mixmerge.bank.gate_files import load_gate, save_gate
 from mixmerge.bank.publishing import check_free, hidden, publish, unwritable
 from mixmerge.bank.records import Bank, Site
-from mixmerge.checkpoint.header import TensorHeader, read_header
+from mixmerge.checkpoint.header import FLOATS, TensorHeader, read_header
 from mixmerge.checkpoint.identity import digest
 from mixmerge.errors import CheckpointError, Fault, MixmergeError
 
@@ -307,7 +307,7 @@ def load_bank(folder: Path) -> Bank:
     wanted = _wanted(card)
     for name, facts in card.files.items():
         try:
-            tensors |= _checked(place / name, facts, wanted[name])
+            tensors |= _checked(place / name, facts, wanted[name], codes=card.bits == 8)
         except CheckpointError as error:
             faults += error.faults
     if faults:
@@ -330,12 +330,22 @@ def _wanted(card: BankCard) -> dict[str, dict[str, tuple[int, ...]]]:
     return found
 
 
-def _checked(path: Path, facts: FileCard, wanted: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+def _checked(
+    path: Path, facts: FileCard, wanted: Mapping[str, tuple[int, ...]], *, codes: bool
+) -> dict[str, Tensor]:
     headers = _header(path, facts)
     shapes = {name: header.shape for name, header in headers.items()}
     if shapes != wanted:
         wrong = sorted(name for name in shapes.keys() | wanted if shapes.get(name) != wanted.get(name))
         raise CheckpointError(Fault(str(path), f"holds {wrong[0]} otherwise than its card says", run=AGAIN))
+    for name, header in headers.items():
+        if codes and name.startswith(("a/", "b/")):
+            fits = header.dtype == "I8"
+        else:
+            fits = header.dtype in FLOATS
+        if not fits:
+            what = f"holds {name} as {header.dtype}, which its card does not say"
+            raise CheckpointError(Fault(str(path), what, run=AGAIN))
     if digest([path]) != facts.sha256:
         raise CheckpointError(
             Fault(str(path), "was changed after it was written: its hash differs", run=AGAIN)

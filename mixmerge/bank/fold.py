@@ -24,12 +24,12 @@ from mixmerge.checkpoint.files import Files, opened
 from mixmerge.checkpoint.header import DTYPE_BYTES, FLOATS, TensorHeader, read_header
 from mixmerge.checkpoint.identity import content, fingerprint
 from mixmerge.checkpoint.reader import read_json
+from mixmerge.checkpoint.used_rows import MANIFEST
 from mixmerge.errors import Fault, MixmergeError, OutputError
 from mixmerge.experts.loading import HEADS
 
 __all__ = ["export_adapter", "export_checkpoint"]
 
-MANIFEST = "mixmerge_manifest.json"
 Dtype = Literal["bfloat16", "float16", "float32"]
 _STORED = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 _TORCH = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -21,6 +22,8 @@ from mixmerge.errors import CheckpointError, Fault, MixmergeError
 GATE, GATE_STATE = "gate.json", "gate.safetensors"
 _FORMAT, _VERSION = "mixmerge-gate", 1
 _REFIT = "Fit the gate again"
+# What settings raise that no gate has written.
+_DAMAGED = (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError, ArithmeticError)
 
 
 def save_gate(folder: Path, gate: Gate, *, bank: str, experts: Sequence[str] = ()) -> None:
@@ -100,10 +103,14 @@ def load_gate(
         raise MixmergeError(Fault(str(path), what, "The same, in the same order", _REFIT))
     state = _gate_state(Path(folder) / GATE_STATE, card["sha256"])
     try:
+        with torch.device("meta"):  # settings may ask for more memory than there is
+            wanted = {name: one.shape for name, one in kind.build(card["settings"]).state_dict().items()}
+        if wanted != {name: one.shape for name, one in state.items()}:
+            raise ValueError(f"its settings are of other tensors than {GATE_STATE} has")
         gate = kind.build(card["settings"])
         gate.load_state_dict(state)
-    except (RuntimeError, TypeError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except _DAMAGED as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(Fault(str(path), f"is damaged: {reason}", run=_REFIT)) from error
     return gate.eval()
 
@@ -133,4 +140,9 @@ def _gate_state(path: Path, sha256: str) -> dict[str, Tensor]:
         state: dict[str, Tensor] = load_file(path)
     except SafetensorError as error:
         raise CheckpointError(Fault(str(path), f"is damaged: {error}", run=_REFIT)) from error
+    wrong = sorted(
+        name for name, one in state.items() if one.is_floating_point() and not one.isfinite().all()
+    )
+    if wrong:
+        raise CheckpointError(Fault(str(path), f"{wrong[0]} holds NaN or Inf", run=_REFIT))
     return state

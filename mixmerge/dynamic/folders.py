@@ -12,7 +12,6 @@ from typing import Any
 
 from mixmerge.bank.building import fingerprint_of
 from mixmerge.bank.cards import CARD, FOLDER, BankCard, read_card
-from mixmerge.bank.mask_files import has_masks
 from mixmerge.checkpoint.header import DTYPE_BYTES, TensorHeader, read_header
 from mixmerge.checkpoint.locate import locate
 from mixmerge.document import Kind, Report, load, read_file
@@ -31,7 +30,7 @@ class Parts:
     Args:
         folder: with ``bank/`` in it.
         base: of the model that it runs in.
-        encoder: of texts, where the folder names one: a folder or hub id.
+        encoder: of texts, a folder or hub id, if the mixture names one.
     """
 
     folder: Path
@@ -62,27 +61,25 @@ def parts_of(folder: str | Path, *, base: str | Path | None = None) -> Parts:
         MixmergeError: there is no bank in it, or its base cannot be found.
     """
     place = Path(folder).expanduser()
-    if has_masks(place) and not is_dynamic(place):
-        what = "has masks of tasks, and no bank: a task is named, never weighed"
-        raise CheckpointError(
-            Fault(str(folder), what, _WANTED, "Load it with TaskModel, or the engine tasks")
-        )
     if not is_dynamic(place):
         run = "Make one: mixmerge fit MIXTURE.yaml OUT, or mixmerge merge with merge_method: twin"
         raise CheckpointError(Fault(str(folder), f"has no {FOLDER}/{CARD}", _WANTED, run))
-    fitted = (place / MIXTURE).is_file()
-    if base is None and (place / "config.json").is_file() and not fitted:
+    own = (place / "config.json").is_file()
+    said = {} if own or (base is not None and not (place / MIXTURE).is_file()) else _compose(place / MIXTURE)
+    encoder = said.get("encoder")
+    encoder = encoder if isinstance(encoder, str) else None
+    if base is not None:
+        return Parts(place, locate(str(base), None, where=f"{folder}: base"), encoder)
+    if own:
         return Parts(place, place)
-    compose = _compose(place) if fitted or base is None else {}
-    encoder = compose.get("encoder")
-    where = f"{folder}: base" if base is not None else f"{place / MIXTURE}: compose.base"
-    found = locate(str(base or _named_base(place, compose)), None, where=where)
-    return Parts(place, found, encoder if isinstance(encoder, str) else None)
+    named = said.get("base")
+    if not isinstance(named, str):
+        path = place / MIXTURE
+        raise CheckpointError(Fault(str(path), "does not say what the base is", _WANTED, "Fit it again"))
+    return Parts(place, locate(named, None, where=f"{place / MIXTURE}: compose.base"), encoder)
 
 
-def _compose(folder: Path) -> dict[str, Any]:
-    """What a fitted mixture says of its network."""
-    path = folder / MIXTURE
+def _compose(path: Path) -> dict[str, Any]:
     report = Report(_KIND)
     text = read_file(path, name=str(path), report=report)
     root = None if text is None else load(text, name=str(path), report=report)
@@ -91,14 +88,6 @@ def _compose(folder: Path) -> dict[str, Any]:
     data = None if root is None else to_data(root)
     compose = data.get("compose") if isinstance(data, dict) else None
     return compose if isinstance(compose, dict) else {}
-
-
-def _named_base(folder: Path, compose: dict[str, Any]) -> str:
-    base = compose.get("base")
-    if not isinstance(base, str):
-        path = str(folder / MIXTURE)
-        raise CheckpointError(Fault(path, "does not say what the base is", _WANTED, "Fit it again"))
-    return base
 
 
 def checked_card(parts: Parts) -> BankCard:

@@ -13,12 +13,13 @@ from mixmerge.bank.features import mean_of
 from mixmerge.bank.files import load_bank
 from mixmerge.bank.gate import Gate, RowGate
 from mixmerge.bank.gate_files import GATE, load_gate
+from mixmerge.data.batches import context_of
 from mixmerge.dynamic.folders import Parts, checked_card
 from mixmerge.dynamic.running import Embed, Running
 from mixmerge.experts.loading import LoadedExpert, check_tokenizer, load_expert
 
 _ROWS = 32  # texts of a batch
-_LONGEST = 512  # tokens of a text
+_LONGEST = 512  # tokens of a text, if the encoder reads so many
 
 
 def running(
@@ -31,7 +32,7 @@ def running(
         model: the base, loaded.
         tokenizer: of it.
         embed: texts to features, for a gate of texts.
-        encoder: folder or hub id of a text encoder, in place of it.
+        encoder: folder or hub id of a text encoder, in place of it; by default the one that gate or mixture name.
 
     Raises:
         MixmergeError: bank or gate are damaged, of another base or of another bank.
@@ -64,12 +65,13 @@ class TextEncoder:
             self._expert = load_expert(self._place, device=self._device)
             check_tokenizer(self._expert.tokenizer, str(self._place))
         model, tokenizer = self._expert.model.base_model, self._expert.tokenizer
+        longest = min(_LONGEST, context_of(model.config, tokenizer))
         found = []
         with torch.inference_mode():
             for start in range(0, len(texts), _ROWS):
                 some = list(texts[start : start + _ROWS])
                 batch = tokenizer(
-                    some, padding=True, truncation=True, max_length=_LONGEST, return_tensors="pt"
+                    some, padding=True, truncation=True, max_length=longest, return_tensors="pt"
                 )
                 batch = batch.to(self._device)
                 hidden = model(**batch).last_hidden_state

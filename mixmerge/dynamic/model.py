@@ -20,6 +20,7 @@ from mixmerge.dynamic.exporting import Form
 from mixmerge.dynamic.folders import Parts, parts_of
 from mixmerge.dynamic.loading import running
 from mixmerge.dynamic.running import Embed, Running
+from mixmerge.dynamic.texts import check_texts, tokens_of
 from mixmerge.dynamic.weights import Weights, weights_of_rows
 from mixmerge.engines.decoding import Told, accepted, left_padded, positions
 from mixmerge.engines.records import Request, Scoring
@@ -213,6 +214,7 @@ class DynamicModel:
             MixmergeError: a setting out of range, a prompt that does not fit, weights of other experts; it is no
                 language model.
         """
+        check_texts({"prompts": prompts})
         names, mixtures = self._mixtures(weights, len(prompts))
         requests = [
             Request(str(at), prompt, max_new_tokens, temperature, top_p, stop, seed=seed, adapter=name)
@@ -239,6 +241,7 @@ class DynamicModel:
         Raises:
             MixmergeError: as ``generate``.
         """
+        check_texts({"prompts": prompts, "continuations": continuations})
         names, mixtures = self._mixtures(weights, len(prompts))
         scorings = [
             Scoring(str(at), prompt, continuation, name)
@@ -254,14 +257,15 @@ class DynamicModel:
             weights: as in ``generate``.
 
         Raises:
-            MixmergeError: there is no tokenizer; weights of other experts.
+            MixmergeError: there is no tokenizer; weights of other experts; texts without tokens, or too long.
         """
         check_tokenizer(self.tokenizer, self._running.name)
+        check_texts({"texts": texts})
         whole = self._weights(weights, len(texts))
+        read = tokens_of(texts, self.tokenizer, self.model.config)
         found: list[Explanation] = []
         for start in range(0, len(texts), _ROWS):
-            some = list(texts[start : start + _ROWS])
-            tokens = [list(self.tokenizer(text, verbose=False)["input_ids"]) for text in some]
+            some, tokens = list(texts[start : start + _ROWS]), read[start : start + _ROWS]
             ids, mask = left_padded(tokens, pad=self._pad, device=self.model.device)
             if kind_of(type(self.model).__name__) == "classifier":  # encoders count positions from the left
                 ids, mask = _right_padded(ids, mask)

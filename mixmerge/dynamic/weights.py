@@ -27,9 +27,9 @@ def fixed_weights(weights: Named, experts: Sequence[str], *, where: str = "weigh
         if name not in experts
     ]
     faults += [
-        Fault(f"{where}.{name}", f"is {value}", "A finite number")
+        Fault(f"{where}.{name}", f"is {value!r}", "A finite number")
         for name, value in weights.items()
-        if not math.isfinite(value)
+        if not isinstance(value, int | float) or not math.isfinite(value)
     ]
     if not weights:
         faults.append(Fault(where, "there are none", f"Known: {', '.join(experts)}"))
@@ -57,7 +57,11 @@ def weights_of_rows(weights: Weights, experts: Sequence[str], rows: int) -> Tens
             [fixed_weights(one, experts, where=f"weights[{at}]") for at, one in enumerate(named)]
         )
     else:
-        made = torch.as_tensor(weights, dtype=torch.float32)
+        try:
+            made = torch.as_tensor(weights, dtype=torch.float32)
+        except (TypeError, ValueError, RuntimeError) as error:
+            allowed = "By name, or a number for each expert, of all rows or of each"
+            raise MixmergeError(Fault("weights", f"are {weights!r}", allowed)) from error
     shape = tuple(made.shape)
     if made.dim() == 1:
         made = made.expand(rows, -1)

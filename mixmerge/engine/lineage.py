@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mixmerge.checkpoint.used_rows import manifest_of, read_used
 from mixmerge.plan import Plan
-
-# Sections of a manifest that name the rows they used, and whether the recipe said that this is meant.
-_OWN, _BEFORE = "calibration", "inherited"
 
 
 def inherited(plan: Plan, manifest: str) -> dict[str, Any] | None:
@@ -22,9 +19,9 @@ def inherited(plan: Plan, manifest: str) -> dict[str, Any] | None:
         plan: of the merge.
         manifest: the name of the file in the inputs' folders.
     """
-    found = {str(model.ref): read_used(_json(model.path / manifest)) for model in plan.models}
+    found = {str(model.ref): read_used(manifest_of(model.path / manifest)) for model in plan.models}
     if plan.recipe.coefficients is not None:
-        learned = _json(Path(plan.recipe.coefficients))
+        learned = manifest_of(Path(plan.recipe.coefficients))
         hashes = learned.get("hashes")
         found[plan.recipe.coefficients] = read_used({"calibration": hashes})
     found = {name: used for name, used in found.items() if used[0]}
@@ -35,22 +32,6 @@ def inherited(plan: Plan, manifest: str) -> dict[str, Any] | None:
         "transductive": all(meant for _, meant in found.values()),
         "rows": sorted(set().union(*(rows for rows, _ in found.values()))),
     }
-
-
-def read_used(manifest: Mapping[str, Any]) -> tuple[frozenset[str], bool]:
-    """The digests a manifest names, and whether a recipe said that it uses rows the result is evaluated on."""
-    own, recipe = (_mapping(manifest.get(name)) for name in (_OWN, "recipe"))
-    rows = {
-        *_texts(own.get("rows")),
-        *_texts(recipe.get("tuned_on")),
-    }  # a search chose the recipe's values by these
-    meant = own.get("transductive") is True
-    before = manifest.get(_BEFORE)
-    if not isinstance(before, dict):
-        return frozenset(rows), meant
-    # What is meant of an input's rows says nothing of the rows this merge used itself.
-    meant = meant if rows else before.get("transductive") is True
-    return frozenset(rows | set(_texts(before.get("rows")))), meant
 
 
 def inherited_card(found: Mapping[str, Any] | None) -> str:
@@ -64,24 +45,3 @@ def inherited_card(found: Mapping[str, Any] | None) -> str:
         else ""
     )
     return f"\n## Data used before\n\n{len(found['rows'])} rows of data went into {names}.{meant}\n"
-
-
-def _mapping(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
-def _texts(value: Any) -> list[str]:
-    """All texts in a value: a list of digests, or one of each expert."""
-    if isinstance(value, str):
-        return [value]
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return [text for one in inner for text in _texts(one)]
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """A file's mapping; of a damaged, foreign or absent file nothing."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return _mapping(found)

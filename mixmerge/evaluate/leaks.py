@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from mixmerge.checkpoint.used_rows import read_used
 from mixmerge.data.rows import Row
 from mixmerge.engine.finish import MANIFEST
-from mixmerge.engine.lineage import read_used
 from mixmerge.errors import Fault
 from mixmerge.evaluate.task_file import EvalTask
 

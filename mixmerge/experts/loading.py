@@ -71,6 +71,7 @@ def load_expert(
     from transformers import AutoConfig
 
     name = str(model) if adapter is None else f"{model}+{adapter}"
+    _check_device(device, name)
     with _reading(name):
         config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False)
         found, info = _class_of(config, name).from_pretrained(
@@ -116,6 +117,7 @@ def load_with_head(
         )
         raise MixmergeError(Fault(str(folder), f"no head is called {head!r}", allowed))
     name = f"{folder} with head {head}"
+    _check_device(device, name)
     with _reading(name):
         config = AutoConfig.from_pretrained(folder / HEADS / head, trust_remote_code=False)
         kind = _class_of(config, name)
@@ -169,6 +171,17 @@ def read_tokenizer(folder: Path, name: str) -> Any:
 def heads_of(folder: str | Path) -> tuple[str, ...]:
     """The names of the heads a merged folder keeps, sorted."""
     return tuple(sorted(path.parent.name for path in Path(folder).glob(f"{HEADS}/*/{HEAD_WEIGHTS}")))
+
+
+def _check_device(device: str, name: str) -> None:
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        what = f"cannot be put on the device {device!r}: {reason}"
+        raise MixmergeError(Fault(name, what, "cpu, or a device that torch finds here")) from error
 
 
 def _ready(model: Any, tokenizer: Any, device: str, name: str) -> LoadedExpert:

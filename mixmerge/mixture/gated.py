@@ -163,13 +163,15 @@ def _check_gate(
         return
     said = {key: value for key, value in options.gate.items() if key != "kind"}
     try:
-        gate_options(kind, said, where="compose.gate")
+        asked = gate_options(kind, said, where="compose.gate")
         wants = registry.find("gate", kind).wants
     except MixmergeError as error:
         for fault in error.faults:
             key = fault.where.removeprefix("compose.gate.").split(".")[0]
             report.fault(_inner(node).get(key, node), fault.what, fault.allowed, fault.run)
         return
+    if getattr(asked, "features", "") == "text":
+        wants = (*wants, "encode")
     _check_data(entries, compose, names, options, kind, wants, report)
     for want, key, what in (
         ("encode", "encoder", "reads texts by an encoder"),

@@ -26,7 +26,8 @@ from mixmerge.bank.files import (
 from mixmerge.bank.gate import Gate
 from mixmerge.bank.mix import Mix
 from mixmerge.bank.records import Bank, Entry, Kind, Site
-from mixmerge.errors import MixmergeError, OutputError
+from mixmerge.checkpoint.identity import canonical_hash
+from mixmerge.errors import CheckpointError, MixmergeError, OutputError
 
 HASHES = {"one": "1" * 64, "two": "2" * 64}
 
@@ -273,6 +274,41 @@ def test_damage_is_named(tmp_path: Path) -> None:
     _edit(place / "bank.json", sites={"x": {"inputs": 1}})
     assert "is damaged" in said(place)
     assert "holds no bank" in said(tmp_path / "nothing" / FOLDER)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"experts": ["one", "one"]},
+        {"base": [1]},
+        {"hashes": {}},
+        {"bits": 8},
+        {"file": {"nbytes": "many"}},
+        {"site": {"tied": "yes"}},
+        {"site": {"inputs": "5"}},
+        {"outside": True},
+    ],
+    ids=str,
+)
+def test_a_card_that_nobody_has_written_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    """One whose hash is right all the same."""
+    saved(tmp_path)
+    path = tmp_path / FOLDER / "bank.json"
+    card = json.loads(path.read_text())
+    first = next(iter(card["files"]))
+    card["files"][first] |= change.pop("file", {})
+    for one in card["sites"].values():
+        one |= change.get("site", {})
+    change.pop("site", None)
+    if change.pop("outside", False):
+        card["files"][".."] = card["files"].pop(first)
+        for one in (*card["sites"].values(), *card["vectors"].values()):
+            one["file"] = ".."
+    card |= change
+    body = {key: value for key, value in card.items() if key not in ("format", "version", "hash")}
+    path.write_text(json.dumps({**card, "hash": canonical_hash(body)}))
+    with pytest.raises(CheckpointError):
+        load_bank(tmp_path)
 
 
 class Learned(Gate):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +10,18 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mixmerge.bank.attach import Attached
 from mixmerge.bank.features import features_of, mean_of
 from mixmerge.bank.files import load_gate, save_gate
 from mixmerge.bank.gate import Run
+from mixmerge.bank.gates.mean import MeanGate
 from mixmerge.bank.gates.router import Router, RouterOptions
 from mixmerge.bank.gates.router_fit import fit_router, held_out
 from mixmerge.bank.records import Bank, Entry, side_by_side
+from mixmerge.checkpoint.identity import digest
 from mixmerge.data.rows import Row
 from mixmerge.errors import CheckpointError, MixmergeError
 from mixmerge.experts.loading import load_expert
@@ -197,6 +201,47 @@ def test_a_damaged_gate_is_refused(tmp_path: Path) -> None:
     content[-1] ^= 1
     file.write_bytes(content)
     with pytest.raises(CheckpointError, match=r"gate\.safetensors"):
+        load_gate(tmp_path, bank="b")
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"inputs": 10**7}, "its settings are of other tensors than gate.safetensors has"),
+        ({"options": []}, "is damaged"),
+        ({"inputs": float("inf")}, "is damaged"),
+        ({"options": {"width": 1e-9, "hidden": -1}}, "is damaged"),
+    ],
+)
+def test_settings_that_no_gate_has_written(tmp_path: Path, settings: dict[str, Any], words: str) -> None:
+    """Nothing of the size they say is made."""
+    save_gate(tmp_path, Router(2, 3), bank="b")
+    card = json.loads((tmp_path / "gate.json").read_text())
+    card["settings"] |= settings
+    (tmp_path / "gate.json").write_text(json.dumps(card))
+    with pytest.raises(CheckpointError, match=words):
+        load_gate(tmp_path, bank="b")
+
+
+def test_places_that_no_gate_has_written(tmp_path: Path) -> None:
+    save_gate(tmp_path, MeanGate(2), bank="b")
+    card = json.loads((tmp_path / "gate.json").read_text())
+    for places in ({"experts": 2, "sites": []}, {"experts": 2, "sites": {"w": [3]}}):
+        card |= {"kind": "arrow", "settings": {"places": places, "options": {}}}
+        (tmp_path / "gate.json").write_text(json.dumps(card))
+        with pytest.raises(CheckpointError, match="is damaged"):
+            load_gate(tmp_path, bank="b")
+
+
+def test_a_gate_with_nan_is_refused(tmp_path: Path) -> None:
+    save_gate(tmp_path, Router(2, 3), bank="b")
+    state = load_file(tmp_path / "gate.safetensors")
+    state["mean"][0] = float("nan")
+    save_file(state, tmp_path / "gate.safetensors")
+    card = json.loads((tmp_path / "gate.json").read_text())
+    card["sha256"] = digest([tmp_path / "gate.safetensors"])
+    (tmp_path / "gate.json").write_text(json.dumps(card))
+    with pytest.raises(CheckpointError, match="mean holds NaN or Inf"):
         load_gate(tmp_path, bank="b")
 
 

@@ -240,6 +240,10 @@ def test_everything_that_is_wrong_is_said_at_once(loras: Any, tmp_path: Path) ->
         ("{kind: adapters, gate: {kind: phatgoose}, data: rows.jsonl}", "rows of each expert"),
         ("{kind: adapters, gate: {kind: phatgoose}, data: {one: a.jsonl}}", "no rows of two, three"),
         ("{kind: adapters, gate: {kind: glider}, data: {one: a, two: b, three: c}}", "encoder is missing"),
+        (
+            "{kind: adapters, gate: {kind: router, features: text}, data: {one: a, two: b, three: c}}",
+            "router reads texts by an encoder, and the key encoder is missing",
+        ),
         ("{kind: adapters, folder: net, rank: 3}", "has no effect on a fitted network"),
     ],
 )
@@ -372,3 +376,58 @@ def test_gates_with_a_second_pass_or_an_encoder(
         assert score == pytest.approx(told, abs=1e-4)
     mixture = Mixture.load(tmp_path / "net")
     assert [one.fault for one in mixture.answer(list(TEXTS))] == [None] * len(TEXTS)
+    assert DynamicModel.load(tmp_path / "net").generate(TEXTS, max_new_tokens=4) == together
+
+
+def test_what_is_missing_of_experts_and_data_is_said_at_once(
+    loras: Any, rows: dict[str, Path], tmp_path: Path
+) -> None:
+    entries = loras.entries().replace(str(loras.adapters["two"]), str(tmp_path / "gone"))
+    data = f"{{one: {rows['one']}, two: {tmp_path / 'lost.jsonl'}, three: {rows['three']}}}"
+    said = f"{{kind: adapters, gate: {{kind: glider}}, data: {data}, encoder: {tmp_path / 'none'}}}"
+    (tmp_path / "mix.yaml").write_text(f"{entries}compose: {said}\n")
+    done = run("fit", tmp_path / "mix.yaml", tmp_path / "net", "-q")
+    assert done.exit_code == 2
+    for words in ("experts.two", "gone", "lost.jsonl", "compose.encoder", "none"):
+        assert words in done.stderr
+    assert not (tmp_path / "net").exists()
+
+
+def test_rows_that_a_gate_has_learned_from_are_not_scored(
+    loras: Any, rows: dict[str, Path], tmp_path: Path
+) -> None:
+    data = ", ".join(f"{name}: {path}" for name, path in rows.items())
+    said = f"{{kind: adapters, gate: {{kind: average_activation}}, data: {{{data}}}, samples: 4}}"
+    (tmp_path / "mix.yaml").write_text(f"{loras.entries()}compose: {said}\n")
+    done = run("fit", tmp_path / "mix.yaml", tmp_path / "net", "-q")
+    assert done.exit_code == 0, done.output
+    task = f"{{name: one, data: {rows['one']}, metric: exact, max_new_tokens: 2}}"
+    (tmp_path / "tasks.yaml").write_text(f"tasks: [{task}]\n")
+    asked = ("eval", tmp_path / "net", "--tasks", tmp_path / "tasks.yaml", "-q", "--resamples", "100")
+    refused = run(*asked)
+    assert refused.exit_code == 2
+    assert "was made with 4 of the 6 rows of task one" in " ".join(refused.stderr.split())
+    assert run(*asked, "--transductive", "--json").exit_code == 0
+
+
+def test_a_folder_that_holds_a_yaml_of_its_own_is_not_overwritten(loras: Any, tmp_path: Path) -> None:
+    place = tmp_path / "project"
+    place.mkdir()
+    (place / "mixture.yaml").write_text(loras.entries() + "compose: {kind: adapters, gate: {kind: arrow}}\n")
+    (place / "notes.txt").write_text("mine")
+    done = run("fit", place / "mixture.yaml", place, "--overwrite", "-q")
+    assert done.exit_code == 2
+    assert "holds no mixture.yaml with what was fitted" in " ".join(done.stderr.split())
+    assert (place / "notes.txt").read_text() == "mine"
+    assert run("fit", place / "mixture.yaml", tmp_path / "net", "-q").exit_code == 0
+    assert run("fit", place / "mixture.yaml", tmp_path / "net", "--overwrite", "-q").exit_code == 0
+
+
+def test_a_device_that_is_not_here(loras: Any, rows: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "mix.yaml").write_text(
+        loras.entries() + f"compose: {{kind: adapters, gate: {{kind: xlora}}, data: {rows['one']}}}\n"
+    )
+    done = run("fit", tmp_path / "mix.yaml", tmp_path / "net", "--device", "nowhere", "-q")
+    assert done.exit_code == 2
+    assert "cannot be put on the device 'nowhere'" in " ".join(done.stderr.split())
+    assert not (tmp_path / "net").exists()
