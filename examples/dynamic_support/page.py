@@ -20,7 +20,9 @@ GAP, STORAGE = (
 
 
 def found_twins(folder: Path) -> dict[str, dict[str, Any]]:
-    return {file.stem: read(file) for file in sorted((folder / "twins").glob("*.json"))}
+    """Name to scores, the smallest banks first."""
+    found = {file.stem: read(file) for file in sorted((folder / "twins").glob("*.json"))}
+    return dict(sorted(found.items(), key=lambda named: named[1]["storage"]))
 
 
 def statics(folder: Path, suite: str) -> list[Result]:
@@ -86,12 +88,13 @@ def draw_ranks(work: Path, out: Path) -> None:
     """Average retention over the rank of the parts: own router, told the task, and the best static merge."""
     from mixmerge.evaluate.drawing import COLOURS, as_png, new_panels
 
-    figure, panels = new_panels(9, 3.6, 1, 2)
-    for panel, suite in zip(panels, ("encoders", "generative"), strict=True):
+    there = [suite for suite in ("encoders", "generative") if (work / suite / "twins").is_dir()]
+    if not there:
+        return
+    figure, panels = new_panels(4.5 * len(there), 3.6, 1, len(there))
+    for panel, suite in zip(panels, there, strict=True):
         folder = work / suite
         panel.set_title(suite)
-        if not (folder / "twins").is_dir():
-            continue
         own = read(folder / "test-experts.json")["right"]
         ceiling = sum(sum(right) / len(right) for right in own.values()) / len(own)
         swept = {rank: twin for rank in RANKS for twin in _of_rank(folder, rank)}
