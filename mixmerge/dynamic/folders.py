@@ -12,6 +12,7 @@ from typing import Any
 
 from mixmerge.bank.building import fingerprint_of
 from mixmerge.bank.cards import CARD, FOLDER, BankCard, read_card
+from mixmerge.bank.mask_files import has_masks
 from mixmerge.checkpoint.header import DTYPE_BYTES, TensorHeader, read_header
 from mixmerge.checkpoint.locate import locate
 from mixmerge.document import Kind, Report, load, read_file
@@ -61,6 +62,11 @@ def parts_of(folder: str | Path, *, base: str | Path | None = None) -> Parts:
         MixmergeError: there is no bank in it, or its base cannot be found.
     """
     place = Path(folder).expanduser()
+    if has_masks(place) and not is_dynamic(place):
+        what = "has masks of tasks, and no bank: a task is named, never weighed"
+        raise CheckpointError(
+            Fault(str(folder), what, _WANTED, "Load it with TaskModel, or the engine tasks")
+        )
     if not is_dynamic(place):
         run = "Make one: mixmerge fit MIXTURE.yaml OUT, or mixmerge merge with merge_method: twin"
         raise CheckpointError(Fault(str(folder), f"has no {FOLDER}/{CARD}", _WANTED, run))
