@@ -6,7 +6,7 @@ import hashlib
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -135,7 +135,7 @@ def batch(
     interrupted (exit code 130) or out of time (exit code 3) goes on when
     the same command is given again.
     """
-    from mixmerge.errors import Fault, MixmergeError, collecting
+    from mixmerge.errors import Fault, MixmergeError
     from mixmerge.mixture import Mixture, batching
 
     if output is None and not plan:
@@ -150,17 +150,11 @@ def batch(
         unordered=unordered,
         overwrite=overwrite,
     )
-    faults: list[Fault] = []
-    conditions: Conditions | None = None
-    loaded: Mixture | None = None
-    with collecting(faults):
-        conditions = conditions_of(device, memory, batch_tokens, deadline, apart=apart, ray=ray)
-    with collecting(faults):
-        loaded = Mixture.load(mixture, revision=revision, trust_endpoints=trust_endpoints, answers=True)
-    with collecting(faults):
-        batching.check_files(asked, read=input != "-", written=not plan)
-    if conditions is None or loaded is None or faults:
-        raise MixmergeError(faults)
+    conditions, loaded = _ready(
+        lambda: conditions_of(device, memory, batch_tokens, deadline, apart=apart, ray=ray),
+        lambda: Mixture.load(mixture, revision=revision, trust_endpoints=trust_endpoints, answers=True),
+        lambda: batching.check_files(asked, read=input != "-", written=not plan),
+    )
     with (
         _file(input, None if plan else output) as path,
         on_cluster(conditions, ray, ray_cpus, memory) as conditions,
@@ -177,6 +171,26 @@ def batch(
         return
     print(done.output)
     show_report(done.report)
+
+
+def _ready(
+    conditions: Callable[[], Conditions], mixture: Callable[[], Mixture], files: Callable[[], None]
+) -> tuple[Conditions, Mixture]:
+    """Where a job runs and what answers it, with the faults of both and of its files at once."""
+    from mixmerge.errors import Fault, MixmergeError, collecting
+
+    faults: list[Fault] = []
+    told: Conditions | None = None
+    loaded: Mixture | None = None
+    with collecting(faults):
+        told = conditions()
+    with collecting(faults):
+        loaded = mixture()
+    with collecting(faults):
+        files()
+    if told is None or loaded is None or faults:
+        raise MixmergeError(faults)
+    return told, loaded
 
 
 def conditions_of(
