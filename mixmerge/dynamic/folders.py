@@ -31,7 +31,7 @@ class Parts:
     Args:
         folder: with ``bank/`` in it.
         base: of the model that it runs in.
-        encoder: of texts, a folder or hub id, if the mixture names one.
+        encoder: of texts, where the folder names one: a folder or hub id.
     """
 
     folder: Path
@@ -70,22 +70,19 @@ def parts_of(folder: str | Path, *, base: str | Path | None = None) -> Parts:
     if not is_dynamic(place):
         run = "Make one: mixmerge fit MIXTURE.yaml OUT, or mixmerge merge with merge_method: twin"
         raise CheckpointError(Fault(str(folder), f"has no {FOLDER}/{CARD}", _WANTED, run))
-    own = (place / "config.json").is_file()
-    said = {} if own or (base is not None and not (place / MIXTURE).is_file()) else _compose(place / MIXTURE)
-    encoder = said.get("encoder")
-    encoder = encoder if isinstance(encoder, str) else None
-    if base is not None:
-        return Parts(place, locate(str(base), None, where=f"{folder}: base"), encoder)
-    if own:
+    fitted = (place / MIXTURE).is_file()
+    if base is None and (place / "config.json").is_file() and not fitted:
         return Parts(place, place)
-    named = said.get("base")
-    if not isinstance(named, str):
-        path = place / MIXTURE
-        raise CheckpointError(Fault(str(path), "does not say what the base is", _WANTED, "Fit it again"))
-    return Parts(place, locate(named, None, where=f"{place / MIXTURE}: compose.base"), encoder)
+    compose = _compose(place) if fitted or base is None else {}
+    encoder = compose.get("encoder")
+    where = f"{folder}: base" if base is not None else f"{place / MIXTURE}: compose.base"
+    found = locate(str(base or _named_base(place, compose)), None, where=where)
+    return Parts(place, found, encoder if isinstance(encoder, str) else None)
 
 
-def _compose(path: Path) -> dict[str, Any]:
+def _compose(folder: Path) -> dict[str, Any]:
+    """What a fitted mixture says of its network."""
+    path = folder / MIXTURE
     report = Report(_KIND)
     text = read_file(path, name=str(path), report=report)
     root = None if text is None else load(text, name=str(path), report=report)
@@ -94,6 +91,14 @@ def _compose(path: Path) -> dict[str, Any]:
     data = None if root is None else to_data(root)
     compose = data.get("compose") if isinstance(data, dict) else None
     return compose if isinstance(compose, dict) else {}
+
+
+def _named_base(folder: Path, compose: dict[str, Any]) -> str:
+    base = compose.get("base")
+    if not isinstance(base, str):
+        path = str(folder / MIXTURE)
+        raise CheckpointError(Fault(path, "does not say what the base is", _WANTED, "Fit it again"))
+    return base
 
 
 def checked_card(parts: Parts) -> BankCard:
