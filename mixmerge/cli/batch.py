@@ -177,7 +177,7 @@ def _ready(
     conditions: Callable[[], Conditions], mixture: Callable[[], Mixture], files: Callable[[], None]
 ) -> tuple[Conditions, Mixture]:
     """Where a job runs and what answers it, with the faults of both and of its files at once."""
-    from mixmerge.errors import Fault, MixmergeError, collecting
+    from mixmerge.errors import MixmergeError, collecting
 
     faults: list[Fault] = []
     told: Conditions | None = None
