@@ -81,7 +81,8 @@ def test_a_fraction_is_no_count(row: Method, parameter: Parameter) -> None:
     """It was cut in silence: 2.5 steps were 2."""
 
     def recipe(value: object) -> dict[str, Any]:
-        data = {"calibration": {"data": "builtin:docs"}} if row.needs_data else {}
+        own = {"per_expert": {"a": "builtin:docs", "b": "builtin:code"}}
+        data = {"calibration": own} if row.needs_data else {}
         return {
             "merge_method": row.name,
             "base_model": "base",
