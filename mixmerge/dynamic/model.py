@@ -140,26 +140,6 @@ class DynamicModel:
     def gate(self) -> Gate:
         return self._running.gate
 
-    def __call__(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        *,
-        weights: Weights | None = None,
-        token_type_ids: Tensor | None = None,
-        prompt: Sequence[int] | None = None,
-        texts: Sequence[str] | None = None,
-    ) -> Tensor:
-        """``forward``."""
-        return self.forward(
-            input_ids,
-            attention_mask,
-            weights=weights,
-            token_type_ids=token_type_ids,
-            prompt=prompt,
-            texts=texts,
-        )
-
     def forward(
         self,
         input_ids: Tensor,
@@ -189,6 +169,8 @@ class DynamicModel:
         with beside.running(given):
             logits: Tensor = self.model(**given).logits
         return logits
+
+    __call__ = forward
 
     def generate(
         self,

@@ -24,7 +24,7 @@ class RouterOptions(BaseModel):
 
     Args:
         features: ``hidden``, ``layers`` or ``text``, of a query. The last hidden states are the published ones; early
-            layers tell kinds of texts apart better.
+            layers may tell kinds of texts apart better.
         per_token: weights for each token, by the base's hidden state of it.
         hidden: layers before the last.
         width: of such a layer, as a multiple of the features' number.
