@@ -21,12 +21,14 @@ from zoo_support import named, note, place, read_answers, write_questions
 
 import mixmerge
 from mixmerge.cli.zoo import show_scores, step_progress
+from mixmerge.dynamic.folders import is_dynamic
 from mixmerge.evaluate import exact_match
 from mixmerge.mixture import Mixture, read
 from mixmerge.mixture.profiling import profile, same
 from mixmerge.zoo import Spec, Zoo, build, score_models
 
 RECIPES = Path(mixmerge.__file__).parent / "recipes"
+LONGEST = 40  # tokens of an answer
 HELD_IN = 40  # questions of each task that the router learns from; the experts have learned from them too
 
 
@@ -41,8 +43,20 @@ def merge_all(folder: Path) -> dict[str, str]:
             merged = Path("merges", recipe.stem)
             note(f"merging {recipe.name}")
             mixmerge.merge(recipe, merged, overwrite=True)
-            found[f"merge: {recipe.stem}"] = str(merged.resolve())
+            shared = ", its shared part alone" if is_dynamic(merged) else ""
+            found[f"merge: {recipe.stem}{shared}"] = str(merged.resolve())
     return found
+
+
+def gated(zoo: Zoo, folder: Path, limit: int | None) -> dict[str, float]:
+    """Ask a merge that keeps a bank, under its own gate; task -> mean score."""
+    model, scores = mixmerge.DynamicModel.load(folder), {}
+    for task in zoo.tasks:
+        questions = zoo.questions(task)[:limit]
+        said = model.generate([one.prompt for one in questions], max_new_tokens=LONGEST, stop=("\n",))
+        right = [exact_match(text, one.answer) for text, one in zip(said, questions, strict=True)]
+        scores[task] = statistics.fmean(right)
+    return scores
 
 
 def route(zoo: Zoo, folder: Path, limit: int | None) -> dict[str, float]:
@@ -90,6 +104,9 @@ def main() -> None:
         table = score_models(zoo, models, limit=options.limit, progress=progress)
     note("fitting a router, and answering in one batch")
     routed = {"routed: an expert for each question": route(zoo, options.out, options.limit)}
+    for folder in sorted((options.out / "merges").iterdir()):
+        if is_dynamic(folder):
+            routed[f"merge: {folder.name}, its own gate"] = gated(zoo, folder, options.limit)
     table = replace(table, scores={**table.scores, **routed})
     show_scores(table, "held-out score in % (share of the task's own expert's score that is retained)")
     print(f"{options.out}/zoo, {options.out}/merges: {time.perf_counter() - began:.0f} s in all")

@@ -384,8 +384,9 @@ def test_demo(zoo: Path, programs: Any, tmp_path: Path) -> None:
     assert rows == [
         "base",
         *(f"expert: {task}" for task in TASKS),
-        *(f"merge: {recipe}" for recipe in recipes),
+        *(f"merge: {recipe}{', its shared part alone' * (recipe == 'twin')}" for recipe in recipes),
         "routed: an expert for each question",
+        "merge: twin, its own gate",
     ]
     for recipe in recipes:
         assert (tmp_path / "demo" / "merges" / recipe / "model.safetensors").is_file()
