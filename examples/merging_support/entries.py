@@ -251,6 +251,17 @@ def _searched() -> tuple[Entry, ...]:
             search={"weight": anywhere},
             suites=("generative",),
         ),
+        Entry(
+            "search, Iso-C by expert and depth",
+            "iso_c",
+            each=_ONE,
+            top={"lambda": 2.0},
+            search={
+                "weight": {"low": 0.3, "high": 2.5, "per": "expert"},
+                "lambda": {"low": 0.8, "high": 3.5, "anchors": 3},
+            },
+            suites=("encoders",),
+        ),
     )
 
 
