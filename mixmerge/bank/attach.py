@@ -48,6 +48,7 @@ class Attached:
         self._lock = threading.RLock()
         self._run: Run | None = None
         self.shared = Shared()
+        self._short: tuple[torch.dtype, dict[Site, Site]] | None = None
         self.log: list[tuple[str, Mix]] | None = None
         self._handles = _Hooks(self).install()
 
@@ -110,6 +111,21 @@ class Attached:
             what = f"a layer sees {tuple(u.shape)} for {rows} rows"
             raise MixmergeError(Fault("bank", what, "Layers that see every token of every row"))
         return u.view(rows, -1, u.shape[-1])
+
+    def like(self, site: Site, y: Tensor) -> Site:
+        """The site in the type of what it is added to, where that is shorter than the bank's, as under autocast.
+
+        Such factors are made once for a site, and kept until another type is asked for.
+        """
+        if y.dtype is site.b.dtype or y.dtype not in _SHORT:
+            return site
+        if self._short is None or self._short[0] is not y.dtype:
+            self._short = y.dtype, {}
+        held = self._short[1]
+        if site not in held:
+            with torch.inference_mode(False):  # it is kept, and a gate may be trained afterwards
+                held[site] = site.to(site.b.device, y.dtype)
+        return held[site]
 
     def decide(self, site: str, u: Tensor) -> Mix | None:
         """What the gate says now; None outside ``running``."""
@@ -230,7 +246,7 @@ class _Hooks:
         if mix is None:
             return None
         rows = attached.by_row(y) if flat else y
-        found = run(site, u, rows, mix, shared=attached.shared, fresh=linear)
+        found = run(attached.like(site, y), u, rows, mix, shared=attached.shared, fresh=linear)
         return found.view_as(y) if flat else found
 
     def _vector(self, module: nn.Module, attribute: str, name: str) -> Any:
@@ -302,5 +318,6 @@ class _Nothing:
         """Nothing was put on."""
 
 
+_SHORT = (torch.bfloat16, torch.float16)
 _HEADS = tuple(f"{head}.weight" for head in HEADS)
 _LAYERS = "Linear layers, Conv1D and embeddings can have factors"

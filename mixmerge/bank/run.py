@@ -32,8 +32,10 @@ def run(
     Raises:
         MixmergeError: u is of another number of rows than the mix; of one row it is every row's.
     """
-    if torch.is_autocast_enabled(y.device.type):  # executors write into what they made, of the factors' type
-        with torch.autocast(y.device.type, enabled=False):
+    device = y.device.type
+    # Executors write into what they made, of the factors' type; where that is autocast's own it changes nothing.
+    if torch.is_autocast_enabled(device) and not y.dtype is site.b.dtype is torch.get_autocast_dtype(device):
+        with torch.autocast(device, enabled=False):
             return run(site, u, y, mix, executor=executor, shared=shared, fresh=fresh)
     rows = mix.weights.shape[0]
     if y.shape[0] != rows:

@@ -159,3 +159,27 @@ def test_autocast_changes_the_type_of_products_and_not_what_is_mixed(family: Any
     if trained:
         rounded.sum().backward()
         assert rows.grad is not None
+
+
+def test_factors_under_autocast_are_made_once_for_each_type(family: Any) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(family("llama").base, dtype=torch.float32).eval()
+    bank, _ = _bank_of(model, 3)
+    attached = Attached(model, bank, RowGate())
+    site = next(iter(attached.bank.sites.values()))
+    outputs = torch.zeros(1, 1, site.b.shape[1])
+    assert attached.like(site, outputs) is site
+    with torch.inference_mode():
+        short = attached.like(site, outputs.bfloat16())
+    assert (short.a.dtype, short.b.dtype, short.scale.dtype) == (
+        torch.bfloat16,
+        torch.bfloat16,
+        torch.float32,
+    )
+    assert not short.a.is_inference()
+    assert attached.like(site, outputs.bfloat16()) is short
+    half = attached.like(site, outputs.half())
+    assert half.b.dtype is torch.float16
+    assert attached.like(site, outputs.bfloat16()) is not short
+    assert attached.like(site, outputs.double()) is site
