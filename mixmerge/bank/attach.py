@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -21,7 +21,7 @@ from mixmerge.bank.gate import Gate, Run
 from mixmerge.bank.mix import Mix
 from mixmerge.bank.picks import Shared
 from mixmerge.bank.records import Bank, Site
-from mixmerge.bank.run import run
+from mixmerge.bank.run import Again, run
 from mixmerge.bank.vectors import Slope, mixed_vectors
 from mixmerge.checkpoint.adapter_names import HEADS
 from mixmerge.errors import Fault, MixmergeError
@@ -200,10 +200,28 @@ class _Hooks:
         if site.kind == "embedding" and isinstance(module, nn.Embedding):
             return self._table(module, site)
 
-        def hook(_: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-            return self._changed(site, given[0], output)
+        return module.register_forward_hook(self._hook(site))
 
-        return module.register_forward_hook(hook)
+    def _hook(self, site: Site) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]:
+        """Of a linear layer."""
+        attached, again, fresh = self.attached, None, site.kind == "linear"
+
+        def hook(_: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+            nonlocal again
+            u = given[0]
+            if attached._run is None or u.dim() != 3:
+                return self._changed(site, u, output)
+            mix = attached.decide(site.name, u)
+            if mix is None:
+                return None
+            if again is not None and again.add(u, output, mix):
+                return output
+            found = run(attached.like(site, output), u, output, mix, shared=attached.shared, fresh=fresh)
+            kept = found is output and mix.by_row  # a token's weights are never asked for again
+            again = Again.of(site, output, mix, attached.shared) if kept else None
+            return found
+
+        return hook
 
     def _table(self, module: nn.Embedding, site: Site) -> Any:
         # Gemma's table multiplies what it looks up.
@@ -230,10 +248,7 @@ class _Hooks:
         if head is None:
             return _Nothing()
 
-        def hook(_: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-            return self._changed(turned, given[0], output)
-
-        return head.register_forward_hook(hook)
+        return head.register_forward_hook(self._hook(turned))
 
     def _changed(self, site: Site, u: Tensor, y: Tensor) -> Tensor | None:
         attached = self.attached

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel
@@ -34,6 +35,11 @@ class Run:
     rows: Tensor | None = None
     hidden: Tensor | None = None
     mask: Tensor | None = None
+
+    @cached_property
+    def of_rows(self) -> Mix | None:
+        """``rows`` as weights of experts, for gates whose query gives those."""
+        return None if self.rows is None else Mix(self.rows)
 
 
 class Gate(nn.Module):
@@ -120,4 +126,4 @@ class RowGate(Gate):
         return RowGate()
 
     def mix(self, site: str, u: Tensor, run: Run) -> Mix | None:
-        return None if run.rows is None else Mix(run.rows)
+        return run.of_rows

@@ -150,7 +150,7 @@ class Shared:
     def picks(self, mix: Mix, experts: int) -> Picks:
         """A mix for a bank of so many experts."""
         order = None
-        state = experts, torch.is_inference_mode_enabled(), _version(mix.weights), _version(mix.entries)
+        state = experts, *state_of(mix)
         for seen, when, held in self._picks:
             if seen.entries is not mix.entries or when != state:
                 continue
@@ -164,6 +164,11 @@ class Shared:
         if order is not None:
             made._order = order
         return made
+
+
+def state_of(mix: Mix) -> tuple[bool, int, int]:
+    """What else than its tensors being the same a decision needs, to be the one it was."""
+    return torch.is_inference_mode_enabled(), _version(mix.weights), _version(mix.entries)
 
 
 def _version(tensor: Tensor | None) -> int:
