@@ -1,11 +1,12 @@
 """What experts as low-rank changes of one base cost beside the base, PEFT's mixed batches and merging, in one run.
 
-    python examples/bench_dynamic.py                # about five minutes
+    python examples/bench_dynamic.py                # about ten minutes
     python examples/bench_dynamic.py --small        # does it run?
     python examples/bench_dynamic.py --constants    # what mixmerge/bank/costs.py chooses by
 
 The base, PEFT (``adapter_names``) and a bank take turns on the same weights and adapters, which are drawn: they cost
-what trained ones cost. Figures are the least and the median over the rounds, in processor time of one thread. Bars
+what trained ones cost. Figures are the least and the median over the rounds, in processor time of one thread; with more
+threads, in time that passes. Bars
 are about the least: other work on the machine empties the caches between any two layers, and only adds to times.
 """
 
@@ -108,6 +109,82 @@ def overheads(sizes: Sizes, adapters: int) -> list[Line]:
     return lines
 
 
+def arrows(sizes: Sizes, adapters: int) -> list[Line]:
+    """Arrow beside PEFT's: the gate's own work is in it."""
+    import torch
+    from bench_support import dynamic
+    from bench_support.arrow import Arrows
+
+    model = dynamic.small_model(layers=sizes.layers, width=sizes.hidden)
+    both = Arrows(
+        dynamic.Three(model, adapters=adapters, rank=sizes.rank, rows=sizes.rows), top_k=min(3, adapters)
+    )
+    ids = torch.randint(0, 2048, (sizes.rows, sizes.prompt))
+    with both.mixture():
+        what = f"model, Arrow over {adapters} adapters, 1 token a row"
+        lines = [_beside(what, dynamic.timed(both.decoded(ids), max(3, sizes.rounds // 10)), None)]
+        what = f"model, Arrow over {adapters} adapters, prompts of {sizes.prompt}"
+        lines.append(_beside(what, dynamic.timed(both.read(ids), max(3, sizes.rounds // 60)), None))
+    return lines
+
+
+def types(sizes: Sizes) -> list[Line]:
+    """A model in float32, in bfloat16, and in float32 whose products autocast takes in bfloat16."""
+    import torch
+    from bench_support import dynamic
+
+    lines = []
+    for said, dtype, cast in (
+        ("float32", torch.float32, False),
+        ("bfloat16", torch.bfloat16, False),
+        ("autocast", torch.float32, True),
+    ):
+        three = dynamic.Three(
+            dynamic.small_model(layers=sizes.layers, width=sizes.hidden),
+            adapters=sizes.adapters[0],
+            rank=sizes.rank,
+            rows=sizes.rows,
+            dtype=dtype,
+        )
+        ids = torch.randint(0, 2048, (sizes.rows, sizes.prompt))
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=cast), three.mixture():
+            what = f"model in {said}, {sizes.adapters[0]} adapters, 1 token a row"
+            lines.append(
+                _beside(what, dynamic.timed(dynamic.decoded(three, ids), max(3, sizes.rounds // 10)), None)
+            )
+            found = dynamic.timed(dynamic.read(three, ids), max(3, sizes.rounds // 30))
+        what = f"model in {said}, {sizes.adapters[0]} adapters, prompts of {sizes.prompt}: ours / base"
+        lines.append(Line(what, _said(found, "base", "peft", "ours"), found.times("ours", "base")))
+    return lines
+
+
+def threaded(sizes: Sizes, threads: int) -> list[Line]:
+    """The model again with more threads of torch, in time that passes."""
+    import time
+
+    import torch
+    from bench_support import dynamic
+
+    lines, before = [], torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for adapters in sizes.adapters:
+            model = dynamic.small_model(layers=sizes.layers, width=sizes.hidden)
+            three = dynamic.Three(model, adapters=adapters, rank=sizes.rank, rows=sizes.rows)
+            ids = torch.randint(0, 2048, (sizes.rows, sizes.prompt))
+            what = f"{threads} threads: model, {adapters} adapters"
+            with three.mixture():
+                ways = dynamic.decoded(three, ids)
+                found = dynamic.timed(ways, max(3, sizes.rounds // 6), clock=time.perf_counter)
+                lines.append(_beside(f"{what}, 1 token a row", found, 5.0))
+                ways = dynamic.read(three, ids)
+                found = dynamic.timed(ways, max(3, sizes.rounds // 30), clock=time.perf_counter)
+                lines.append(_whole(f"{what}, prompts of {sizes.prompt}", found))
+    finally:
+        torch.set_num_threads(before)
+    return lines
+
+
 def constant(sizes: Sizes) -> Line:
     """The same weights for all rows, folded, beside a layer that was merged for good."""
     import copy
@@ -170,7 +247,7 @@ def many(sizes: Sizes) -> list[Line]:
     return lines
 
 
-def _beside(what: str, found: Times, bar: float) -> Line:
+def _beside(what: str, found: Times, bar: float | None) -> Line:
     figures = _said(found, "base", "peft", "ours")
     return Line(f"{what}: (PEFT - base) / (ours - base)", figures, found.over("peft", "ours"), bar)
 
@@ -181,7 +258,8 @@ def _whole(what: str, found: Times) -> Line:
 
 
 def _said(found: Times, *ways: str) -> str:
-    return ", ".join(f"{'PEFT' if way == 'peft' else way} {found.least(way):.3g}" for way in ways)
+    names = {"peft": "PEFT"}
+    return ", ".join(f"{names.get(way, way)} {found.least(way):.3g} ({found.usual(way):.3g})" for way in ways)
 
 
 def constants() -> None:
@@ -205,6 +283,7 @@ def main(
         int, typer.Option(min=0, help="Of the quickest comparisons; 0: as many as mean something.")
     ] = 0,
     threads: Annotated[int, typer.Option(min=1, help="Of torch.")] = 1,
+    more_threads: Annotated[int, typer.Option(min=1, help="Of torch, for the last rows; 1: none.")] = 2,
 ) -> None:
     """Measure, and print each ratio beside its bar."""
     os.environ.setdefault("GOMP_SPINCOUNT", "0")  # threads that spin on busy cores make torch far slower
@@ -221,13 +300,15 @@ def main(
     console = Console(width=200)
     with dynamic.quietly():
         lines = [line for adapters in sizes.adapters for line in overheads(sizes, adapters)]
-        lines += [constant(sizes), *many(sizes)]
-    table = Table("compared", "ms, least", "ratio", "of medians", "bar", box=MARKDOWN)
+        lines += [constant(sizes), *many(sizes), *types(sizes)]
+        lines += [line for adapters in sizes.adapters for line in arrows(sizes, adapters)]
+        lines += threaded(sizes, more_threads) if more_threads > 1 else []
+    table = Table("compared", "ms, least (median)", "ratio", "of medians", "bar", box=MARKDOWN)
     for line in lines:
         table.add_row(line.what, line.figures, *(f"{one:.3g}" for one in line.ratio), line.verdict)
     console.print(
         f"Batch {sizes.rows}, layer {sizes.width} x {sizes.width}, rank {sizes.rank}; model of {sizes.layers} layers, "
-        f"width {sizes.hidden}; float32, {threads} thread(s), processor time."
+        f"width {sizes.hidden}; float32 and {threads} thread(s), in processor time, unless a row says otherwise."
     )
     console.print(table)
 

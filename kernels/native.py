@@ -123,6 +123,16 @@ class Loop:
             flat += value.shape
         return function(*flat)
 
+    def direct(self) -> Callable[..., Any]:
+        """The function itself, for loops whose arguments are all numbers: nothing is checked.
+
+        Raises:
+            TypeError: it takes arrays.
+        """
+        if any(kind.rank for kind in self._kinds):
+            raise TypeError(f"{self.name} takes arrays, which have to be checked")
+        return self._function or self._load()
+
     def _load(self) -> Callable[..., Any]:
         with _LOCK:
             if self._function is None:

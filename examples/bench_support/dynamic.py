@@ -26,7 +26,7 @@ Ways = Mapping[str, Callable[[], object]]
 
 @dataclass(frozen=True)
 class Times:
-    """Milliseconds of processor time of each round; the ways take turns.
+    """Milliseconds of each round; the ways take turns.
 
     Args:
         of: way -> one figure a round.
@@ -50,7 +50,7 @@ class Times:
         return self.least(one) / self.least(other), self.usual(one) / self.usual(other)
 
 
-def timed(ways: Ways, rounds: int) -> Times:
+def timed(ways: Ways, rounds: int, *, clock: Callable[[], float] = time.process_time) -> Times:
     """Each way once a round, in an order that is drawn: whoever follows a slow one finds its caches empty."""
     for call in ways.values():
         call(), call()
@@ -59,9 +59,9 @@ def timed(ways: Ways, rounds: int) -> Times:
     for _ in range(rounds):
         draw.shuffle(order)
         for way in order:
-            began = time.process_time()
+            began = clock()
             ways[way]()
-            found[way].append((time.process_time() - began) * 1000)
+            found[way].append((clock() - began) * 1000)
     return Times({way: tuple(each) for way, each in found.items()})
 
 
@@ -133,7 +133,8 @@ class Batch:
         return [f"a{each}" for each in self.own]
 
 
-def _share(model: nn.Module, name: str, weight: nn.Parameter) -> None:
+def share(model: nn.Module, name: str, weight: nn.Parameter) -> None:
+    """Put a weight into a model, by its name without adapters."""
     path, _, attribute = name.rpartition(".")
     module = model.get_submodule(path)
     setattr(getattr(module, "base_layer", module), attribute, weight)
@@ -146,17 +147,21 @@ class Three:
         net: the base.
         adapters, rank: how many, and of which rank.
         rows: of a batch.
+        dtype: of all of it; the base is changed to it.
     """
 
-    def __init__(self, net: nn.Module, *, adapters: int, rank: int, rows: int) -> None:
+    def __init__(
+        self, net: nn.Module, *, adapters: int, rank: int, rows: int, dtype: torch.dtype = torch.float32
+    ) -> None:
+        net = net.to(dtype)
         linear = [name for name, module in net.named_modules() if isinstance(module, nn.Linear)]
         targets = [name for name in linear if name != "lm_head"]
         self.base, self.batch = net, Batch.of(rows, adapters)
-        self.peft = adapted(net, adapters=adapters, rank=rank, targets=targets)
+        self.peft = adapted(net, adapters=adapters, rank=rank, targets=targets).to(dtype)
         self.bank, self.ours = bank_of(self.peft, adapters), copy.deepcopy(net)
         for name, weight in net.named_parameters():  # copies of a matrix are not equally fast
-            _share(self.ours, name, weight)
-            _share(self.peft.base_model.model, name, weight)
+            share(self.ours, name, weight)
+            share(self.peft.base_model.model, name, weight)
         self.attached = Attached(self.ours, self.bank, RowGate())
 
     @contextmanager
@@ -296,6 +301,9 @@ def measured_constants() -> dict[str, float]:
     places = torch.tensor([*(one.data_ptr() for one in held), *sizes])
     scores = torch.randint(0, 64, (64,))
     each = torch.arange(64)
+    short, turned = x.bfloat16(), a.transpose(1, 2).bfloat16()
+    small, one = a[:, :4, :4].bfloat16().contiguous(), x[:32, None].bfloat16()
+    wide_short, each_own = wide.bfloat16(), torch.randn(32, width, rank).bfloat16()
     ways: dict[str, Callable[[], object]] = {
         "CALL": lambda: little @ little,
         "SEGMENT": lambda: grouped(z[:32, :4].contiguous(), a[:, :4, :4].contiguous(), offs=few),
@@ -306,14 +314,20 @@ def measured_constants() -> dict[str, float]:
         "WIDE": lambda: x @ wide,
         "THIN": lambda: grouped(x, a.transpose(1, 2), offs=ends),
         "COMPILED": lambda: loops.add_pairs(x.data_ptr(), y.data_ptr(), places.data_ptr()),
+        "SHORT_WIDE": lambda: short @ wide_short,
+        "SHORT_THIN": lambda: torch.bmm(short.view(count, -1, width), turned),
+        "SHORT_ROW": lambda: torch.bmm(one, each_own),
+        "SHORT_SEGMENT": lambda: grouped(z[:32, :4].bfloat16(), small, offs=few),
         "SORT": lambda: torch.searchsorted(scores.sort(stable=True)[0], each, right=True, out_int32=True),
     }
     amounts = {
         "READ": a.numel() * 4, "COPY": table.numel() * 4, "MOVE": x.numel() * 4, "SPREAD": x.numel() * 4,
         "WIDE": rows * width * 128, "THIN": rows * width * rank, "COMPILED": 2 * rows * width * rank,
+        "SHORT_WIDE": rows * width * 128, "SHORT_THIN": rows * width * rank, "SHORT_ROW": 32 * width * rank,
     }  # fmt: skip
     with torch.inference_mode():
         found = timed(ways, 200)
     spent = {way: found.least(way) * 1000 for way in ways}
     spent["SEGMENT"] /= count
+    spent["SHORT_SEGMENT"] /= count
     return {way: amounts[way] / one if way in amounts else one for way, one in spent.items()}

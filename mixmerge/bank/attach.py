@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -21,7 +21,7 @@ from mixmerge.bank.gate import Gate, Run
 from mixmerge.bank.mix import Mix
 from mixmerge.bank.picks import Shared
 from mixmerge.bank.records import Bank, Site
-from mixmerge.bank.run import run
+from mixmerge.bank.run import Again, run
 from mixmerge.bank.vectors import Slope, mixed_vectors
 from mixmerge.checkpoint.adapter_names import HEADS
 from mixmerge.errors import Fault, MixmergeError
@@ -48,6 +48,7 @@ class Attached:
         self._lock = threading.RLock()
         self._run: Run | None = None
         self.shared = Shared()
+        self._short: tuple[torch.dtype, dict[Site, Site]] | None = None
         self.log: list[tuple[str, Mix]] | None = None
         self._handles = _Hooks(self).install()
 
@@ -110,6 +111,21 @@ class Attached:
             what = f"a layer sees {tuple(u.shape)} for {rows} rows"
             raise MixmergeError(Fault("bank", what, "Layers that see every token of every row"))
         return u.view(rows, -1, u.shape[-1])
+
+    def like(self, site: Site, y: Tensor) -> Site:
+        """The site in the type of what it is added to, where that is shorter than the bank's, as under autocast.
+
+        Such factors are made once for a site, and kept until another type is asked for.
+        """
+        if y.dtype is site.b.dtype or y.dtype not in _SHORT:
+            return site
+        if self._short is None or self._short[0] is not y.dtype:
+            self._short = y.dtype, {}
+        held = self._short[1]
+        if site not in held:
+            with torch.inference_mode(False):  # it is kept, and a gate may be trained afterwards
+                held[site] = site.to(site.b.device, y.dtype)
+        return held[site]
 
     def decide(self, site: str, u: Tensor) -> Mix | None:
         """What the gate says now; None outside ``running``."""
@@ -184,10 +200,28 @@ class _Hooks:
         if site.kind == "embedding" and isinstance(module, nn.Embedding):
             return self._table(module, site)
 
-        def hook(_: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-            return self._changed(site, given[0], output)
+        return module.register_forward_hook(self._hook(site))
 
-        return module.register_forward_hook(hook)
+    def _hook(self, site: Site) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]:
+        """Of a linear layer."""
+        attached, again, fresh = self.attached, None, site.kind == "linear"
+
+        def hook(_: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+            nonlocal again
+            u = given[0]
+            if attached._run is None or u.dim() != 3:
+                return self._changed(site, u, output)
+            mix = attached.decide(site.name, u)
+            if mix is None:
+                return None
+            if again is not None and again.add(u, output, mix):
+                return output
+            found = run(attached.like(site, output), u, output, mix, shared=attached.shared, fresh=fresh)
+            kept = found is output and mix.by_row  # a token's weights are never asked for again
+            again = Again.of(site, output, mix, attached.shared) if kept else None
+            return found
+
+        return hook
 
     def _table(self, module: nn.Embedding, site: Site) -> Any:
         # Gemma's table multiplies what it looks up.
@@ -214,10 +248,7 @@ class _Hooks:
         if head is None:
             return _Nothing()
 
-        def hook(_: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-            return self._changed(turned, given[0], output)
-
-        return head.register_forward_hook(hook)
+        return head.register_forward_hook(self._hook(turned))
 
     def _changed(self, site: Site, u: Tensor, y: Tensor) -> Tensor | None:
         attached = self.attached
@@ -230,7 +261,7 @@ class _Hooks:
         if mix is None:
             return None
         rows = attached.by_row(y) if flat else y
-        found = run(site, u, rows, mix, shared=attached.shared, fresh=linear)
+        found = run(attached.like(site, y), u, rows, mix, shared=attached.shared, fresh=linear)
         return found.view_as(y) if flat else found
 
     def _vector(self, module: nn.Module, attribute: str, name: str) -> Any:
@@ -302,5 +333,6 @@ class _Nothing:
         """Nothing was put on."""
 
 
+_SHORT = (torch.bfloat16, torch.float16)
 _HEADS = tuple(f"{head}.weight" for head in HEADS)
 _LAYERS = "Linear layers, Conv1D and embeddings can have factors"

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from mixmerge.bank.records import Kind
-from mixmerge.checkpoint.identity import canonical_hash
-from mixmerge.checkpoint.reader import read_json
+from mixmerge.bank.vouched import FileCard, Vouched, damaged
 from mixmerge.errors import CheckpointError, Fault
 
 FOLDER, CARD = "bank", "bank.json"
-FORMAT, VERSION = "mixmerge-bank", 1
 Bits = Literal[8, 16, 32]
 AGAIN = "Make the bank again"
 
@@ -53,16 +50,8 @@ class VectorCard:
     file: str
 
 
-@dataclass(frozen=True)
-class FileCard:
-    """One file: its bytes, and their SHA-256."""
-
-    nbytes: int
-    sha256: str
-
-
-@dataclass(frozen=True)
-class BankCard:
+@dataclass(frozen=True, kw_only=True)
+class BankCard(Vouched):
     """A bank without its values.
 
     Args:
@@ -71,7 +60,6 @@ class BankCard:
         hashes: of every expert, its fingerprint.
         bits: of a number in the factors; None: as they were given.
         sites, vectors: by the name of the base's tensor.
-        files: by name.
         earlier: hashes of the banks that this one was made of by adding experts at their end.
     """
 
@@ -81,29 +69,17 @@ class BankCard:
     bits: Bits | None
     sites: Mapping[str, SiteCard]
     vectors: Mapping[str, VectorCard]
-    files: Mapping[str, FileCard]
     earlier: tuple[str, ...] = ()
 
-    @property
-    def hash(self) -> str:
-        """SHA-256 over all of it, and so over every byte of its files."""
-        return canonical_hash(json.loads(json.dumps(asdict(self))))
-
-    @property
-    def nbytes(self) -> int:
-        """Of its files."""
-        return sum(file.nbytes for file in self.files.values())
+    format = "mixmerge-bank"
+    version = 1
+    again = AGAIN
 
     @property
     def parameters(self) -> int:
         """Numbers in all factors and vectors."""
         factors = sum(sum(site.ranks) * (site.inputs + site.outputs) for site in self.sites.values())
         return factors + len(self.experts) * sum(one.length for one in self.vectors.values())
-
-    def text(self) -> str:
-        """What is in the file."""
-        whole = {"format": FORMAT, "version": VERSION, "hash": self.hash, **asdict(self)}
-        return json.dumps(whole, indent=1, ensure_ascii=False) + "\n"
 
 
 def read_card(folder: Path) -> BankCard:
@@ -118,20 +94,12 @@ def read_card(folder: Path) -> BankCard:
     path = Path(folder) / FOLDER / CARD
     if not path.is_file():
         raise CheckpointError(Fault(str(folder), "holds no bank", f"A folder with {FOLDER}/{CARD}"))
-    raw = read_json(path)
-    if raw.get("format") != FORMAT:
-        raise CheckpointError(Fault(str(path), "is not a bank's card", f"format: {FORMAT}"))
-    if raw.get("version") != VERSION:
-        what = f"is of version {raw.get('version')!r}"
-        raise CheckpointError(Fault(str(path), what, f"This mixmerge reads version {VERSION}", AGAIN))
+    raw = BankCard.read(path, what="a bank's card")
     try:
         card = _card(raw)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(
-            Fault(str(path), "is damaged: a fact of it is missing or wrong", run=AGAIN)
-        ) from error
-    if card.hash != raw.get("hash"):
-        raise CheckpointError(Fault(str(path), "was changed after it was written", run=AGAIN))
+        raise damaged(path, AGAIN) from error
+    card.believed(path, raw.get("hash"))
     return card
 
 

@@ -29,6 +29,11 @@ SPREAD = 15e3  # of outputs that are added where they belong
 WIDE = 45e3  # multiply-adds a microsecond, of factors side by side
 THIN = 24e3  # of the factors of one expert
 COMPILED = 45e3  # of the compiled loop, on one core
+# Of bfloat16, where the processor multiplies it: wide products gain, small ones do not.
+SHORT_WIDE = 140e3
+SHORT_THIN = 55e3
+SHORT_ROW = 6e3  # multiply-adds a microsecond, of one token with the factors of its own
+SHORT_SEGMENT = 10.0
 FEW = 256  # pairs that the compiled loop takes where there are more cores
 SORT = 12.0  # microseconds for a decision that no site has sorted yet
 
@@ -46,19 +51,23 @@ def costs(site: Site, picks: Picks, tokens: int) -> dict[Executor, float]:
     width = inputs + outputs
     spans = spans_of(site, picks)
     taken = sum(stop - start for start, stop in spans)
+    short = site.b.dtype is torch.bfloat16
+    wide, thin, segment = (SHORT_WIDE, SHORT_THIN, SHORT_SEGMENT) if short else (WIDE, THIN, SEGMENT)
     n, pairs = picks.units * tokens, picks.units * picks.each
     experts = len(picks.used) if picks.used is not None else _expected(picks.experts, pairs)
     read, multiplied = experts * rank * width * size / READ, pairs * tokens * rank * width
     sort = 0.0 if picks._order is not None else SORT
     concat = (
-        3 * CALL + 2 * CALL * len(spans) + taken * width * size / READ + n * taken * width / (WIDE * threads)
+        3 * CALL + 2 * CALL * len(spans) + taken * width * size / READ + n * taken * width / (wide * threads)
     )
-    segmented = 6 * CALL + sort + 2 * SEGMENT * experts + read + multiplied / (THIN * threads)
+    segmented = 6 * CALL + sort + 2 * segment * experts + read + multiplied / (thin * threads)
     segmented += pairs * tokens * size * (inputs / MOVE + outputs / SPREAD)
     if can_compile(site, picks, tokens):
         segmented = min(segmented, 4 * CALL + sort + read + multiplied / COMPILED)
     own = pairs * rank * width * size
-    gather = 6 * CALL + own / COPY + own / READ + (multiplied / (THIN * threads) if tokens > 1 else 0.0)
+    gather = 6 * CALL + own / COPY + own / READ
+    if tokens > 1 or short:
+        gather += multiplied / ((thin if tokens > 1 else SHORT_ROW) * threads)
     if pairs * rank > 2 * max(site.rank, n):  # its copies would be far larger than factors and inputs
         gather = math.inf
     return {"concat": concat, "segmented": segmented, "gather": gather}

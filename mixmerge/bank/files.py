@@ -24,7 +24,6 @@ from mixmerge.bank.cards import (
     FOLDER,
     BankCard,
     Bits,
-    FileCard,
     SiteCard,
     VectorCard,
     read_card,
@@ -33,8 +32,8 @@ from mixmerge.bank.eight_bits import from_codes, to_codes
 from mixmerge.bank.gate_files import load_gate, save_gate
 from mixmerge.bank.publishing import check_free, hidden, publish, unwritable
 from mixmerge.bank.records import Bank, Site
-from mixmerge.checkpoint.header import FLOATS, TensorHeader, read_header
-from mixmerge.checkpoint.identity import digest
+from mixmerge.bank.vouched import FileCard, check_bytes, check_size
+from mixmerge.checkpoint.header import FLOATS, read_header
 from mixmerge.errors import CheckpointError, Fault, MixmergeError
 
 __all__ = [
@@ -98,7 +97,16 @@ class BankWriter:
         self.folder = Path(folder) / FOLDER
         check_free(self.folder, overwrite=overwrite, of=[CARD])
         self._new = hidden(self.folder)
-        self._card = BankCard(tuple(experts), base, dict(hashes), bits, {}, {}, {}, tuple(earlier))
+        self._card = BankCard(
+            experts=tuple(experts),
+            base=base,
+            hashes=dict(hashes),
+            bits=bits,
+            sites={},
+            vectors={},
+            files={},
+            earlier=tuple(earlier),
+        )
         self._sites: dict[str, SiteCard] = {}
         self._vectors: dict[str, VectorCard] = {}
         self._files: dict[str, FileCard] = {}
@@ -219,7 +227,7 @@ class BankWriter:
         path = self._new / self._name()
         try:
             save_file(self._waiting, path)
-            self._files[path.name] = FileCard(path.stat().st_size, digest([path]))
+            self._files[path.name] = FileCard.of(path)
         except OSError as error:
             raise unwritable(self.folder, error) from error
         except SafetensorError as error:  # its own name for what the disk refuses
@@ -333,7 +341,8 @@ def _wanted(card: BankCard) -> dict[str, dict[str, tuple[int, ...]]]:
 def _checked(
     path: Path, facts: FileCard, wanted: Mapping[str, tuple[int, ...]], *, codes: bool
 ) -> dict[str, Tensor]:
-    headers = _header(path, facts)
+    check_size(path, facts, again=AGAIN)
+    headers = read_header(path)
     shapes = {name: header.shape for name, header in headers.items()}
     if shapes != wanted:
         wrong = sorted(name for name in shapes.keys() | wanted if shapes.get(name) != wanted.get(name))
@@ -346,25 +355,9 @@ def _checked(
         if not fits:
             what = f"holds {name} as {header.dtype}, which its card does not say"
             raise CheckpointError(Fault(str(path), what, run=AGAIN))
-    if digest([path]) != facts.sha256:
-        raise CheckpointError(
-            Fault(str(path), "was changed after it was written: its hash differs", run=AGAIN)
-        )
+    check_bytes(path, facts, again=AGAIN)
     tensors: dict[str, Tensor] = load_file(path)
     for name, one in tensors.items():
         if one.is_floating_point() and not one.isfinite().all():
             raise CheckpointError(Fault(str(path), f"{name} holds NaN or Inf", run=AGAIN))
     return tensors
-
-
-def _header(path: Path, facts: FileCard) -> dict[str, TensorHeader]:
-    try:
-        size = path.stat().st_size
-    except OSError as error:
-        raise CheckpointError(
-            Fault(str(path), "is missing", run="Copy it again, or make the bank again")
-        ) from error
-    if size != facts.nbytes:
-        what = f"has {size:,} bytes, its card says {facts.nbytes:,}"
-        raise CheckpointError(Fault(str(path), what, run="Copy it again, or make the bank again"))
-    return read_header(path)

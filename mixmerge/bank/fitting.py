@@ -13,7 +13,6 @@ from torch import Tensor
 
 from mixmerge.bank.fitting_job import Encode, Job, Progress, only, without_progress
 from mixmerge.bank.gate import Gate
-from mixmerge.bank.gates.mean import MeanGate
 from mixmerge.bank.gates.places import Places
 from mixmerge.bank.gates.prototypes import PrototypeGate
 from mixmerge.bank.records import Bank
@@ -133,20 +132,17 @@ def with_expert(
             another number of experts; as ``fit_gate``.
     """
     if not gate.grows:
-        can = sorted(name for name in table("gate") if find("gate", name).grows)
-        what = f"{gate.kind} is fitted for all its experts at once, so none can be added to it"
-        raise MixmergeError(Fault(where, what, f"These can take more: {', '.join(can)}", "Fit it again"))
-    if isinstance(gate, MeanGate):
-        count = gate.experts
-    elif isinstance(gate, PrototypeGate):
-        count = gate.places.experts
-    else:
-        raise MixmergeError(Fault(where, f"{gate.kind} has no parts of single experts", run="Fit it again"))
-    if count + 1 != len(bank.experts):
+        raise MixmergeError(grows_not(gate.kind, where=where))
+    count = gate.known()
+    if count is not None and count + 1 != len(bank.experts):
         what = f"is of {count} experts, and the bank has {len(bank.experts)}"
         raise MixmergeError(Fault(where, what, "A bank with one expert more, the last"))
-    if isinstance(gate, MeanGate):
-        return MeanGate(count + 1)
+    options = getattr(gate, "said", None)
+    faults = [] if options is None else gate.faults(bank, options)
+    if faults:
+        raise MixmergeError(faults)
+    if not isinstance(gate, PrototypeGate):
+        return gate.grown(bank).cpu().eval().requires_grad_(False)
     newcomer = bank.experts[-1]
     said = gate.said.model_dump()
     if "descriptions" in said:
@@ -154,7 +150,7 @@ def with_expert(
     part = fit_gate(
         gate.kind,
         said,
-        only(bank, count),
+        only(bank, len(bank.experts) - 1),
         model=model,
         rows={newcomer: rows} if rows else {},
         encode=encode,
@@ -164,6 +160,14 @@ def with_expert(
     )
     joined: Gate = type(gate).joined(Places.of(bank), [gate, cast(PrototypeGate[Any], part)])
     return joined.cpu().eval().requires_grad_(False)
+
+
+def grows_not(kind: str, *, where: str = "gate") -> Fault:
+    """What a user is told who adds an expert to a gate of a kind that takes none."""
+    can = sorted(name for name in table("gate") if find("gate", name).grows)
+    what = f"{kind} is fitted for all its experts at once, so none can be added to it"
+    run = "Name the expert in the mixture's YAML, and fit that: mixmerge fit MIXTURE.yaml OUT"
+    return Fault(where, what, f"These can take more: {', '.join(can)}", run)
 
 
 def _fault(error: Any, model: type[BaseModel], where: str) -> Fault:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -47,6 +47,7 @@ def export_checkpoint(
     how: How = "outputs",
     dtype: Dtype | None = None,
     overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Path:
     """Write ``base + sum_e w_e delta_e`` as a model folder that transformers loads.
 
@@ -61,6 +62,7 @@ def export_checkpoint(
         how: as in ``Mix``.
         dtype: of all floating tensors; by default each keeps its own.
         overwrite: a model folder that is there is replaced.
+        progress: told bytes written, and of how many.
 
     Returns:
         the folder.
@@ -75,9 +77,13 @@ def export_checkpoint(
     model = made.base
     with making(out, overwrite=overwrite, of=["config.json"], inputs=[model.path]) as new:
         shards = _shards(made, dtype)
+        total, written = sum(one.nbytes for tensors in shards.values() for one in tensors), 0
         with opened() as files:
             for file, tensors in shards.items():
-                _write(new / file, tensors, files)
+                for count in _write(new / file, tensors, files):
+                    written += count
+                    if progress is not None:
+                        progress(written, total)
         if len(shards) > 1:
             (new / "model.safetensors.index.json").write_text(_index(shards), encoding="utf-8")
         config = _config(model.config, untied=made.untied, dtype=dtype)
@@ -148,7 +154,8 @@ def _shards(made: Placed, dtype: Dtype | None) -> dict[str, list[_Tensor]]:
     }
 
 
-def _write(path: Path, tensors: list[_Tensor], files: Files) -> None:
+def _write(path: Path, tensors: list[_Tensor], files: Files) -> Iterator[int]:
+    """Write a file; the bytes of each tensor, when it is there."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for one in tensors:
@@ -165,6 +172,7 @@ def _write(path: Path, tensors: list[_Tensor], files: Files) -> None:
         for one in tensors:
             for block in _blocks(one, files):
                 file.write(block.reshape(-1).view(torch.uint8).numpy().data)
+            yield one.nbytes
 
 
 def _blocks(one: _Tensor, files: Files) -> Iterator[Tensor]:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel
 from torch import Tensor, nn
 
-from mixmerge.bank.mix import Mix
+from mixmerge.bank.mix import How, Mix
 from mixmerge.bank.records import Bank
 from mixmerge.errors import Fault
 
@@ -34,6 +35,11 @@ class Run:
     rows: Tensor | None = None
     hidden: Tensor | None = None
     mask: Tensor | None = None
+
+    @cached_property
+    def of_rows(self) -> Mix | None:
+        """``rows`` as weights of experts, for gates whose query gives those."""
+        return None if self.rows is None else Mix(self.rows)
 
 
 class Gate(nn.Module):
@@ -80,6 +86,20 @@ class Gate(nn.Module):
         """A gate of what ``settings()`` said, with tensors of the right shapes and any values."""
         return cls(**settings)
 
+    def known(self) -> int | None:
+        """How many experts it has weights for; None: it was told of none."""
+        return None
+
+    def grown(self, bank: Bank) -> Gate:
+        """The gate for a bank with one expert more, the last, of which nothing has to be learned; of one that
+        ``grows``."""
+        raise NotImplementedError
+
+    def fixed(self) -> tuple[Tensor, How] | None:
+        """``(E,)`` the weights that every token gets at every site, and how they mix; None where they are said with
+        each batch, or depend on the input."""
+        return None
+
     def query(self, features: Tensor) -> Tensor:
         """``(B, f)`` features of prompts to ``(B, S)``, kept for each row while it is answered."""
         raise NotImplementedError
@@ -99,6 +119,11 @@ class RowGate(Gate):
     """Every row has its own weights, given with the batch: a task's id, an oracle, a fixed mixture."""
 
     kind = "given"
+    open_to_new = True
+    grows = True
+
+    def grown(self, bank: Bank) -> RowGate:
+        return RowGate()
 
     def mix(self, site: str, u: Tensor, run: Run) -> Mix | None:
-        return None if run.rows is None else Mix(run.rows)
+        return run.of_rows

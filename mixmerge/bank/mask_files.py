@@ -2,56 +2,41 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
 from torch import Tensor
 
-from mixmerge.bank.cards import FileCard
 from mixmerge.bank.masks import BITS, ELECTED, FACTORS, UNIFIED, MaskedTensor, names_in
+from mixmerge.bank.vouched import FileCard, Vouched, check_bytes, check_size, damaged
 from mixmerge.checkpoint.header import TensorHeader, read_header
-from mixmerge.checkpoint.identity import canonical_hash, digest, fingerprint
-from mixmerge.checkpoint.reader import open_checkpoint, read_json
+from mixmerge.checkpoint.identity import fingerprint
+from mixmerge.checkpoint.reader import open_checkpoint
 from mixmerge.errors import CheckpointError, Fault
 
 FOLDER, CARD = "masks", "masks.json"
-FORMAT, VERSION = "mixmerge-masks", 1
 _AGAIN = "Merge again"
 
 
-@dataclass(frozen=True)
-class MaskCard:
+@dataclass(frozen=True, kw_only=True)
+class MaskCard(Vouched):
     """Masks without their values.
 
     Args:
         method: that made them.
         tasks: names, by position.
         base: fingerprint of the folder's own model.
-        files: by name.
     """
 
     method: str
     tasks: tuple[str, ...]
     base: str
-    files: Mapping[str, FileCard]
 
-    @property
-    def hash(self) -> str:
-        """SHA-256 over all of it, and so over every byte of its files."""
-        return canonical_hash(json.loads(json.dumps(asdict(self))))
-
-    @property
-    def nbytes(self) -> int:
-        return sum(file.nbytes for file in self.files.values())
-
-    def text(self) -> str:
-        """What is in the file."""
-        whole = {"format": FORMAT, "version": VERSION, "hash": self.hash, **asdict(self)}
-        return json.dumps(whole, indent=1, ensure_ascii=False) + "\n"
+    format = "mixmerge-masks"
+    version = 1
+    again = _AGAIN
 
 
 def has_masks(folder: str | Path) -> bool:
@@ -75,21 +60,17 @@ def read_mask_card(folder: str | Path) -> MaskCard:
         raise CheckpointError(
             Fault(str(folder), "has no masks of tasks", f"A folder with {FOLDER}/{CARD}", run)
         )
-    raw = read_json(path)
-    if raw.get("format") != FORMAT:
-        raise CheckpointError(Fault(str(path), "is not a card of masks", f"format: {FORMAT}"))
-    if raw.get("version") != VERSION:
-        what = f"is of version {raw.get('version')!r}"
-        raise CheckpointError(Fault(str(path), what, f"This mixmerge reads version {VERSION}", _AGAIN))
+    raw = MaskCard.read(path, what="a card of masks")
     try:
         files = {str(name): FileCard(**one) for name, one in raw["files"].items()}
-        card = MaskCard(str(raw["method"]), tuple(map(str, raw["tasks"])), str(raw["base"]), files)
-        whole = all(Path(name).name == name for name in files) and card.hash == raw.get("hash")
+        card = MaskCard(
+            method=str(raw["method"]), tasks=tuple(map(str, raw["tasks"])), base=str(raw["base"]), files=files
+        )
+        if not all(Path(name).name == name for name in files):
+            raise ValueError("a file that lies elsewhere")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        what = "is damaged: a fact of it is missing or wrong"
-        raise CheckpointError(Fault(str(path), what, run=_AGAIN)) from error
-    if not whole:
-        raise CheckpointError(Fault(str(path), "was changed after it was written", run=_AGAIN))
+        raise damaged(path, _AGAIN) from error
+    card.believed(path, raw.get("hash"))
     return card
 
 
@@ -152,16 +133,6 @@ class MaskFolder:
 
 
 def _checked(path: Path, facts: FileCard) -> dict[str, TensorHeader]:
-    again = "Copy it again, or merge again"
-    try:
-        size = path.stat().st_size
-    except OSError as error:
-        raise CheckpointError(Fault(str(path), "is missing", run=again)) from error
-    if size != facts.nbytes:
-        what = f"has {size:,} bytes, its card says {facts.nbytes:,}"
-        raise CheckpointError(Fault(str(path), what, run=again))
-    if digest([path]) != facts.sha256:
-        raise CheckpointError(
-            Fault(str(path), "was changed after it was written: its hash differs", run=again)
-        )
+    check_size(path, facts, again=_AGAIN)
+    check_bytes(path, facts, again=_AGAIN)
     return read_header(path)

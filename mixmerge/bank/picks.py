@@ -19,6 +19,8 @@ from mixmerge.bank.records import Site
 
 # Decisions that are remembered: the sites of one layer that share one follow each other.
 _HELD = 8
+# Experts from which it pays to look which of them a token gets nothing of.
+_MANY = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,7 +150,7 @@ class Shared:
     def picks(self, mix: Mix, experts: int) -> Picks:
         """A mix for a bank of so many experts."""
         order = None
-        state = experts, torch.is_inference_mode_enabled(), _version(mix.weights), _version(mix.entries)
+        state = experts, *state_of(mix)
         for seen, when, held in self._picks:
             if seen.entries is not mix.entries or when != state:
                 continue
@@ -164,20 +166,27 @@ class Shared:
         return made
 
 
+def state_of(mix: Mix) -> tuple[bool, int, int]:
+    """What else than its tensors being the same a decision needs, to be the one it was."""
+    return torch.is_inference_mode_enabled(), _version(mix.weights), _version(mix.entries)
+
+
 def _version(tensor: Tensor | None) -> int:
     """How often a tensor was changed in place."""
     return -1 if tensor is None or tensor.is_inference() else int(tensor._version)
 
 
 def picks_of(mix: Mix, experts: int) -> Picks:
-    """The same decision; of a row's weights for all experts, those that are not 0 where looking costs little."""
+    """The same decision; of weights for all experts those that are not 0, where looking costs little: of rows, and of
+    tokens where there are many experts and few of them get something."""
     weights, entries = mix.weights, mix.entries
     if not mix.by_row:
         weights = weights.reshape(-1, weights.shape[-1])  # (B * T, k)
         entries = None if entries is None else entries.reshape(-1, entries.shape[-1])
     made = Picks(weights, entries, mix.by, mix.how, mix.by_row, experts)
-    looked = mix.by_row and mix.by == "expert" and entries is None and not made.trained
-    return _thinned(made) if looked and weights.device.type == "cpu" else made
+    looked = mix.by == "expert" and entries is None and not made.trained
+    looked = looked and (mix.by_row or experts >= _MANY) and weights.device.type == "cpu"
+    return _thinned(made) if looked else made
 
 
 def _thinned(picks: Picks) -> Picks:
@@ -185,6 +194,8 @@ def _thinned(picks: Picks) -> Picks:
     weights = picks.weights
     there = weights != 0  # (m, E)
     count = int(there.sum(-1).max()) if weights.numel() else 0
+    if not picks.by_row and 2 * count > picks.experts:
+        return picks
     used = tuple(there.any(0).nonzero()[:, 0].tolist())
     same = bool((weights == weights[:1]).all())
     entries = None

@@ -38,6 +38,7 @@ def check_free(folder: Path, *, overwrite: bool, of: Sequence[str], inputs: Sequ
     Raises:
         OutputError: see the message.
     """
+    restore(folder)
     if not os.path.lexists(folder):
         return
     for path in inputs:
@@ -50,13 +51,34 @@ def check_free(folder: Path, *, overwrite: bool, of: Sequence[str], inputs: Sequ
         raise OutputError(Fault(str(folder), what, run="Name another folder"))
 
 
-def publish(new: Path, folder: Path) -> None:
-    """Put a hidden folder's files on the disk and give it its name.
+def restore(folder: Path) -> None:
+    """Undo a ``publish`` that was killed between its two renames, or finish its cleaning.
 
     Raises:
         OutputError: the disk refuses.
     """
-    old = folder.with_name(f"{new.name}-old")
+    old = _aside(folder)
+    try:
+        if old.exists():
+            if os.path.lexists(folder):
+                shutil.rmtree(old)
+            else:
+                old.rename(folder)
+    except OSError as error:
+        raise unwritable(folder, error) from error
+
+
+def publish(new: Path, folder: Path) -> None:
+    """Put a hidden folder's files on the disk and give it its name.
+
+    An old folder is put aside first; if this is killed before the new one has its name, ``restore`` puts it back, which
+    whatever writes there next begins with.
+
+    Raises:
+        OutputError: the disk refuses.
+    """
+    restore(folder)
+    old = _aside(folder)
     try:
         for path in sorted(new.rglob("*")):
             if path.is_file():
@@ -75,6 +97,10 @@ def publish(new: Path, folder: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         raise unwritable(folder, error) from error
+
+
+def _aside(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.mixmerge-old")
 
 
 @contextmanager

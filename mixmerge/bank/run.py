@@ -10,11 +10,51 @@ from torch import Tensor
 from mixmerge.bank.costs import Executor, cheapest
 from mixmerge.bank.executors import PATHS, added
 from mixmerge.bank.mix import Mix
-from mixmerge.bank.picks import Shared, picks_of
+from mixmerge.bank.picks import Shared, picks_of, state_of
 from mixmerge.bank.records import Site
+from mixmerge.bank.segmented import Compiled
 from mixmerge.errors import Fault, MixmergeError
 
 Choice = Literal["auto"] | Executor
+
+
+class Again:
+    """What a decision came to at a site while decoding, to be done again: the next token asks the same.
+
+    Args:
+        mix: the decision.
+        y: an output that it was added to.
+        compiled: what adds it.
+    """
+
+    __slots__ = ("_by", "_compiled", "_entries", "_how", "_shape", "_state", "_weights")
+
+    def __init__(self, mix: Mix, y: Tensor, compiled: Compiled) -> None:
+        self._weights, self._entries, self._by, self._how = mix.weights, mix.entries, mix.by, mix.how
+        self._shape, self._state, self._compiled = y.shape, state_of(mix), compiled
+
+    @classmethod
+    def of(cls, site: Site, y: Tensor, mix: Mix, shared: Shared) -> Again | None:
+        """Of a decision that ``run`` has just carried out; None if it was not by the compiled loop."""
+        picks = shared.picks(mix, len(site.ranks))
+        path = picks.paths.get((site, y.shape[1] if picks.by_row else 1, "auto", torch.is_grad_enabled()))
+        return None if path is None or path.compiled is None else cls(mix, y, path.compiled)
+
+    def add(self, u: Tensor, y: Tensor, mix: Mix) -> bool:
+        """Add to ``y``, in place; False if it has to be looked at anew."""
+        if (
+            mix.weights is not self._weights
+            or mix.entries is not self._entries
+            or y.shape != self._shape
+            or not u.dtype is y.dtype is torch.float32
+            or (mix.by, mix.how) != (self._by, self._how)
+            or torch.is_grad_enabled()
+            or state_of(mix) != self._state
+            or not y.is_contiguous()
+        ):
+            return False
+        self._compiled(u, y)
+        return True
 
 
 def run(
@@ -32,8 +72,10 @@ def run(
     Raises:
         MixmergeError: u is of another number of rows than the mix; of one row it is every row's.
     """
-    if torch.is_autocast_enabled(y.device.type):  # executors write into what they made, of the factors' type
-        with torch.autocast(y.device.type, enabled=False):
+    device = y.device.type
+    # Executors write into what they made, of the factors' type; where that is autocast's own it changes nothing.
+    if torch.is_autocast_enabled(device) and not y.dtype is site.b.dtype is torch.get_autocast_dtype(device):
+        with torch.autocast(device, enabled=False):
             return run(site, u, y, mix, executor=executor, shared=shared, fresh=fresh)
     rows = mix.weights.shape[0]
     if y.shape[0] != rows:

@@ -147,6 +147,7 @@ class Compiled:
         sizes = (tokens, site.a.shape[1], site.b.shape[1], site.rank, len(site.ranks), rank, pairs)
         self._given = torch.tensor([*(one.data_ptr() for one in self._held), *sizes])
         self._at = self._given.data_ptr()
+        self._add = loops.add_pairs.direct()
         self._inputs, self._outputs = tokens * site.a.shape[1], tokens * site.b.shape[1]
 
     def __call__(self, u: Tensor, y: Tensor) -> None:
@@ -154,4 +155,4 @@ class Compiled:
         u = u.contiguous()
         if u.numel() != self._inputs or y.numel() != self._outputs:  # the loop writes wherever it is told to
             raise ValueError(f"{tuple(u.shape)} and {tuple(y.shape)} given for another decision")
-        loops.add_pairs(u.data_ptr(), y.data_ptr(), self._at)
+        self._add(u.data_ptr(), y.data_ptr(), self._at)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mixmerge.cli.route.options import Json, Overwrite
-from mixmerge.cli.show import emit_json
+from mixmerge.cli.route.options import Json, Overwrite, Quiet
+from mixmerge.cli.show import byte_progress, emit_json
 
 if TYPE_CHECKING:
     from mixmerge.bank.mix import How
@@ -24,31 +24,42 @@ def export(
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make.", show_default=False)],
     weights: Annotated[
-        str,
+        str | None,
         typer.Option(
-            "--weights", metavar="NAME=WEIGHT,...", help="Of the experts; 0 if not named.", show_default=False
+            "--weights",
+            metavar="NAME=WEIGHT,...",
+            help="Of the experts, 0 if not named; by default the gate's, if no input changes them.",
+            show_default=False,
         ),
-    ],
+    ] = None,
     form: Annotated[str, typer.Option("--as", help="checkpoint, adapter (PEFT) or vllm.")] = "checkpoint",
     mix: Annotated[
-        str,
+        str | None,
         typer.Option(
-            "--mix", help="outputs: exact; factors: A and B mixed apart, as LoraHub and one Arrow do."
+            "--mix",
+            help="outputs: exact, the default; factors: A and B mixed apart, as LoraHub's gate says by itself.",
+            show_default=False,
         ),
-    ] = "outputs",
+    ] = None,
     base: Annotated[
         Path | None,
         typer.Option("--base", help="Where the base is, if not where the folder says.", show_default=False),
     ] = None,
     overwrite: Overwrite = False,
     json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """A fixed mixture of a network's experts as an ordinary model or adapter."""
     from mixmerge.dynamic.exporting import export as write
+    from mixmerge.dynamic.exporting import own_mixture
     from mixmerge.dynamic.folders import parts_of
 
-    told, chosen, how = _weights(weights), _form(form), _how(mix)
-    rank = write(parts_of(folder, base=base), told, out, form=chosen, how=how, overwrite=overwrite)
+    told, chosen = None if weights is None else _weights(weights), _form(form)
+    how, own, parts = None if mix is None else _how(mix), _how("outputs"), parts_of(folder, base=base)
+    if told is None:
+        told, own = own_mixture(parts)
+    with byte_progress("writing", quiet=quiet) as progress:
+        rank = write(parts, told, out, form=chosen, how=how or own, overwrite=overwrite, progress=progress)
     if json:
         emit_json({"path": str(out), "as": chosen, "weights": told, "rank": rank})
         return

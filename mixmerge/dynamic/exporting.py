@@ -2,17 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
 from torch import Tensor
 
 from mixmerge.bank.files import load_bank
+from mixmerge.bank.gate_files import GATE, load_gate
 from mixmerge.bank.mix import How
 from mixmerge.dynamic.folders import Parts, checked_card
 from mixmerge.dynamic.weights import Named, fixed_weights
+from mixmerge.errors import Fault, MixmergeError
 
 Form = Literal["checkpoint", "adapter", "vllm"]
+
+
+def own_mixture(parts: Parts) -> tuple[dict[str, float], How]:
+    """The weights that a network's gate gives every token, by expert, and how they mix.
+
+    Raises:
+        MixmergeError: bank or gate are damaged, or of another base; its gate has no weights of its own, or they depend
+            on the input.
+    """
+    card = checked_card(parts)
+    kind, found = "given", None
+    if (parts.bank / GATE).is_file():
+        gate = load_gate(parts.bank, bank=card.hash, earlier=card.earlier, experts=card.experts)
+        kind, found = gate.kind, gate.fixed()
+    if found is None:
+        what = f"are not said, and the gate {kind} has none that are the same for every input"
+        run = "Say them: --weights NAME=WEIGHT,..."
+        raise MixmergeError(Fault("weights", what, f"Experts: {', '.join(card.experts)}", run))
+    weights, how = found
+    return dict(zip(card.experts, weights.tolist(), strict=True)), how
 
 
 def export(
@@ -23,6 +46,7 @@ def export(
     form: Form = "checkpoint",
     how: How = "outputs",
     overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
 ) -> int | None:
     """Write a fixed mixture.
 
@@ -33,6 +57,7 @@ def export(
         form: ``checkpoint``: a model folder; ``adapter``: for PEFT; ``vllm``: for vLLM, or a refusal by name.
         how: as in ``bank.mix.Mix``.
         overwrite: replace a folder of the same kind.
+        progress: of a checkpoint, told bytes written, and of how many.
 
     Returns:
         of an adapter its largest rank.
@@ -47,7 +72,7 @@ def export(
     told = weights if isinstance(weights, Tensor) else fixed_weights(weights, card.experts)
     bank = load_bank(parts.folder)
     if form == "checkpoint":
-        export_checkpoint(parts.base, bank, told, out, how=how, overwrite=overwrite)
+        export_checkpoint(parts.base, bank, told, out, how=how, overwrite=overwrite, progress=progress)
         return None
     runner: Literal["peft", "vllm"] = "vllm" if form == "vllm" else "peft"
     return export_adapter(bank, told, out, base=parts.base, how=how, runner=runner, overwrite=overwrite)

@@ -258,32 +258,37 @@ class DynamicModel:
 
     def export(
         self,
-        weights: Weights,
+        weights: Weights | None,
         out: str | Path,
         *,
         form: Form = "checkpoint",
-        how: How = "outputs",
+        how: How | None = None,
         overwrite: bool = False,
     ) -> None:
         """Write a fixed mixture as an ordinary model folder or a PEFT adapter.
 
         Args:
-            weights: of the experts, by name or ``(E,)``.
+            weights: of the experts, by name or ``(E,)``; None: those of the gate, where they do not depend on the
+                input.
             out: the folder to make.
             form: ``checkpoint``: the base with the changes in it; ``adapter``: the factors side by side, exact too;
                 ``vllm``: an adapter that vLLM can serve, or a refusal by name.
-            how: as in ``bank.mix.Mix``.
+            how: as in ``bank.mix.Mix``; by default ``outputs``, or as the gate mixes where the weights are its own.
             overwrite: replace the folder.
 
         Raises:
-            MixmergeError: weights of other experts; the folder exists; the mixture has no such form.
+            MixmergeError: weights of other experts; none, and a gate that weighs by the input; the folder exists; the
+                mixture has no such form.
         """
-        from mixmerge.dynamic.exporting import export
+        from mixmerge.dynamic.exporting import export, own_mixture
 
         if self._parts is None:
             raise MixmergeError(Fault("export", "the network came from no folder", run="Load it from one"))
+        own: How = "outputs"
+        if weights is None:
+            weights, own = own_mixture(self._parts)
         told = weights_of_rows(weights, self.experts, 1)[0]
-        export(self._parts, told, Path(out), form=form, how=how, overwrite=overwrite)
+        export(self._parts, told, Path(out), form=form, how=how or own, overwrite=overwrite)
 
     def detach(self) -> None:
         """Take the hooks off: the model is its base again."""

@@ -45,7 +45,7 @@ class _Either(Gate):
 
     def mix(self, site: str, u: Tensor, run: Run) -> Mix | None:
         if isinstance(run, Forced) and run.rows is not None:
-            return Mix(run.rows)
+            return run.of_rows
         return self.gate.mix(site, u, _of_last_tokens(run, u) if self._causal else run)
 
 

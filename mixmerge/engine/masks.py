@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mixmerge.checkpoint.files import Files
 from mixmerge.checkpoint.header import read_header
-from mixmerge.checkpoint.identity import digest, fingerprint
+from mixmerge.checkpoint.identity import fingerprint
 from mixmerge.checkpoint.reader import open_checkpoint
 from mixmerge.engine.group import Inputs
 from mixmerge.engine.kernels import Context
@@ -76,8 +76,8 @@ def add_masks(
     """
     if plan.masks is None or output.has(MASKS_CARD):
         return
-    from mixmerge.bank.cards import FileCard
     from mixmerge.bank.mask_files import MaskCard
+    from mixmerge.bank.vouched import FileCard
 
     tasks = [task for task in plan.tasks if not task.copied and task.target.nbytes]
     parts = _Files(output)
@@ -98,8 +98,9 @@ def add_masks(
         parts.flush()
     place = output.partial
     base = fingerprint(place, open_checkpoint(place, name=str(output.out)).tensors.values())
-    cards = {path.name: FileCard(path.stat().st_size, digest([path])) for path in parts.paths()}
-    output.keep(MASKS_CARD, MaskCard(plan.method.name, plan.masks.tasks, base, cards).text().encode())
+    cards = {path.name: FileCard.of(path) for path in parts.paths()}
+    card = MaskCard(method=plan.method.name, tasks=plan.masks.tasks, base=base, files=cards)
+    output.keep(MASKS_CARD, card.text().encode())
 
 
 class _Files:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from mixmerge import registry
 from mixmerge.document import Node, Report, given, show
 from mixmerge.document.sections import Strict
+from mixmerge.document.tree import to_data
 from mixmerge.errors import MixmergeError
 from mixmerge.mixture.schema import ComposeSpec, ExpertSpec
 
@@ -65,7 +66,7 @@ def check_gated(
         top: the whole YAML.
         names: of all experts.
         experts: those that could be read.
-        compose: None if it could not be read.
+        compose: None if it could not be read; then what is right of it is checked beside that.
         report: gets the faults.
     """
     for key in ("router", "policy"):
@@ -74,10 +75,8 @@ def check_gated(
             report.fault(node, "has no effect: the gate weighs the experts", run="Remove it")
     for name, one in experts.items():
         _check_expert(_inner(top["experts"])[name], name, one, report)
-    if compose is None:
-        return
     entries = _inner(top["compose"])
-    options = AdaptersOptions.model_validate(compose.options)
+    options = _readable(entries) if compose is None else AdaptersOptions.model_validate(compose.options)
     if options.folder is not None:
         for key in _MADE_ALREADY:
             if given(entries, key) is not None:
@@ -86,8 +85,20 @@ def check_gated(
                 )
         return
     _check_base(top, experts, options, report)
-    _check_sizes(top, experts, options, report)
+    _check_sizes(top, experts, report)
     _check_gate(top, names, options, report)
+
+
+def _readable(entries: Mapping[str, Node]) -> AdaptersOptions:
+    """The options that are right, each by itself."""
+    kept: dict[str, Any] = {}
+    for key, node in entries.items():
+        try:
+            AdaptersOptions.model_validate({key: to_data(node)})
+        except ValidationError:
+            continue
+        kept[key] = to_data(node)
+    return AdaptersOptions.model_validate(kept)
 
 
 def _inner(node: Node) -> dict[str, Node]:
@@ -119,7 +130,8 @@ def base_of(experts: Mapping[str, ExpertSpec], base: str | None) -> str | None:
 def _check_base(
     top: Mapping[str, Node], experts: Mapping[str, ExpertSpec], options: AdaptersOptions, report: Report
 ) -> None:
-    if base_of(experts, options.base) is not None or not experts:
+    said = given(_inner(top["compose"]), "base") is not None
+    if said or base_of(experts, options.base) is not None or not experts:
         return
     named = sorted({str(one.base) for one in experts.values() if one.adapter is not None})
     what = (
@@ -128,17 +140,16 @@ def _check_base(
     report.fault(top["compose"], what, "base: of all experts, a folder or hub id")
 
 
-def _check_sizes(
-    top: Mapping[str, Node], experts: Mapping[str, ExpertSpec], options: AdaptersOptions, report: Report
-) -> None:
+def _check_sizes(top: Mapping[str, Node], experts: Mapping[str, ExpertSpec], report: Report) -> None:
     full = [name for name, one in experts.items() if one.adapter is None]
-    sizes = [key for key in ("rank", "energy", "budget") if getattr(options, key) is not None]
+    entries = _inner(top["compose"])
+    sizes = [key for key in ("rank", "energy", "budget") if given(entries, key) is not None]
     if full and not sizes:
         what = f"{', '.join(full)} {'is a full model' if len(full) == 1 else 'are full models'}, and no size is said"
         report.fault(top["compose"], what, "rank, energy or budget of their factors")
     if sizes and not full and len(experts) == len(_inner(top["experts"])):
         report.fault(
-            _inner(top["compose"])[sizes[0]],
+            entries[sizes[0]],
             "has no effect on adapters",
             "It is for full models",
             "Remove it",
@@ -154,21 +165,25 @@ def _check_gate(
     compose = top["compose"]
     entries = _inner(compose)
     node = given(entries, "gate")
+    if node is None:
+        report.fault(compose, "the key gate is missing", "gate: {kind: NAME, ...}")
+    _check_names(entries, names, options, report)
     if node is None or options.gate is None:
-        report.fault(node or compose, "the key gate is missing", "gate: {kind: NAME, ...}")
         return
     kind = options.gate.get("kind")
     if not isinstance(kind, str):
         report.fault(node, "the key kind is missing", registry.choices("", list(registry.table("gate"))))
         return
     said = {key: value for key, value in options.gate.items() if key != "kind"}
+    asked, wants = None, None
     try:
-        asked = gate_options(kind, said, where="compose.gate")
         wants = registry.find("gate", kind).wants
+        asked = gate_options(kind, said, where="compose.gate")
     except MixmergeError as error:
         for fault in error.faults:
             key = fault.where.removeprefix("compose.gate.").split(".")[0]
             report.fault(_inner(node).get(key, node), fault.what, fault.allowed, fault.run)
+    if wants is None:
         return
     if getattr(asked, "features", "") == "text":
         wants = (*wants, "encode")
@@ -177,12 +192,21 @@ def _check_gate(
         ("encode", "encoder", "reads texts by an encoder"),
         ("given", "given", "takes a router that was trained elsewhere"),
     ):
-        if want in wants and getattr(options, key) is None:
+        if want in wants and given(entries, key) is None:
             report.fault(compose, f"{kind} {what}, and the key {key} is missing")
 
 
+def _check_names(
+    entries: Mapping[str, Node], names: Sequence[str], options: AdaptersOptions, report: Report
+) -> None:
+    for name in options.data if isinstance(options.data, dict) else ():
+        if name not in names:
+            what = f"the mixture has no expert {show(name)}"
+            report.fault(_inner(entries["data"])[name], what, registry.choices(name, list(names)))
+
+
 def _check_data(
-    entries: Mapping[str, Node],
+    entries: dict[str, Node],
     compose: Node,
     names: Sequence[str],
     options: AdaptersOptions,
@@ -193,6 +217,8 @@ def _check_data(
     data = options.data
     each = "rows of each expert" in wants
     if data is None:
+        if given(entries, "data") is not None:
+            return
         if each or "rows" in wants:
             allowed = "data: {EXPERT: FILE, ...}" if each else "data: FILE, or {EXPERT: FILE, ...}"
             report.fault(compose, f"{kind} learns from rows of text, and the key data is missing", allowed)
@@ -204,10 +230,6 @@ def _check_data(
         report.fault(node, f"{kind} learns from rows of each expert by itself", "data: {EXPERT: FILE, ...}")
     if isinstance(data, str):
         return
-    for name in data:
-        if name not in names:
-            what = f"the mixture has no expert {show(name)}"
-            report.fault(_inner(node)[name], what, registry.choices(name, list(names)))
     lacking = [name for name in names if name not in data]
     if each and lacking:
         report.fault(node, f"there are no rows of {', '.join(lacking)}", f"{kind} learns from rows of each")

@@ -83,7 +83,7 @@ def fit(
             finite, what cannot be part of a bank, rows that are missing; a mixture that is fitted already.
     """
     if spec.gated:
-        return _Network(spec, device, progress or _silent).fit(Path(out), overwrite=overwrite)
+        return _Network(spec, device, progress or silent).fit(Path(out), overwrite=overwrite)
     if spec.routed.folder is not None:
         mixture = Mixture.load(spec)
     else:
@@ -94,7 +94,7 @@ def fit(
     return Fitted(Path(out), "router", router.kind, router.experts, {"queries": queries})
 
 
-def _silent(what: str, done: int, steps: int) -> None:
+def silent(what: str, done: int, steps: int) -> None:
     """Says nothing."""
 
 
@@ -132,9 +132,9 @@ class _Network:
             gate = self._gate(load_bank(new), base, rows, given, encoder)
             save_gate(new / "bank", gate, bank=card.hash, experts=card.experts)
             save_network(self._spec, new, base=str(base_of(self._spec.experts, told.base)))
-            facts = _manifest(card, gate, rows, [base, *experts.values()])
+            facts = history(card, gate, rows, [base, *experts.values()])
             (new / MANIFEST).write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", "utf-8")
-        return Fitted(out, "network", gate.kind, card.experts, _facts(card, base))
+        return Fitted(out, "network", gate.kind, card.experts, facts_of(card, base))
 
     def _places(self, faults: list[Fault]) -> tuple[Path, dict[str, Path]]:
         """Folders of the base and of the experts; what is on the hub is downloaded."""
@@ -238,7 +238,7 @@ def _located(place: str | None, where: str, faults: list[Fault]) -> Path | None:
         return None
 
 
-def _manifest(
+def history(
     card: BankCard, gate: Gate, rows: Mapping[str, tuple[Row, ...]], folders: Sequence[Path]
 ) -> dict[str, Any]:
     """What was fitted of what; with it, evaluation knows which rows are none to score it by."""
@@ -260,7 +260,7 @@ def _manifest(
     return found
 
 
-def _facts(card: BankCard, base: Path) -> dict[str, Any]:
+def facts_of(card: BankCard, base: Path) -> dict[str, Any]:
     headers = [path.stat().st_size for path in base.glob("*.safetensors")]
     return {
         "base": str(base),

@@ -92,14 +92,19 @@ def save_network(spec: MixtureSpec, folder: Path, *, base: str) -> None:
         folder: to write into.
         base: of all experts, as the mixture names it.
     """
+    (folder / FILE).write_text(_dumped(network_of_yaml(spec, base=base)), encoding="utf-8")
+
+
+def network_of_yaml(spec: MixtureSpec, *, base: str | None = None) -> dict[str, Any]:
+    """The keys of a fitted network's YAML, in its folder; ``base`` as for ``save_network``, or what is said."""
     asked = AdaptersOptions.model_validate(spec.compose.options)
-    kept = {"base": anchored(base), "encoder": asked.encoder and anchored(asked.encoder)}
-    compose = {"kind": ADAPTERS, "folder": HERE, **{key: value for key, value in kept.items() if value}}
+    places = {"base": base or asked.base, "encoder": asked.encoder}
+    kept = {key: anchored(value) for key, value in places.items() if value}
+    compose: dict[str, Any] = {"kind": ADAPTERS, "folder": HERE, **kept}
     if asked.dtype != "auto":
         compose["dtype"] = asked.dtype
     generate = spec.generate.model_dump(mode="json", exclude_defaults=True)
-    data = {"experts": _experts(spec), "compose": compose, **({"generate": generate} if generate else {})}
-    (folder / FILE).write_text(_dumped(data), encoding="utf-8")
+    return {"experts": _experts(spec), "compose": compose, **({"generate": generate} if generate else {})}
 
 
 def _experts(spec: MixtureSpec) -> dict[str, Any]:

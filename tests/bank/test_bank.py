@@ -159,3 +159,66 @@ def test_autocast_changes_the_type_of_products_and_not_what_is_mixed(family: Any
     if trained:
         rounded.sum().backward()
         assert rows.grad is not None
+
+
+def test_factors_under_autocast_are_made_once_for_each_type(family: Any) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(family("llama").base, dtype=torch.float32).eval()
+    bank, _ = _bank_of(model, 3)
+    attached = Attached(model, bank, RowGate())
+    site = next(iter(attached.bank.sites.values()))
+    outputs = torch.zeros(1, 1, site.b.shape[1])
+    assert attached.like(site, outputs) is site
+    with torch.inference_mode():
+        short = attached.like(site, outputs.bfloat16())
+    assert (short.a.dtype, short.b.dtype, short.scale.dtype) == (
+        torch.bfloat16,
+        torch.bfloat16,
+        torch.float32,
+    )
+    assert not short.a.is_inference()
+    assert attached.like(site, outputs.bfloat16()) is short
+    half = attached.like(site, outputs.half())
+    assert half.b.dtype is torch.float16
+    assert attached.like(site, outputs.bfloat16()) is not short
+    assert attached.like(site, outputs.double()) is site
+
+
+def test_what_is_done_again_is_what_would_be_done_anew(family: Any) -> None:
+    """Decoding: the same weights token after token, other rows, and weights that are changed in place."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(family("llama").base, dtype=torch.float32).eval()
+    bank, _ = _bank_of(model, 3)
+    attached = Attached(model, bank, RowGate())
+    rows = torch.tensor([[1.0, 0.0], [0.3, 0.6], [0.0, 0.0]])
+    tokens = torch.tensor([[5], [6], [7]])
+
+    def logits(weights: Tensor, ids: Tensor) -> Tensor:
+        with attached.running(Run(weights)):
+            found: Tensor = model(ids).logits
+        return found
+
+    def alone(weights: Tensor, ids: Tensor) -> Tensor:
+        return torch.cat([logits(one[None].clone(), at[None]) for one, at in zip(weights, ids, strict=True)])
+
+    with torch.no_grad():
+        for _ in range(3):
+            torch.testing.assert_close(logits(rows, tokens), alone(rows, tokens), atol=1e-5, rtol=1e-5)
+        first = logits(rows, tokens)
+        assert torch.equal(logits(rows, tokens), first)
+        with attached.logged() as log:
+            logits(rows, tokens)
+        assert {name for name, _ in log} >= set(bank.sites)
+        rows[2, 1] = 0.5
+        changed = logits(rows, tokens)
+        torch.testing.assert_close(changed, alone(rows, tokens), atol=1e-5, rtol=1e-5)
+        assert not torch.equal(changed[2], first[2])
+        torch.testing.assert_close(
+            logits(rows, tokens.repeat(1, 2))[:, 0], changed[:, 0], atol=1e-4, rtol=1e-4
+        )
+        torch.testing.assert_close(logits(rows[:2], tokens[:2]), changed[:2], atol=1e-5, rtol=1e-5)
+    learned = rows.clone().requires_grad_(True)
+    logits(learned, tokens).sum().backward()
+    assert learned.grad is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,6 +26,7 @@ from mixmerge.bank.files import (
 )
 from mixmerge.bank.gate import Gate
 from mixmerge.bank.mix import Mix
+from mixmerge.bank.publishing import making
 from mixmerge.bank.records import Bank, Entry, Kind, Site
 from mixmerge.checkpoint.identity import canonical_hash
 from mixmerge.errors import CheckpointError, MixmergeError, OutputError
@@ -434,3 +436,50 @@ told = {"bytes": writer.card.nbytes}
     told = peak_of(setup, work, str(tmp_path))
     assert told["bytes"] > 80_000_000
     assert told["peak"] - told["before"] < 30_000_000
+
+
+def test_what_a_kill_left_between_two_renames_is_put_right(tmp_path: Path) -> None:
+    """An overwrite puts the old bank aside first: whoever writes there next puts it back, and reads it as it was."""
+    old = saved(tmp_path / "net")
+    first = read_card(old).hash
+    (old / "bank").rename(old / ".bank.mixmerge-old")
+    with pytest.raises(MixmergeError, match="holds no bank"):
+        read_card(old)
+    with pytest.raises(OutputError, match="it exists"):
+        saved(tmp_path / "net")
+    assert read_card(old).hash == first
+    assert not (old / ".bank.mixmerge-old").exists()
+    shutil.copytree(old / "bank", old / ".bank.mixmerge-old")  # the kill came after the second rename
+    with pytest.raises(OutputError, match="it exists"):
+        saved(tmp_path / "net")
+    assert [path.name for path in old.iterdir()] == ["bank"]
+
+
+def test_a_kill_while_a_folder_takes_the_place_of_another(tmp_path: Path, programs: Any) -> None:
+    """The process ends between the two renames."""
+    script = tmp_path / "killed.py"
+    script.write_text(
+        """
+import os, sys
+from pathlib import Path
+from mixmerge.bank.publishing import making
+place, real, done = Path("net"), Path.rename, []
+def rename(self, target):
+    if done:
+        os._exit(9)
+    done.append(target)
+    return real(self, target)
+Path.rename = rename
+with making(place, overwrite=True, of=["card"]) as new:
+    (new / "card").write_text("new")
+"""
+    )
+    (tmp_path / "net").mkdir()
+    (tmp_path / "net" / "card").write_text("old")
+    assert programs(script, folder=tmp_path).returncode == 9
+    assert not (tmp_path / "net").exists()
+    with making(tmp_path / "net", overwrite=True, of=["card"]) as new:
+        assert (tmp_path / "net" / "card").read_text() == "old"
+        (new / "card").write_text("new")
+    assert (tmp_path / "net" / "card").read_text() == "new"
+    assert not (tmp_path / ".net.mixmerge-old").exists()

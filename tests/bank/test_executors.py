@@ -303,6 +303,33 @@ def test_the_cheapest_depends_on_the_batch() -> None:
         assert chosen(8, 32, 64, 1, by_row=True) == "gather"  # long rows with an expert each
 
 
+def test_tokens_that_get_few_of_many_experts_are_picked_for() -> None:
+    weights = torch.zeros(2, 3, 20)
+    weights[..., 4], weights[0, 1, 7] = 0.5, 0.25
+    found = picks_of(Mix(weights), 20)
+    assert found.each == 2
+    assert found.used == (4, 7)
+    site = site_of((4,) * 20)
+    u, y = inputs_of(site, 2, 3)
+    for executor in EXECUTORS:
+        with torch.no_grad():
+            torch.testing.assert_close(
+                apply(site, u, y, Mix(weights), executor=executor), y + change(site, u, Mix(weights))
+            )
+    dense = picks_of(Mix(torch.rand(2, 3, 20)), 20)
+    assert dense.entries is None
+    assert dense.each == 20
+
+
+def test_short_factors_go_side_by_side_sooner() -> None:
+    site = side_by_side("m", [Entry(one, one) for one in torch.zeros(8, 16, 1024)])
+    weights = torch.rand(32, 8).topk(2, -1)
+    mix = Mix(torch.zeros(32, 8).scatter(1, weights.indices, weights.values))
+    with torch.no_grad():
+        assert cheapest(site.to("cpu", torch.bfloat16), picks_of(mix, 8), 1) == "concat"
+        assert cheapest(site, picks_of(mix, 8), 1) == "segmented"
+
+
 def test_a_decision_of_other_tokens_is_refused() -> None:
     """The compiled loop has addresses only."""
     site = site_of((4, 4))

@@ -116,3 +116,5 @@ def test_the_bench_runs(programs: Any, tmp_path: Path) -> None:
     for said in ("(PEFT - base) / (ours - base)", "merging a row at a time", "folded / merged", "backward"):
         assert said in done.stdout
     assert "largest tensor / (tokens x experts x width)" in done.stdout
+    for said in ("model in autocast", "model in bfloat16", "Arrow over 4 adapters", "2 threads: model"):
+        assert said in done.stdout

@@ -176,6 +176,42 @@ def test_what_cannot_be_exported(fitted: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("kind", ["mean", "lorahub"])
+def test_a_constant_gate_is_exported_as_it_is(
+    loras: Any, rows: dict[str, Path], tmp_path: Path, kind: str
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    gate = "kind: mean"
+    if kind == "lorahub":
+        pytest.importorskip("nevergrad")
+        gate = f"kind: lorahub, how: outputs, budget: 4}}, data: {{one: {rows['one']}"
+    (tmp_path / "mix.yaml").write_text(loras.entries() + f"compose: {{kind: adapters, gate: {{{gate}}}}}\n")
+    assert run("fit", tmp_path / "mix.yaml", tmp_path / "net", "-q").exit_code == 0
+    done = run("export", tmp_path / "net", tmp_path / "out", "-q", "--json")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["weights"].keys() == {"one", "two", "three"}
+    model = DynamicModel.load(tmp_path / "net")
+    model.export(None, tmp_path / "again")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    ids = torch.tensor([model.tokenizer("the quick brown fox")["input_ids"]])
+    with torch.no_grad():
+        torch.testing.assert_close(plain(ids).logits, model(ids), atol=1e-4, rtol=1e-4)
+    names = ("model.safetensors", "mixmerge_manifest.json")
+    assert all(
+        (tmp_path / "out" / one).read_bytes() == (tmp_path / "again" / one).read_bytes() for one in names
+    )
+
+
+def test_a_gate_that_reads_its_input_has_no_mixture_of_its_own(fitted: Path, tmp_path: Path) -> None:
+    done = run("export", fitted, tmp_path / "out", "-q")
+    assert done.exit_code == 2
+    said = " ".join(done.stderr.split())
+    assert "the gate arrow has none that are the same for every input" in said
+    assert "--weights NAME=WEIGHT" in said
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_gate_that_learns_from_rows(loras: Any, rows: dict[str, Path], tmp_path: Path) -> None:
     data = ", ".join(f"{name}: {path}" for name, path in rows.items())
     (tmp_path / "mix.yaml").write_text(
@@ -216,8 +252,9 @@ def test_everything_that_is_wrong_is_said_at_once(loras: Any, tmp_path: Path) ->
     )
     done = run("fit", tmp_path / "mix.yaml", tmp_path / "net")
     assert done.exit_code == 2
-    for words in ("behind an endpoint", "the gate weighs the experts", "wide"):
+    for words in ("behind an endpoint", "the gate weighs the experts", "wide", "no such option"):
         assert words in done.stderr
+    assert "the mixture has no expert 'ones'" in done.stderr
     (tmp_path / "mix.yaml").write_text(
         loras.entries()
         + f"  whole: {{model: {loras.experts['one']}}}\n"
@@ -244,7 +281,12 @@ def test_everything_that_is_wrong_is_said_at_once(loras: Any, tmp_path: Path) ->
             "{kind: adapters, gate: {kind: router, features: text}, data: {one: a, two: b, three: c}}",
             "router reads texts by an encoder, and the key encoder is missing",
         ),
+        ("{kind: adapters, gate: {kind: arow}, rank: 0}", "Did you mean 'arrow'"),
+        ("{kind: adapters, gate: {kind: arrow, topk: 2}, rank: many}", "no such option"),
+        ("{kind: adapters, gate: {kind: arrow}, rank: 0, data: rows.jsonl}", "arrow learns from no rows"),
+        ("{kind: adapters, rank: 0}", "the key gate is missing"),
         ("{kind: adapters, folder: net, rank: 3}", "has no effect on a fitted network"),
+        ("{kind: adapters, folder: net, rank: 0}", "has no effect on a fitted network"),
     ],
 )
 def test_a_network_that_makes_no_sense(loras: Any, compose: str, words: str) -> None:

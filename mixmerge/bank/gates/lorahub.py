@@ -15,7 +15,7 @@ from torch import Tensor
 from mixmerge.bank.gate import Gate, Run
 from mixmerge.bank.gates.arrow import unequal_ranks
 from mixmerge.bank.gates.places import Options
-from mixmerge.bank.mix import Mix
+from mixmerge.bank.mix import How, Mix
 from mixmerge.bank.records import Bank
 from mixmerge.errors import Fault
 
@@ -46,7 +46,8 @@ class LorahubOptions(Options):
 class LorahubGate(Gate):
     """``w_e``, one number of each expert, for all sites and tokens; a gate for each task.
 
-    It is a constant, so it folds into the weights of the base.
+    It is a constant, so it folds into the weights of the base. An expert that comes later gets 0: the mixture that was
+    found stays what it is until a search that knows of it.
 
     Source: LoraHub (Huang et al., "LoraHub: Efficient Cross-Task Generalization via Dynamic LoRA Composition", 2023),
     section 3, and its release: Nevergrad's NGOpt from 0.
@@ -63,6 +64,7 @@ class LorahubGate(Gate):
     options = LorahubOptions
     fitter = "mixmerge.bank.fitting_search:lorahub"
     wants = ("model", "rows")
+    grows = True
 
     def __init__(self, experts: int, options: LorahubOptions) -> None:
         super().__init__()
@@ -81,6 +83,17 @@ class LorahubGate(Gate):
     def faults(cls, bank: Bank, options: BaseModel) -> list[Fault]:
         factors = getattr(options, "how", "") == "factors"
         return unequal_ranks(bank, where="gate.how") if factors else []
+
+    def known(self) -> int:
+        return len(self.weights)
+
+    def grown(self, bank: Bank) -> Self:
+        made = type(self)(len(bank.experts), self.said)
+        made.weights[: len(self.weights)] = self.weights.cpu()
+        return made
+
+    def fixed(self) -> tuple[Tensor, How]:
+        return self.weights.detach().cpu(), self.said.how
 
     def mix(self, site: str, u: Tensor, run: Run) -> Mix | None:
         return Mix(self.weights.expand(len(u), -1), how=self.said.how)

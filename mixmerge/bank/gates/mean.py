@@ -9,7 +9,8 @@ from torch import Tensor
 
 from mixmerge.bank.gate import Gate, Run
 from mixmerge.bank.gates.places import Options
-from mixmerge.bank.mix import Mix
+from mixmerge.bank.mix import How, Mix
+from mixmerge.bank.records import Bank
 
 
 class MeanGate(Gate):
@@ -30,6 +31,15 @@ class MeanGate(Gate):
 
     def settings(self) -> dict[str, Any]:
         return {"experts": self.experts}
+
+    def known(self) -> int:
+        return self.experts
+
+    def grown(self, bank: Bank) -> MeanGate:
+        return MeanGate(len(bank.experts))
+
+    def fixed(self) -> tuple[Tensor, How]:
+        return torch.full((self.experts,), 1 / self.experts), "outputs"
 
     def mix(self, site: str, u: Tensor, run: Run) -> Mix | None:
         return Mix(torch.full((len(u), self.experts), 1 / self.experts, device=u.device))

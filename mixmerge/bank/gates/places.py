@@ -161,6 +161,9 @@ class SiteGate(Gate, Generic[Said]):
         options = cast(Said, cls.options.model_validate(settings["options"]))
         return cls(Places.read(settings["places"]), options)
 
+    def known(self) -> int:
+        return self.places.experts
+
     def mix(self, site: str, u: Tensor, run: Run) -> Mix | None:
         home = self.places.home(site)
         if home is not None and u.is_floating_point() and u.shape[-1] == self.places.widths[home]:

@@ -148,6 +148,10 @@ class SelfRankGate(_OwnFactors[SelfRankOptions]):
     kind = "self_rank"
     options = SelfRankOptions
     fitter = "mixmerge.bank.fitting_closed:given_ranks"
+    grows = True  # each rank speaks for itself
+
+    def grown(self, bank: Bank) -> SelfRankGate:
+        return SelfRankGate(Places.of(bank), self.said)
 
     def decide(self, site: str, u: Tensor, run: Run) -> Mix:
         lengths = self._inner[site].float().norm(dim=-1) * u.float().norm(dim=-1, keepdim=True)
