@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from mixmerge.engine.calibration_data import Data, experts_of
 from mixmerge.engine.output import Output
 from mixmerge.engine.target import BANK
 from mixmerge.errors import Fault, MixmergeError
 from mixmerge.plan import Plan
+
+if TYPE_CHECKING:
+    from mixmerge.bank.own_heads import Headed
 
 REPORT = f"{BANK}/training.json"
 _WELL = 0.8  # below this share of rows a person is told
@@ -42,12 +45,13 @@ def add_gate(
     """
     kept = output.kept(REPORT)
     if kept is not None:
-        found: dict[str, Any] = json.loads(kept)
-        return found
+        earlier: dict[str, Any] = json.loads(kept)
+        return earlier
     from mixmerge.bank.features import features_of
-    from mixmerge.bank.files import save_gate
+    from mixmerge.bank.files import load_bank, save_gate
     from mixmerge.bank.gates.router import RouterOptions
-    from mixmerge.bank.gates.router_fit import TOKENS, fit_router
+    from mixmerge.bank.gates.router_fit import TOKENS, fit_router, held_out
+    from mixmerge.bank.gates.router_task import Lessons, fit_task
     from mixmerge.experts.loading import load_expert
 
     block = None if plan.bank is None else plan.bank.gate
@@ -74,29 +78,58 @@ def add_gate(
     del model
     import torch
 
+    labels, keys = torch.tensor([rows[at][1] for at in shown.rows]), [rows[at][0].digest for at in shown.rows]
     gate, trained = fit_router(
         shown.values,
-        torch.tensor([rows[at][1] for at in shown.rows]),
-        [rows[at][0].digest for at in shown.rows],
+        labels,
+        keys,
         RouterOptions.model_validate(block.model_dump(exclude={"encoder"})),
         experts=len(numbers),
         seed=plan.recipe.seed,
         encoder=encoder or "",
         progress=learning,
     )
-    save_gate(output.partial / BANK, gate, bank=bank, experts=plan.bank.experts)
     report = {**trained.as_json(), "experts": list(plan.bank.experts)}
+    if gate.said.task is not None:
+        seed = plan.recipe.seed
+        held = held_out(keys, labels, share=block.holdout, seed=seed, experts=gate.experts)
+        taken = [rows[at][0] for at in shown.rows]
+        lessons = Lessons(taken, labels.tolist(), shown.values, held, asked.max_tokens)
+        headed = _headed(plan, output, device, gate.said.task.dtype)
+        found = fit_task(
+            gate, load_bank(output.partial), headed, lessons, gate.said.task, seed=seed, progress=learning
+        )
+        report["task"] = found.as_json()
+    save_gate(output.partial / BANK, gate, bank=bank, experts=plan.bank.experts)
     output.keep(REPORT, json.dumps(report, indent=2).encode() + b"\n")
     return report
 
 
+def _headed(plan: Plan, output: Output, device: str, dtype: Literal["float32", "bfloat16"]) -> Headed:
+    """The shared model, with the head of every expert where they have their own."""
+    from mixmerge.bank.own_heads import Headed
+    from mixmerge.experts.loading import load_expert
+
+    if not plan.heads:
+        return Headed(load_expert(output.partial, device=device, dtype=dtype))
+    named = {head.model: head.expert for head in plan.heads}
+    return Headed.load(
+        output.partial, [named[number] for number in experts_of(plan)], device=device, dtype=dtype
+    )
+
+
 def notes_of(report: Mapping[str, Any]) -> list[str]:
-    """What a person should know of a gate that does not tell the experts' inputs apart."""
+    """What a person should know of a gate that does not tell the experts' inputs apart, or learned nothing more."""
     if report["accuracy"] is None:
         return [
             "gate: too few rows to hold any out, so nothing says how well it tells the experts' inputs apart"
         ]
-    if report["accuracy"] >= _WELL:
-        return []
+    notes = []
+    if "task" in report and report["task"]["epoch"] == 0:
+        notes.append(
+            "gate.task: no epoch had a better loss on the rows held out, so the router stays as it was"
+        )
+    if report["accuracy"] >= _WELL or "task" in report:
+        return notes
     share = f"{100 * report['accuracy']:.1f} % of {report['held_out']} rows held out"
     return [f"gate: only {share} go to their own expert; see {REPORT} for which it takes for which"]
