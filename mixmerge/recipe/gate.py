@@ -102,7 +102,10 @@ def read_gate(node: Node | None, report: Report) -> GateBlock | None:
         allowed = "A mapping, or none: then weights are given with every input"
         report.fault(node, f"expected the settings of a gate, got {show(node.value)}", allowed)
         return None
-    block = read_section(node, GateBlock, report, what="how the gate is trained")
+    said = node.value.get("task")
+    what = "how the gate is trained by the task's loss"
+    task = None if said is None or said.value is None else read_section(said, TaskBlock, report, what=what)
+    block = read_section(node, GateBlock, report, what="how the gate is trained", ready={"task": task})
     if block is not None:
         _agree(node, block, report)
     return block

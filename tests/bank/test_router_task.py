@@ -19,9 +19,11 @@ from mixmerge.bank.gate import Run
 from mixmerge.bank.gates.refined import Refined, TaskTraining, Tensors
 from mixmerge.bank.gates.router import Router, RouterOptions
 from mixmerge.bank.gates.router_task import _of_classes, balance, label_faults
+from mixmerge.bank.mix import apply, change
 from mixmerge.bank.own_heads import Headed
 from mixmerge.bank.records import Bank, Entry, side_by_side
 from mixmerge.data.rows import Row
+from mixmerge.dynamic.model import DynamicModel
 from mixmerge.engine.outlook import plan_with_data
 from mixmerge.errors import MixmergeError, RecipeError
 from mixmerge.experts.loading import load_expert, load_with_head
@@ -77,6 +79,29 @@ def test_it_starts_as_the_router_and_adds_by_hand() -> None:
     torch.testing.assert_close(weights[0], torch.tensor([[0.5, 1.5, 0.0], [3.5, 4.5, 0.0], [6.5, 7.5, 0.0]]))
     of_ranks = refined.of_ranks(site, weights[1, 2][None])
     torch.testing.assert_close(of_ranks, torch.tensor([[6.1, 12.2, 26.1]]))
+
+
+def test_executors_agree_on_weights_of_layers_and_ranks() -> None:
+    bank = bank_of()
+    gate = Router(
+        3, 4, RouterOptions(hidden=0, task=TaskTraining(hidden=2)), tensors=Tensors.of(bank, "layer")
+    )
+    draw = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for value in gate.parameters():
+            value.copy_(torch.randn(value.shape, generator=draw))
+    query = gate.query(torch.randn(2, 4, generator=draw)).detach()
+    run, u, y = Run(query), torch.randn(2, 3, 4, generator=draw), torch.randn(2, 3, 5, generator=draw)
+    mixes = {name: gate.mix(name, u, run) for name in bank.sites}
+    first, second = mixes["model.layers.2.up.weight"], mixes["model.layers.10.up.weight"]
+    assert first is not None
+    assert second is not None
+    assert not torch.allclose(first.weights, second.weights)
+    for name, mix in mixes.items():
+        assert mix is not None
+        wanted = y + change(bank.sites[name], u, mix)
+        for executor in ("concat", "segmented", "gather"):
+            torch.testing.assert_close(apply(bank.sites[name], u, y, mix, executor=executor), wanted)
 
 
 def test_smoothing_spreads_over_the_classes_there_are() -> None:
@@ -211,7 +236,11 @@ def test_what_cannot_be_learned_from_is_said(classifiers: Any, tmp_path: Path) -
         plan_with_data(recipe)
     told = str(caught.value)
     assert "gate.task.epochs: expected a number greater than or equal to 1" in told
-    recipe["gate"] = {"per_token": True, "task": {}}
+    assert "unknown key 'scoop'" in told
+    recipe["gate"] = {"task": 3}
+    with pytest.raises(RecipeError, match=r"gate\.task: .*got 3"):
+        plan_with_data(recipe)
+    recipe["gate"] = {"per_token": True, "task": {"learning_rate": "1e-3"}}
     with pytest.raises(RecipeError, match="task: trains weights of whole prompts"):
         plan_with_data(recipe)
     faults = label_faults([Row(text="a", label=3)], "rows", classes=3)
@@ -238,6 +267,14 @@ def test_language_models_learn_from_their_answers(family: Any) -> None:
     assert isinstance(gate, Router)
     assert "router, by task" in steps
     assert not any(value.requires_grad for value in gate.parameters())
+    network = DynamicModel(model.model, model.tokenizer, bank, gate)
+    (explained,) = network.explain(["say 3 "])
+    assert set(explained.layers()) == {"1"}
+    assert (
+        network.generate(["say 3 ", "ask 5 7 "], max_new_tokens=3)[0]
+        == network.generate(["say 3 "], max_new_tokens=3)[0]
+    )
+    network.detach()
     assert model.model.training is False
     with pytest.raises(MixmergeError, match=r"gate\.task: trains weights of whole prompts"):
         fit_gate("router", {**said, "per_token": True}, bank, model=model, rows=rows)
