@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from mixmerge import DynamicModel
 
 RANKS = (1, 4, 16, 64)
-ROWS = 800  # of each task's train split, for the router: it learns whose rows they are, and ``BY_TASK`` their labels
+ROWS = 800  # of each task's train split, for the router: it learns whose rows they are, and ``by_task`` their labels
 TOKENS = 128  # of such a row
 TIMED = 4  # batches
 # A linear map of the means of all layers: the published network of the last layer's takes more texts for another's.
@@ -39,8 +39,6 @@ DEEP = {
     "learning_rate": 1e-3,
     "weight_decay": 0.1,
 }
-# The second training. Its settings were chosen on validation rows.
-BY_TASK = {**DEEP, "task": {"dtype": "bfloat16"}}
 CUT = 48  # tokens that a text is cut at when it is scored, at most
 
 
@@ -81,6 +79,12 @@ class Twin:
         }
 
 
+def by_task(*, ranks: bool) -> dict[str, Any]:
+    """A second training, whose settings were chosen on validation rows: with a factor for every rank, or without."""
+    told = {"dtype": "bfloat16"}
+    return {**DEEP, "task": told if ranks else {**told, "ranks": False}}
+
+
 def twins(best: dict[str, Any]) -> tuple[Twin, ...]:
     """The rows of a suite.
 
@@ -92,7 +96,14 @@ def twins(best: dict[str, Any]) -> tuple[Twin, ...]:
     sweep = tuple(Twin(f"{name}, rank {rank}", best, rank=rank, gate=DEEP) for rank in RANKS)
     return (
         *sweep,
-        Twin(f"{name}, rank 64, router by task loss", best, rank=64, gate=BY_TASK, tokens=CUT),
+        Twin(f"{name}, rank 64, router by task loss", best, rank=64, gate=by_task(ranks=True), tokens=CUT),
+        Twin(
+            f"{name}, rank 64, router by task loss, layers alone",
+            best,
+            rank=64,
+            gate=by_task(ranks=False),
+            tokens=CUT,
+        ),
         Twin(f"{name}, rank 64, router of cut texts", best, rank=64, gate=DEEP, tokens=CUT),
         Twin(f"{name}, router as published", best),
         Twin("task arithmetic 0.3, router as published", published),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from mixmerge.engine.calibration_data import Data, experts_of
@@ -47,6 +48,8 @@ def add_gate(
     if kept is not None:
         earlier: dict[str, Any] = json.loads(kept)
         return earlier
+    for left in (output.partial / BANK).glob(".gate*"):
+        left.unlink()
     from mixmerge.bank.features import features_of
     from mixmerge.bank.files import load_bank, save_gate
     from mixmerge.bank.gates.router import RouterOptions
@@ -63,22 +66,17 @@ def add_gate(
     numbers = experts_of(plan)
     rows = [(row, expert) for expert, number in enumerate(numbers) for row in data.rows[number]]
 
-    def told(done: int, total: int) -> None:
-        if gathering is not None:
-            gathering("features", done, total)
-
-    for left in (output.partial / BANK).glob(".gate*"):
-        left.unlink()
     shown = features_of(
         model, [row for row, _ in rows],
         max_tokens=asked.max_tokens, batch_size=asked.batch_size,
         tokens=TOKENS if block.per_token else 0, layers=block.features == "layers",
-        unit=encoder is not None, progress=told,
+        unit=encoder is not None, progress=None if gathering is None else partial(gathering, "features"),
     )  # fmt: skip
     del model
     import torch
 
-    labels, keys = torch.tensor([rows[at][1] for at in shown.rows]), [rows[at][0].digest for at in shown.rows]
+    taken = [rows[at][0] for at in shown.rows]
+    labels, keys = torch.tensor([rows[at][1] for at in shown.rows]), [row.digest for row in taken]
     gate, trained = fit_router(
         shown.values,
         labels,
@@ -91,15 +89,17 @@ def add_gate(
     )
     report = {**trained.as_json(), "experts": list(plan.bank.experts)}
     if gate.said.task is not None:
-        seed = plan.recipe.seed
-        held = held_out(keys, labels, share=block.holdout, seed=seed, experts=gate.experts)
-        taken = [rows[at][0] for at in shown.rows]
+        held = held_out(keys, labels, share=block.holdout, seed=plan.recipe.seed, experts=gate.experts)
         lessons = Lessons(taken, labels.tolist(), shown.values, held, asked.max_tokens)
-        headed = _headed(plan, output, device, gate.said.task.dtype)
-        found = fit_task(
-            gate, load_bank(output.partial), headed, lessons, gate.said.task, seed=seed, progress=learning
-        )
-        report["task"] = found.as_json()
+        report["task"] = fit_task(
+            gate,
+            load_bank(output.partial),
+            _headed(plan, output, device, gate.said.task.dtype),
+            lessons,
+            gate.said.task,
+            seed=plan.recipe.seed,
+            progress=learning,
+        ).as_json()
     save_gate(output.partial / BANK, gate, bank=bank, experts=plan.bank.experts)
     output.keep(REPORT, json.dumps(report, indent=2).encode() + b"\n")
     return report
