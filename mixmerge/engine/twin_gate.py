@@ -14,6 +14,8 @@ from mixmerge.errors import Fault, MixmergeError
 from mixmerge.plan import Plan
 
 if TYPE_CHECKING:
+    from mixmerge.bank.gates.router import Router
+    from mixmerge.bank.gates.router_task import Lessons
     from mixmerge.bank.own_heads import Headed
 
 REPORT = f"{BANK}/training.json"
@@ -51,10 +53,10 @@ def add_gate(
     for left in (output.partial / BANK).glob(".gate*"):
         left.unlink()
     from mixmerge.bank.features import features_of
-    from mixmerge.bank.files import load_bank, save_gate
+    from mixmerge.bank.files import save_gate
     from mixmerge.bank.gates.router import RouterOptions
     from mixmerge.bank.gates.router_fit import TOKENS, fit_router, held_out
-    from mixmerge.bank.gates.router_task import Lessons, fit_task
+    from mixmerge.bank.gates.router_task import Lessons
     from mixmerge.experts.loading import load_expert
 
     block = None if plan.bank is None else plan.bank.gate
@@ -65,7 +67,6 @@ def add_gate(
     model = load_expert(output.partial if encoder is None else encoder, device=device)
     numbers = experts_of(plan)
     rows = [(row, expert) for expert, number in enumerate(numbers) for row in data.rows[number]]
-
     shown = features_of(
         model, [row for row, _ in rows],
         max_tokens=asked.max_tokens, batch_size=asked.batch_size,
@@ -91,18 +92,24 @@ def add_gate(
     if gate.said.task is not None:
         held = held_out(keys, labels, share=block.holdout, seed=plan.recipe.seed, experts=gate.experts)
         lessons = Lessons(taken, labels.tolist(), shown.values, held, asked.max_tokens)
-        report["task"] = fit_task(
-            gate,
-            load_bank(output.partial),
-            _headed(plan, output, device, gate.said.task.dtype),
-            lessons,
-            gate.said.task,
-            seed=plan.recipe.seed,
-            progress=learning,
-        ).as_json()
+        report["task"] = _second(gate, plan, output, lessons, device, learning)
     save_gate(output.partial / BANK, gate, bank=bank, experts=plan.bank.experts)
     output.keep(REPORT, json.dumps(report, indent=2).encode() + b"\n")
     return report
+
+
+def _second(
+    gate: Router, plan: Plan, output: Output, lessons: Lessons, device: str, learning: Any
+) -> Mapping[str, Any]:
+    """Train a router by the loss of the experts' tasks; what that found."""
+    from mixmerge.bank.files import load_bank
+    from mixmerge.bank.gates.refined import TaskTraining
+    from mixmerge.bank.gates.router_task import fit_task
+
+    said = gate.said.task or TaskTraining()
+    headed = _headed(plan, output, device, said.dtype)
+    bank, seed = load_bank(output.partial), plan.recipe.seed
+    return fit_task(gate, bank, headed, lessons, said, seed=seed, progress=learning).as_json()
 
 
 def _headed(plan: Plan, output: Output, device: str, dtype: Literal["float32", "bfloat16"]) -> Headed:

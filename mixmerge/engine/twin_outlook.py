@@ -126,22 +126,23 @@ def row_faults(plan: Plan, parts: Mapping[ModelRef, Part]) -> tuple[list[Fault],
 
 
 def _label_faults(plan: Plan, parts: Mapping[ModelRef, Part]) -> list[Fault]:
-    """Rows of classifiers that a training by the task's loss cannot learn from."""
+    """Experts and rows that a training by the task's loss cannot learn from."""
     block = None if plan.bank is None else plan.bank.gate
     if block is None or block.task is None:
         return []
     from mixmerge.bank.gates.router_task import label_faults
 
-    configs = {head.model: head.config for head in plan.heads}
+    configs: dict[int, Mapping[str, Any]] = {head.model: head.config for head in plan.heads}
     faults = []
     for number in experts_of(plan):
-        part, config = parts.get(plan.models[number].ref), configs.get(number, plan.config)
-        if part is None or not _classifies(config):
-            continue
-        classes = len(config.get("id2label") or ()) or config.get("num_labels")
-        faults += label_faults(part.rows, f"{part.source} for {plan.models[number].ref}", classes=classes)
+        ref = plan.models[number].ref
+        config = configs.get(number, {} if configs else plan.config)
+        kind = kind_of(str((config.get("architectures") or [""])[0]))
+        if kind == "other":
+            what = "says no classes and no tokens, and gate.task learns from what is right"
+            allowed = "Language models, or classifiers of texts with their heads"
+            faults.append(Fault(str(ref), what, allowed, "Leave gate.task out"))
+        elif kind == "classifier" and ref in parts:
+            classes = len(config.get("id2label") or ()) or config.get("num_labels")
+            faults += label_faults(parts[ref].rows, f"{parts[ref].source} for {ref}", classes=classes)
     return faults
-
-
-def _classifies(config: Mapping[str, Any]) -> bool:
-    return kind_of(str((config.get("architectures") or [""])[0])) == "classifier"

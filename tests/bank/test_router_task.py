@@ -226,10 +226,18 @@ def test_every_row_goes_through_its_own_head(classifiers: Any, tmp_path: Path) -
 
 
 def test_what_cannot_be_learned_from_is_said(classifiers: Any, tmp_path: Path) -> None:
+    from transformers import AutoModel
+
     with pytest.raises(
         RecipeError, match=r"48 of 48 rows have no label, and gate\.task learns from what is right"
     ):
         plan_with_data(recipe_of(classifiers, tmp_path, labels=False))
+    recipe = recipe_of(classifiers, tmp_path)
+    bare = AutoModel.from_pretrained(classifiers[1][0])
+    bare.save_pretrained(tmp_path / "of2")
+    recipe["models"][0] = {"model": str(tmp_path / "of2")}
+    with pytest.raises(RecipeError, match=r"of2: says no classes and no tokens"):
+        plan_with_data(recipe)
     recipe = recipe_of(classifiers, tmp_path)
     recipe["gate"] |= {"per_token": True, "task": {"epochs": 0, "scoop": 1}}
     with pytest.raises(RecipeError) as caught:
