@@ -335,7 +335,7 @@ def test_features_of_texts_and_of_tokens(family: Any, tmp_path: Path) -> None:
     assert gate.second_pass
 
 
-# What a merge is killed in: the bank's progress, and the epochs of the gate.
+# What a merge is killed in: the bank's progress, the epochs of the gate, and the steps of its second training.
 DYING = """
 import json, os, signal, sys
 from mixmerge.engine.merge import merge
@@ -349,24 +349,28 @@ def gathering(what, done, total):
     if what == at == "bank" and done == total // 2:
         die()
 
+told = []
+
 def learning(done, total, loss):
-    if at == "gate" and done == 2:
+    told.append(done)
+    if len(told) == {"gate": 2, "task": 14}.get(at):
         die()
 
 merge(recipe, out, gathering=gathering, learning=learning)
 """
 
 
-@pytest.mark.parametrize("at", ["bank", "gate"])
+@pytest.mark.parametrize("at", ["bank", "gate", "task"])
 def test_a_killed_merge_goes_on(family: Any, programs: Any, tmp_path: Path, at: str) -> None:
-    recipe = gated(family("llama", dtype="float32"), tmp_path)
+    second = {"task": {"epochs": 1, "batch": 8}} if at == "task" else {}
+    recipe = gated(family("llama", dtype="float32"), tmp_path, **second)
     whole, out = tmp_path / "whole", tmp_path / "out"
     mixmerge.merge(recipe, whole)
     done = programs("-c", DYING, json.dumps(recipe), out, at, folder=tmp_path)
     assert done.returncode != 0
     assert not out.exists()
     partial = tmp_path / ".out.mixmerge-partial"
-    assert (partial / "bank" / "bank.json").is_file() == (at == "gate")
+    assert (partial / "bank" / "bank.json").is_file() == (at != "bank")
     told: list[str] = []
     resumed = mixmerge.merge(recipe, out, gathering=lambda what, *_: told.append(what))
     assert resumed.resumed == len(resumed.plan.tasks)
@@ -486,7 +490,7 @@ def test_a_recipe_is_read_back_as_it_was(family: Any) -> None:
 
     recipe = recipe_of(family("llama", dtype="float32"), {"energy": 0.9, "bits": 8}, seed=4)
     recipe["models"][0]["parameters"] = {"weight": 0.1}
-    for gate in ("none", {"hidden": 1, "learning_rate": "1e-3", "top_k": 1}):
+    for gate in ("none", {"hidden": 1, "learning_rate": "1e-3", "top_k": 1, "task": {"rank_rate": "1e-3"}}):
         rows = {"calibration": {"per_expert": {"expert0": "a.jsonl", "expert1": "b.jsonl"}}}
         made = read({**recipe, "gate": gate, **(rows if gate != "none" else {})}).require()
         again = parse(dump(made)).require()

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from mixmerge import DynamicModel
 
 RANKS = (1, 4, 16, 64)
-ROWS = 800  # of each task's train split, for the router: it learns whose rows they are, and no label
+ROWS = 800  # of each task's train split, for the router: it learns whose rows they are, and ``by_task`` their labels
+TOKENS = 128  # of such a row
 TIMED = 4  # batches
 # A linear map of the means of all layers: the published network of the last layer's takes more texts for another's.
 DEEP = {
@@ -38,6 +39,7 @@ DEEP = {
     "learning_rate": 1e-3,
     "weight_decay": 0.1,
 }
+CUT = 48  # tokens that a text is cut at when it is scored, at most
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Twin:
         rank: of every part.
         bits: of its factors.
         gate: settings of the router.
+        tokens: of a row that the router learns from; None: ``TOKENS``.
     """
 
     name: str
@@ -57,6 +60,7 @@ class Twin:
     rank: int = 16
     bits: int = 8
     gate: dict[str, Any] = field(default_factory=dict)
+    tokens: int | None = None
 
     def recipe(self, suite: Suite, rows: dict[str, Path]) -> dict[str, Any]:
         return {
@@ -69,10 +73,16 @@ class Twin:
             "calibration": {
                 "per_expert": {suite.headed[task]: str(file) for task, file in rows.items()},
                 "max_examples": ROWS,
-                "max_tokens": 128,
+                "max_tokens": self.tokens or TOKENS,
             },
             "dtype": suite.dtype,
         }
+
+
+def by_task(*, ranks: bool) -> dict[str, Any]:
+    """A second training, whose settings were chosen on validation rows: with a factor for every rank, or without."""
+    told = {"dtype": "bfloat16"}
+    return {**DEEP, "task": told if ranks else {**told, "ranks": False}}
 
 
 def twins(best: dict[str, Any]) -> tuple[Twin, ...]:
@@ -86,6 +96,15 @@ def twins(best: dict[str, Any]) -> tuple[Twin, ...]:
     sweep = tuple(Twin(f"{name}, rank {rank}", best, rank=rank, gate=DEEP) for rank in RANKS)
     return (
         *sweep,
+        Twin(f"{name}, rank 64, router by task loss", best, rank=64, gate=by_task(ranks=True), tokens=CUT),
+        Twin(
+            f"{name}, rank 64, router by task loss, layers alone",
+            best,
+            rank=64,
+            gate=by_task(ranks=False),
+            tokens=CUT,
+        ),
+        Twin(f"{name}, rank 64, router of cut texts", best, rank=64, gate=DEEP, tokens=CUT),
         Twin(f"{name}, router as published", best),
         Twin("task arithmetic 0.3, router as published", published),
     )
@@ -97,7 +116,8 @@ Scored = tuple[Right, dict[str, float]]
 
 def run_twin(suite: Suite, twin: Twin) -> None:
     """Merge and score, unless both have been done."""
-    told = {"twin": vars(twin), "inputs": suite.identity, "rows": ROWS}
+    asked = {name: value for name, value in vars(twin).items() if value is not None}
+    told = {"twin": asked, "inputs": suite.identity, "rows": ROWS}
     name = f"{suite.name}/twins/{slug(twin.name)}.json"
     stage(suite.work, name, told, lambda out: _run(suite, twin, out))
 

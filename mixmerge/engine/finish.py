@@ -159,10 +159,17 @@ expert as its gate says.
         return text + "\nIt has no gate: weights are given with the input.\n"
     if gate["accuracy"] is None:
         return text
-    return text + (
+    text += (
         f"\nIts gate sends {100 * gate['accuracy']:.1f} % of {gate['held_out']} calibration rows to their own expert."
         "\nIt was not trained on them; they chose its epoch and its temperature.\n"
     )
+    if gate.get("task") and gate["task"]["losses"]:
+        losses = gate["task"]["losses"]
+        text += (
+            "\nIt was trained a second time, by the loss of the experts' own tasks: on the same rows that was "
+            f"{losses[0]:.3f} before and {losses[gate['task']['epoch']]:.3f} after.\n"
+        )
+    return text
 
 
 def input_fingerprints(plan: Plan, *, every_byte: bool) -> dict[str, dict[str, str]]:

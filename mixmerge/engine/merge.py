@@ -199,6 +199,7 @@ def run(
         output.flush()
         _check_unchanged(stamps, _stamps(plan))
         add_config(output, plan)
+        add_heads(output, plan, files)
         bank = None
         if plan.bank is not None:
             plan, bank = _bank(
@@ -207,7 +208,6 @@ def run(
             )  # fmt: skip
         add_masks(plan, output, files, device=device, threads=count, progress=gathering)
         add_record(output, plan, fingerprints, data=data, notes=found.notes, bank=bank)
-        add_heads(output, plan, files)
         if learned is not None:
             draw(output, learned)
         verify(output.partial, plan)

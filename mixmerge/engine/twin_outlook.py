@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mixmerge.calibrate.anatomy import Anatomy, Need, Shown
 from mixmerge.data.rows import Row
@@ -13,6 +13,7 @@ from mixmerge.errors import Fault, MixmergeError
 from mixmerge.experts.loading import check_tokenizer, kind_of, read_config, read_tokenizer
 from mixmerge.plan import Plan
 from mixmerge.recipe import Calibration, ModelRef
+from mixmerge.recipe.gate import TaskBlock
 
 if TYPE_CHECKING:
     from mixmerge.calibrate.gathering import Reader
@@ -63,13 +64,36 @@ def gate_need(plan: Plan, anatomy: Anatomy, shown: Shown, rows: int) -> Need:
     wide = max(1, round(block.width * inputs))
     layers = [inputs, *[wide] * block.hidden, len(experts_of(plan))]
     network = sum(one * other for one, other in itertools.pairwise(layers))
-    return Need(
+    first = Need(
         {
             "the shared model": anatomy.loading,
             "a batch": anatomy.forward(shown),
             "features": 8 * rows * inputs,
             # Weights, gradients, two moments, and the best epoch's weights.
             "the gate": 4 * (5 * network + 3 * block.batch * sum(layers)),
+        }
+    )
+    second = Need() if block.task is None else _task_need(plan, block.task, anatomy, shown, network)
+    return max(first, second, key=lambda need: need.total)
+
+
+def _task_need(plan: Plan, task: TaskBlock, anatomy: Anatomy, shown: Shown, network: int) -> Need:
+    """Of a training by the task's loss: the way back through the shared model and the bank beside it."""
+    sites, experts = () if plan.bank is None else plan.bank.sites, len(experts_of(plan))
+    width = 4 if task.dtype == "float32" else 2
+    once = Shown(task.batch, shown.length)
+    ranks = experts * sum(site.most for site in sites)
+    factors = experts * sum(site.most * sum(site.shape) for site in sites)
+    return Need(
+        {
+            "the shared model": anatomy.loading,
+            "the bank": width * factors
+            + 4 * experts * sum(() if plan.bank is None else plan.bank.vectors.values()),
+            # What is between the factors, before and after it is weighed.
+            "activations": anatomy.backward(once, width=width) + 2 * width * once.places * ranks,
+            "logits": 3 * 4 * once.places * anatomy.vocabulary,
+            # Weights, gradients, two moments, and the best epoch's.
+            "the gate": 4 * (network + 5 * (ranks + task.hidden * experts * (anatomy.layers + 3))),
         }
     )
 
@@ -84,7 +108,7 @@ def row_faults(plan: Plan, parts: Mapping[ModelRef, Part]) -> tuple[list[Fault],
     for ref, part in parts.items():
         for row in part.rows:
             seen.setdefault(row.digest, set()).add(str(ref))
-    faults, notes = [], []
+    faults, notes = _label_faults(plan, parts), []
     for ref, part in parts.items():
         own = sum(len(seen[row.digest]) == 1 for row in part.rows)
         if part.rows and not own:
@@ -99,3 +123,26 @@ def row_faults(plan: Plan, parts: Mapping[ModelRef, Part]) -> tuple[list[Fault],
         run = "Give each expert rows of its own task, or write gate: none"
         faults.append(Fault("calibration", what, run=run))
     return faults, notes
+
+
+def _label_faults(plan: Plan, parts: Mapping[ModelRef, Part]) -> list[Fault]:
+    """Experts and rows that a training by the task's loss cannot learn from."""
+    block = None if plan.bank is None else plan.bank.gate
+    if block is None or block.task is None:
+        return []
+    from mixmerge.bank.gates.router_task import label_faults
+
+    configs: dict[int, Mapping[str, Any]] = {head.model: head.config for head in plan.heads}
+    faults = []
+    for number in experts_of(plan):
+        ref = plan.models[number].ref
+        config = configs.get(number, {} if configs else plan.config)
+        kind = kind_of(str((config.get("architectures") or [""])[0]))
+        if kind == "other":
+            what = "says no classes and no tokens, and gate.task learns from what is right"
+            allowed = "Language models, or classifiers of texts with their heads"
+            faults.append(Fault(str(ref), what, allowed, "Leave gate.task out"))
+        elif kind == "classifier" and ref in parts:
+            classes = len(config.get("id2label") or ()) or config.get("num_labels")
+            faults += label_faults(parts[ref].rows, f"{parts[ref].source} for {ref}", classes=classes)
+    return faults

@@ -12,6 +12,36 @@ from mixmerge.document.sections import Strict, read_section
 NONE = "none"
 
 
+class TaskBlock(Strict):
+    """A second training of the gate, by the loss of the experts' own tasks: weights by layer, not bound to sum to 1.
+
+    Args:
+        scope: which tensors share weights: those of a ``layer``, or those of one module, ``site``.
+        hidden: width of the network that is trained.
+        ranks: learn a factor for every rank of the bank too, the same for all inputs.
+        epochs: passes over the rows, at most; the best one on the rows held out is kept.
+        batch: rows in a step.
+        learning_rate: of AdamW at its highest: it rises for the first 6 % of the steps and falls to 0.
+        rank_rate: the same, of the factors of ranks.
+        weight_decay: of the network.
+        label_smoothing: share of a label given to all classes, or tokens, alike.
+        patience: epochs without a better loss on the rows held out, after which it ends.
+        dtype: of shared model and factors in this training.
+    """
+
+    scope: Literal["layer", "site"] = "layer"
+    hidden: int = Field(default=128, ge=1, le=65_536)
+    ranks: bool = True
+    epochs: int = Field(default=3, ge=1, le=100_000)
+    batch: int = Field(default=32, ge=1, le=1_000_000)
+    learning_rate: float = Field(default=1e-3, gt=0)
+    rank_rate: float = Field(default=2e-2, gt=0)
+    weight_decay: float = Field(default=0.01, ge=0)
+    label_smoothing: float = Field(default=0.1, ge=0, lt=1)
+    patience: int = Field(default=1, ge=1)
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
 class GateBlock(Strict):
     """A small network from features of a prompt to weights of the experts, and its training. Defaults: Twin-Merging's.
 
@@ -32,6 +62,7 @@ class GateBlock(Strict):
         holdout: share of the calibration rows not trained on: they choose the epoch and the temperature.
         temperature: ``held_out``: what makes the held-out rows likeliest; ``one``: 1, as published.
         top_k: experts that an input gets anything of, the likeliest; None: all.
+        task: a second training, by the loss of the experts' tasks; None: none, as published.
     """
 
     features: Literal["hidden", "layers", "text"] = "hidden"
@@ -49,6 +80,7 @@ class GateBlock(Strict):
     holdout: float = Field(default=0.2, gt=0, lt=1)
     temperature: Literal["held_out", "one"] = "held_out"
     top_k: int | None = Field(default=None, ge=1)
+    task: TaskBlock | None = None
 
     def canonical(self) -> dict[str, Any]:
         """Plain data, every value spelled out but those that are not set."""
@@ -70,7 +102,10 @@ def read_gate(node: Node | None, report: Report) -> GateBlock | None:
         allowed = "A mapping, or none: then weights are given with every input"
         report.fault(node, f"expected the settings of a gate, got {show(node.value)}", allowed)
         return None
-    block = read_section(node, GateBlock, report, what="how the gate is trained")
+    said = node.value.get("task")
+    what = "how the gate is trained by the task's loss"
+    task = None if said is None or said.value is None else read_section(said, TaskBlock, report, what=what)
+    block = read_section(node, GateBlock, report, what="how the gate is trained", ready={"task": task})
     if block is not None:
         _agree(node, block, report)
     return block
@@ -86,3 +121,6 @@ def _agree(node: Node, block: GateBlock, report: Report) -> None:
     if block.features != "hidden" and block.per_token:
         what = f"features: {block.features} are of whole prompts, not of single tokens"
         report.fault(inner["per_token"], what, run="Use features: hidden, or per_token: false")
+    if block.task is not None and block.per_token:
+        what = "trains weights of whole prompts, and per_token asks for those of tokens"
+        report.fault(inner["task"], what, run="Remove one of them")

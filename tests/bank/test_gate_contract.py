@@ -18,6 +18,7 @@ from mixmerge.bank.gate import Gate, Run
 from mixmerge.bank.gates import GATES
 from mixmerge.bank.gates.choosing import standardised
 from mixmerge.bank.gates.places import Places
+from mixmerge.bank.gates.refined import Tensors
 from mixmerge.bank.records import Bank, Entry, side_by_side
 from mixmerge.data.batches import Batch
 from mixmerge.experts.loading import LoadedExpert
@@ -50,6 +51,12 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "smora": ("smora", {"active": 3}),
     "flylora": ("flylora", {"active": 3}),
     "self_rank": ("self_rank", {"active": 3, "values": "softmax"}),
+    "router": ("router", {"hidden": 0}),
+    "router by task": ("router", {"hidden": 0, "task": {"hidden": 5}}),
+    "router by task, of some": (
+        "router",
+        {"hidden": 0, "top_k": 2, "task": {"hidden": 5, "scope": "site", "ranks": False}},
+    ),
 }
 
 
@@ -81,17 +88,24 @@ def make_bank(base: Any, experts: int = 3) -> Bank:
 
 def make_gate(kind: str, options: dict[str, Any], bank: Bank) -> Gate:
     """A gate with something to say: from the factors, or any values."""
-    found, said = find("gate", kind), gate_options(kind, options)
+    found: Any = find("gate", kind)
+    said: Any = gate_options(kind, options)
     if kind in ("mean", "arrow", "smile", "self_rank"):
         return fit_gate(kind, options, bank)
     places = Places.of(bank)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         sizes = {"glider": [FEATURES], "xlora": [HIDDEN]}.get(kind, [])
-        gate: Gate = found(len(bank.experts), said) if kind == "lorahub" else found(places, said, *sizes)
+        gate: Gate
+        if kind == "router":
+            of = Tensors.of(bank, said.task.scope) if said.task else None
+            gate = found(len(bank.experts), FEATURES, said, tensors=of)
+        else:
+            gate = found(len(bank.experts), said) if kind == "lorahub" else found(places, said, *sizes)
         with torch.no_grad():
             for name, value in gate.state_dict().items():
                 drawn = torch.randn(value.shape) * (0.3 if "bias" in name else 1.0)
+                drawn = drawn.abs() + 0.1 if name == "deviation" else drawn
                 value.copy_(standardised(drawn) if kind in ("phatgoose", "glider") else drawn)
     return gate.eval().requires_grad_(False)
 
@@ -133,10 +147,7 @@ def close(found: Tensor, wanted: Tensor) -> None:
 
 
 def test_every_gate_is_held_to_this() -> None:
-    assert {kind for kind, _ in KINDS.values()} == set(GATES) - {
-        "given",
-        "router",
-    }  # these have tests of their own
+    assert {kind for kind, _ in KINDS.values()} == set(GATES) - {"given"}
 
 
 @pytest.mark.parametrize("name", list(KINDS))
@@ -167,7 +178,9 @@ def test_no_token_looks_ahead(base: Any, name: str) -> None:
     close(start, whole[:4])
 
 
-@pytest.mark.parametrize("name", [name for name in KINDS if KINDS[name][0] not in ("smora", "lorahub")])
+@pytest.mark.parametrize(
+    "name", [name for name in KINDS if name.split()[0] not in ("smora", "lorahub") and "by task" not in name]
+)
 def test_one_expert_alone_is_that_expert(base: Any, name: str) -> None:
     kind, options = KINDS[name]
     bank = make_bank(base, experts=1)
@@ -221,6 +234,14 @@ def turned_value(kind: str, key: str, value: Tensor, bank: Bank, order: list[int
         site = bank.sites[key.split(".", 1)[1].replace("/", ".")]
         ranks = [rank for expert in order for rank in range(site.bounds[expert], site.bounds[expert + 1])]
         return value[ranks]
+    if kind == "router":
+        if key.startswith("refined.factors"):
+            site = bank.sites[key.rpartition(".")[2].replace("/", ".")]
+            return torch.cat([value[site.bounds[one] : site.bounds[one + 1]] for one in order])
+        if key.startswith("refined.network.0"):
+            return value[:, order] if value.dim() == 2 else value
+        by_expert = key.startswith(("network", "refined.network.2"))
+        return value.unflatten(0, (-1, 3))[:, order].flatten(0, 1) if by_expert else value
     if kind == "xlora":
         last = value.shape[0] % 3 == 0  # (G * E, ...); the layer before has 16 outputs
         return value.unflatten(0, (-1, 3))[:, order].flatten(0, 1) if last else value
@@ -245,7 +266,7 @@ def test_the_order_of_experts_does_not_matter(base: Any, name: str) -> None:
         close(one, two)
 
 
-@pytest.mark.parametrize("name", ["xlora", "xlora of some", "lora_mixer"])
+@pytest.mark.parametrize("name", ["xlora", "xlora of some", "lora_mixer", "router", "router by task"])
 def test_every_parameter_learns_from_the_task(base: Any, name: str) -> None:
     kind, options = KINDS[name]
     bank = make_bank(base)
@@ -254,8 +275,7 @@ def test_every_parameter_learns_from_the_task(base: Any, name: str) -> None:
     ids, mask = torch.tensor(rows), torch.ones(1, TOKENS, dtype=torch.int64)
     loss_mask = mask.bool().clone()
     loss_mask[:, 0] = False
-    with torch.no_grad():
-        run = run_of(base, gate, ids, mask, mask.cumsum(-1) - 1, features)
+    run = run_of(base, gate, ids, mask, mask.cumsum(-1) - 1, features)
     attached = Attached(base, bank, gate)
     with attached.running(run):
         loss = task_loss(LoadedExpert(base, None, "causal", "base"), Batch(ids, mask, loss_mask, None, (0,)))

@@ -14,7 +14,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from mixmerge.bank.gate import Features, Gate, Run
+from mixmerge.bank.gates.refined import Refined, TaskTraining, Tensors
 from mixmerge.bank.mix import Mix
+from mixmerge.bank.records import Bank
+from mixmerge.errors import Fault
 
 Norm = Literal["batch", "layer", "none"]
 
@@ -37,6 +40,7 @@ class RouterOptions(BaseModel):
         label_smoothing: share of a label given to all experts alike.
         holdout: share of the rows held out.
         temperature: ``held_out``: the likeliest on the rows held out; ``one``: 1.
+        task: a second training, by the loss of the experts' tasks; None: none, as published.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -55,6 +59,7 @@ class RouterOptions(BaseModel):
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     holdout: float = Field(default=0.2, gt=0, lt=1)
     temperature: Literal["held_out", "one"] = "held_out"
+    task: TaskTraining | None = None
 
 
 class Router(Gate):
@@ -62,8 +67,9 @@ class Router(Gate):
 
     Source: Twin-Merging, arXiv:2406.15479, section 4.3 and its released code: layers of twice the features' number,
     BatchNorm, LeakyReLU, dropout 0.5. Added here: features are standardised by means and deviations of the rows trained
-    on; a temperature; ``top_k``. The released code selects the router by its accuracy on the test split and takes the
-    hidden state of a token sampled later for generators; neither is done here.
+    on; a temperature; ``top_k``; what a second training adds to the weights (``Refined``). The released code selects
+    the router by its accuracy on the test split and takes the hidden state of a token sampled later for generators;
+    neither is done here.
 
     A row's weights never depend on its batch-mates: BatchNorm's are the statistics of training, unless somebody puts
     the gate in training mode.
@@ -74,6 +80,7 @@ class Router(Gate):
         options: of the gate.
         temperature: above 0; below 1 sharpens.
         encoder: which model gave the features, for ``text``.
+        tensors: of the bank, of a router trained by the task's loss; None: its weights are the same everywhere.
     """
 
     kind = "router"
@@ -89,6 +96,7 @@ class Router(Gate):
         *,
         temperature: float = 1.0,
         encoder: str = "",
+        tensors: Tensors | None = None,
     ) -> None:
         super().__init__()
         said = options or RouterOptions()
@@ -101,20 +109,37 @@ class Router(Gate):
         self.register_buffer("mean", torch.zeros(inputs))
         self.register_buffer("deviation", torch.ones(inputs))
         self.network = _network(experts, inputs, said)
+        self.refined: Refined | None = None
         self._seen: WeakKeyDictionary[Run, Tensor] = WeakKeyDictionary()
+        self._parts: tuple[Tensor, bool, dict[int | str, Mix]] | None = None
+        if tensors is not None:
+            self.refine(tensors)
         self.eval()
 
     mean: Tensor
     deviation: Tensor
 
+    @classmethod
+    def faults(cls, bank: Bank, options: BaseModel) -> list[Fault]:
+        whole = isinstance(options, RouterOptions) and not (options.per_token and options.task)
+        what = "trains weights of whole prompts, and per_token asks for those of tokens"
+        return [] if whole else [Fault("gate.task", what, run="Remove one of them")]
+
+    def refine(self, tensors: Tensors) -> Refined:
+        """Give every group of tensors weights of its own, as yet the router's."""
+        said = TaskTraining() if self.said.task is None else self.said.task
+        self.refined = Refined(self.experts, tensors, said)
+        return self.refined
+
     def settings(self) -> dict[str, Any]:
-        return {
+        said = {
             "experts": self.experts,
             "inputs": self.inputs,
             "options": self.said.model_dump(mode="json"),
             "temperature": self.temperature,
             "encoder": self.encoder,
         }
+        return said if self.refined is None else {**said, "tensors": self.refined.tensors.written()}
 
     @classmethod
     def build(cls, settings: Mapping[str, Any]) -> Router:
@@ -125,6 +150,7 @@ class Router(Gate):
             options,
             temperature=settings["temperature"],
             encoder=settings["encoder"],
+            tensors=Tensors.read(settings["tensors"]) if "tensors" in settings else None,
         )
 
     def logits(self, features: Tensor) -> Tensor:
@@ -142,11 +168,15 @@ class Router(Gate):
         return logits.softmax(-1)
 
     def query(self, features: Tensor) -> Tensor:
-        return self.weights(features)
+        """``(B, E)``; of a router that was trained by the task's loss ``(B, G * E)``, group by group."""
+        router = self.weights(features)
+        return router if self.refined is None else self.refined.weights(router).flatten(1)
 
     def mix(self, site: str, u: Tensor, run: Run) -> Mix | None:
         if not self.said.per_token:
-            return None if run.rows is None else Mix(run.rows)
+            if run.rows is None or self.refined is None:
+                return None if run.rows is None else Mix(run.rows)
+            return self._of_tensor(site, run.rows, self.refined)
         if run.hidden is None:
             return None
         if run not in self._seen:  # all sites of a pass ask for the same
@@ -155,6 +185,19 @@ class Router(Gate):
         found = self._seen[run]
         # A pooler sees one token of each row, its first.
         return Mix(found[:, :1] if u.dim() == 3 and u.shape[1] == 1 else found)
+
+    def _of_tensor(self, site: str, rows: Tensor, refined: Refined) -> Mix:
+        """Kept while the rows stay the same: executors sort a decision they know once."""
+        learns = torch.is_grad_enabled()
+        if self._parts is None or self._parts[0] is not rows or self._parts[1] is not learns:
+            self._parts = rows, learns, {}
+        made, group = self._parts[2], refined.tensors.groups[site]
+        if group not in made:
+            made[group] = Mix(rows.view(len(rows), -1, self.experts)[:, group].contiguous())
+        if site not in made:
+            ranks = refined.of_ranks(site, made[group].weights)
+            made[site] = made[group] if ranks is None else Mix(ranks, by="rank")
+        return made[site]
 
 
 def _network(experts: int, inputs: int, said: RouterOptions) -> nn.Sequential:

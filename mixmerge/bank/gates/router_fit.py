@@ -19,6 +19,8 @@ from torch.nn.functional import cross_entropy
 from mixmerge.bank.features import features_of
 from mixmerge.bank.fitting_job import Job
 from mixmerge.bank.gates.router import Router, RouterOptions
+from mixmerge.bank.gates.router_task import Lessons, balance, fit_task
+from mixmerge.bank.own_heads import Headed
 from mixmerge.errors import Fault, MixmergeError
 
 # Temperatures tried on the rows held out.
@@ -66,15 +68,23 @@ def router(kind: type[Router], options: RouterOptions, job: Job) -> Router:
         tokens = TOKENS if options.per_token else 0
         found = features_of(job.base, shown, tokens=tokens, layers=options.features == "layers")
         values, owners = found.values, found.rows
+    labels, keys = torch.tensor([rows[at][1] for at in owners]), [rows[at][0].digest for at in owners]
     made, _ = fit_router(
         values,
-        torch.tensor([rows[at][1] for at in owners]),
-        [rows[at][0].digest for at in owners],
+        labels,
+        keys,
         options,
         experts=len(job.bank.experts),
         seed=job.seed,
         progress=lambda done, total, loss: job.progress("router", done, total, loss),
     )
+    if options.task is not None:
+        held = held_out(keys, labels, share=options.holdout, seed=job.seed, experts=made.experts)
+        lessons = Lessons([rows[at][0] for at in owners], labels.tolist(), values, held)
+        fit_task(
+            made, job.bank, Headed(job.base), lessons, options.task, seed=job.seed,
+            progress=lambda done, total, loss: job.progress("router, by task", done, total, loss),
+        )  # fmt: skip
     return made
 
 
@@ -134,7 +144,7 @@ def _learn(
 ) -> int:
     """Train in place; the network of the best epoch stays. Returns that epoch, from 1."""
     training = gate.said
-    balance, balance_held = _balance(y, gate.experts), _balance(y_held, gate.experts)
+    shares, shares_held = balance(y, gate.experts), balance(y_held, gate.experts)
     optimiser = torch.optim.AdamW(
         gate.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay
     )
@@ -144,7 +154,7 @@ def _learn(
         loss = torch.zeros(())
         for rows in _batches(torch.randperm(len(y)), training.batch):
             loss = cross_entropy(
-                gate.logits(x[rows]), y[rows], weight=balance, label_smoothing=training.label_smoothing
+                gate.logits(x[rows]), y[rows], weight=shares, label_smoothing=training.label_smoothing
             )
             optimiser.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
@@ -153,7 +163,7 @@ def _learn(
         found = float(loss.detach())
         if len(y_held):
             with torch.no_grad():
-                found = float(cross_entropy(gate.logits(x_held), y_held, weight=balance_held))
+                found = float(cross_entropy(gate.logits(x_held), y_held, weight=shares_held))
             if found < best:
                 best, kept, state = found, epoch, copy.deepcopy(gate.state_dict())
         if progress is not None:
@@ -162,12 +172,6 @@ def _learn(
         gate.load_state_dict(state)
     gate.requires_grad_(False)
     return kept
-
-
-def _balance(y: Tensor, experts: int) -> Tensor:
-    """``(E,)``: what a row of each expert counts, so that all experts count alike."""
-    counts = torch.bincount(y, minlength=experts).clamp_min(1)
-    return len(y) / (experts * counts.float())
 
 
 def _batches(order: Tensor, size: int) -> list[Tensor]:
@@ -190,9 +194,9 @@ def _temperature(gate: Router, x: Tensor, y: Tensor) -> float:
         tried = torch.logspace(
             torch.log10(torch.tensor(_COLDEST)).item(), torch.log10(torch.tensor(_HOTTEST)).item(), _TRIED
         )
-        balance = _balance(y, gate.experts)
+        shares = balance(y, gate.experts)
         losses = torch.stack(
-            [cross_entropy(logits / one, y, weight=balance, label_smoothing=doubt) for one in tried]
+            [cross_entropy(logits / one, y, weight=shares, label_smoothing=doubt) for one in tried]
         )
     return float(tried[losses.argmin()])
 
@@ -209,7 +213,7 @@ def _report(gate: Router, x: Tensor, y: Tensor, *, rows: int, epoch: int) -> Tra
         rows,
         len(y),
         epoch,
-        float(cross_entropy(logits / gate.temperature, y, weight=_balance(y, gate.experts))),
+        float(cross_entropy(logits / gate.temperature, y, weight=balance(y, gate.experts))),
         float((chosen == y).float().mean()),
         tuple(tuple(row) for row in counts.tolist()),
         gate.temperature,
