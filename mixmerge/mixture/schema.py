@@ -13,6 +13,7 @@ from mixmerge.errors import Fault, MixmergeError
 
 # Compositions that a mixture may name before they can be used; the others are in ``mixmerge.aggregate``.
 LATER = ("latent", "logits", "twin")
+LATENT = "latent"  # one expert answers, and reads what the others think
 ADAPTERS = "adapters"  # one network of all experts: no answers are composed
 
 
