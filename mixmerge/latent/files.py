@@ -104,7 +104,7 @@ class LatentCard:
 
 
 def expert_hash(expert: Expert) -> str:
-    """What tells an expert from others, and from itself changed: its small files, and headers and samples of its weights.
+    """What tells experts apart, or one from itself changed: small files, headers and samples of the weights.
 
     What is on the hub is downloaded. Engine and options do not count.
 
