@@ -130,7 +130,7 @@ class _Network:
         encoder: Path | None,
     ) -> Gate:
         from mixmerge.bank.fitting import fit_gate
-        from mixmerge.dynamic.loading import TextEncoder
+        from mixmerge.experts.encoding import TextEncoder
         from mixmerge.experts.loading import load_expert
 
         asked = dict(self._told.gate or {})
