@@ -234,8 +234,8 @@ class Job:
         residences = self._residences()
         try:
             self._emit_unasked(settled)
-            for stage in list(self.stages):  # those that were begun before
-                self._run_stage(stage, residences, deadline, settled)
+            for begun in list(self.stages):
+                self._run_stage(begun, residences, deadline, settled)
             while (stage := self.next_stage()) is not None:
                 self._run_stage(stage, residences, deadline, settled)
         finally:

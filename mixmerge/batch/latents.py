@@ -39,4 +39,6 @@ def look_again(stage: Stage, journal: Journal, folder: Path) -> None:
 
 
 def _kept(folder: Path, name: str) -> bool:
-    return (folder / name).is_file()
+    from mixmerge.latent.store import Store
+
+    return Store(folder).has(name)

@@ -1,4 +1,4 @@
-"""The experts of an interaction as an engine meets them: where they are, how they read, and what they leave of prompts."""
+"""The experts of an interaction as an engine meets them: where they are, how they read, what they leave of prompts."""
 
 from __future__ import annotations
 
@@ -108,11 +108,7 @@ class Companion:
     ) -> list[str]:
         """Keep its latents of prompts, and say under which names; what is there already is not made again."""
         keys = [self.key(store, reading) for reading in readings]
-        lacking = {
-            key: reading
-            for key, reading in zip(keys, readings, strict=True)
-            if not store.has(key)
-        }
+        lacking = {key: reading for key, reading in zip(keys, readings, strict=True) if not store.has(key)}
         made = latents(loaded, list(lacking.values()), self.depths, batch_tokens=batch_tokens)
         for key, one in zip(lacking, made, strict=True):
             store.put(key, one)

@@ -1,9 +1,11 @@
-"""Peers that read an answer along while it is said. Legend: that of ``records``; b rows of one peer, t tokens it reads."""
+"""Peers that read an answer along while it is said.
+
+Legend: that of ``records``; b rows of one peer, t tokens that it reads.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +14,8 @@ from torch import Tensor
 from mixmerge.engines.decoding import accepted
 from mixmerge.latent.decoders import Anatomy, reading
 from mixmerge.latent.glue import Glue
-from mixmerge.latent.offsets import Growth, Reader
+from mixmerge.latent.closing import Growth
+from mixmerge.latent.offsets import Reader
 from mixmerge.latent.records import NEVER, Memory, Reading
 
 
@@ -29,6 +32,7 @@ class Follower:
         rows: of the batch that read it, ascending.
         columns: of ``View.gates``, for each of these rows.
         prompts: of each of these rows, as the peer reads it.
+        dtype: of the primary's states.
     """
 
     def __init__(
@@ -41,13 +45,14 @@ class Follower:
         rows: Sequence[int],
         columns: Sequence[int],
         prompts: Sequence[Reading],
+        dtype: torch.dtype,
     ) -> None:
         from transformers import DynamicCache
 
-        self._model, self._trunk = model, Anatomy.of(model, name=name).trunk
-        self._name, self._glue, self._context = name, glue, reader.context
+        self._anatomy = Anatomy.of(model, name=name)
+        self._name, self._glue, self._context, self._dtype = name, glue, reader.context, dtype
         self._depths = glue.peer_depths(name)
-        self._takes = accepted(self._trunk)
+        self._takes = accepted(self._anatomy.trunk)
         self.rows, self._columns = list(rows), list(columns)
         self._prompts = list(prompts)
         self._growths: list[Growth] = [reader.growth() for _ in prompts]
@@ -107,14 +112,16 @@ class Follower:
             "past_key_values": self._cache,
             "use_cache": True,
         }
-        with torch.inference_mode(), reading(self._model, self._depths) as states:
-            out = self._trunk(**{name: value for name, value in given.items() if name in self._takes})
+        with torch.inference_mode(), reading(self._anatomy, self._depths) as states:
+            out = self._anatomy.trunk(**{name: value for name, value in given.items() if name in self._takes})
         self._cache = out.past_key_values
         self._read = [done + len(one) for done, one in zip(self._read, ids, strict=True)]
         until = _padded(ends, NEVER).to(device)
-        told = self._glue.told(self._name, [states[one] for one in self._depths], until, column=1)
-        columns = torch.tensor(self._columns, device=told.peer.device)[:, None].expand_as(told.peer)
-        return spread(replace(told, peer=columns), self.rows, rows)
+        columns = torch.tensor(self._columns, device=device)
+        told = self._glue.told(
+            self._name, [states[one] for one in self._depths], until, column=columns, dtype=self._dtype
+        )
+        return told if len(self.rows) == rows else told.spread(self.rows, rows)
 
 
 def slides(model: Any) -> bool:
@@ -126,24 +133,6 @@ def slides(model: Any) -> bool:
     return getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
 
 
-def spread(memory: Memory, places: Sequence[int], rows: int) -> Memory:
-    """Latents of some rows as those of a batch, in which the others have none."""
-    if list(places) == list(range(rows)):
-        return memory
-    at = torch.tensor(places, device=memory.ends.device)
-
-    def wide(some: Tensor, empty: int) -> Tensor:
-        found = some.new_full((rows, *some.shape[1:]), empty)
-        return found.index_copy(0, at, some)
-
-    return Memory(
-        tuple(wide(one, 0) for one in memory.keys),
-        tuple(wide(one, 0) for one in memory.values),
-        wide(memory.ends, NEVER),
-        wide(memory.peer, 1),
-    )
-
-
 def _padded(some: Sequence[Sequence[int]], fill: int) -> Tensor:
     """``(b, t)`` int64, filled up on the right."""
     longest = max(1, *(len(one) for one in some)) if some else 1
@@ -151,5 +140,3 @@ def _padded(some: Sequence[Sequence[int]], fill: int) -> Tensor:
     for row, one in enumerate(some):
         found[row, : len(one)] = torch.tensor(list(one), dtype=torch.long)
     return found
-
-

@@ -113,7 +113,8 @@ class LatentRows:
             memory = memory.append(one.begin(len(rows)))
         self._memory, self._gates = memory, gates_of(rows, device)
         self._begun, self._left = False, list(range(len(rows)))
-        self._said: list[list[int]] = [[] for _ in rows]
+        self._said = [reader.saying() for _ in rows]
+        self._spoken = 0
         self._handed = [row.reading.prompt_bytes for row in rows]
 
     @contextmanager
@@ -146,16 +147,17 @@ class LatentRows:
 
     def _next(self, tokens: Sequence[int], device: Any) -> View:
         for said, token in zip(self._said, tokens, strict=True):
-            said.append(token)
-        texts = [self._reader.said(said) for said in self._said]
+            said.add(token)
+        self._spoken += 1
         seen = [
-            self._rows[row].reading.prompt_bytes + len(text.encode())
-            for row, text in zip(self._left, texts, strict=True)
+            self._rows[row].reading.prompt_bytes + said.bytes
+            for row, said in zip(self._left, self._said, strict=True)
         ]
         if self._step == 0:
             upto = seen
         else:
-            if len(self._said[0]) % self._step == 0:
+            if self._spoken % self._step == 0:
+                texts = [said.text for said in self._said]
                 for one in self._followers:
                     more = one.follow(texts, len(texts))
                     self._memory = self._memory if more is None else self._memory.append(more)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
@@ -19,6 +19,8 @@ from mixmerge.latent.companions import Companion, Offers, Prompt
 from mixmerge.latent.records import Latents, Mode, Reading, upto_of
 
 if TYPE_CHECKING:
+    import torch
+
     from mixmerge.latent.following import Follower
     from mixmerge.latent.generating import Told
     from mixmerge.latent.glue import Glue
@@ -45,7 +47,7 @@ class PrimaryEngine(TransformersEngine):
     def __init__(
         self,
         companion: Companion,
-        glue: Callable[[], Glue],
+        glue: Glue,
         offers: Offers,
         *,
         mode: Mode,
@@ -107,7 +109,9 @@ class PrimaryEngine(TransformersEngine):
         return [found[at] for at in range(len(scorings))]
 
     def _load(self) -> Loaded:
-        return self.companion.load()
+        loaded = self.companion.load()
+        _in_type(self._glue, self.name, loaded.model.dtype)
+        return loaded
 
     def _read(self, request: Request) -> tuple[list[int], Fault | None]:
         if not request.offers:
@@ -155,20 +159,25 @@ class PrimaryEngine(TransformersEngine):
         upto = [upto_of(reading, self._mode, self._chunk) for reading in readings]
         return ScoredRows(self._interaction(), told, memory, upto)
 
+    @property
+    def _dtype(self) -> torch.dtype:
+        found: torch.dtype = self._expert().model.dtype
+        return found
+
     def _interaction(self) -> Interaction:
         from mixmerge.latent.interaction import Interaction
 
-        return Interaction(self._expert().model, self._glue(), self.name)
+        return Interaction(self._expert().model, self._glue, self.name)
 
     def _memory(self, rows: Sequence[Told], prompts: Sequence[Prompt]) -> Memory:
         """What rows may read of prompts; nothing yet where peers read along."""
         if self._mode != "prompt":
-            return self._glue().blank(self.name, len(rows))
+            return self._glue.blank(self.name, len(rows), dtype=self._dtype)
         found = [
             [(peer, self._near(self._offers.get(peer, prompt))) for peer, _ in row.reads]
             for row, prompt in zip(rows, prompts, strict=True)
         ]
-        return self._glue().memory(self.name, found)
+        return self._glue.memory(self.name, found, dtype=self._dtype)
 
     def _whole(self, scorings: Sequence[Scoring], readings: Sequence[Reading]) -> Memory:
         """What rows may read of prompts and answers, where peers read along."""
@@ -177,7 +186,7 @@ class PrimaryEngine(TransformersEngine):
         for one, reading in zip(scorings, readings, strict=True):
             said = reader.said(reading.ids[reading.answer_from :])
             found.append([(peer, self._peers[peer].read(one.prompt, said)) for peer, _ in one.reads])
-        return self._glue().memory(self.name, found)
+        return self._glue.memory(self.name, found, dtype=self._dtype)
 
     def read(self, prompt: Prompt, said: str) -> Latents:
         """What it leaves of a prompt and what was said to it."""
@@ -199,11 +208,13 @@ class PrimaryEngine(TransformersEngine):
                 for column, (peer, _) in enumerate(row.reads, start=1)
                 if peer == name
             ]
-            found += self._peers[name].following(places, [prompts[at] for at, _ in places], self._glue())
+            found += self._peers[name].following(
+                places, [prompts[at] for at, _ in places], self._glue, self._dtype
+            )
         return found
 
     def following(
-        self, places: Sequence[tuple[int, int]], prompts: Sequence[Prompt], glue: Glue
+        self, places: Sequence[tuple[int, int]], prompts: Sequence[Prompt], glue: Glue, dtype: torch.dtype
     ) -> list[Follower]:
         """This expert as a peer of rows.
 
@@ -211,6 +222,7 @@ class PrimaryEngine(TransformersEngine):
             places: of each row, its place in the batch and its column of gates.
             prompts: of these rows.
             glue: projects what it leaves.
+            dtype: of the primary's states.
         """
         from mixmerge.latent.following import Follower, slides
 
@@ -228,6 +240,7 @@ class PrimaryEngine(TransformersEngine):
                 rows=[places[at][0] for at in part],
                 columns=[places[at][1] for at in part],
                 prompts=[readings[at] for at in part],
+                dtype=dtype,
             )
             for part in parts
         ]
@@ -235,3 +248,11 @@ class PrimaryEngine(TransformersEngine):
     def _near(self, one: Latents) -> Latents:
         """The same on the expert's device."""
         return Latents(tuple(state.to(self.device) for state in one.states), one.ends.to(self.device))
+
+
+def _in_type(glue: Glue, name: str, dtype: torch.dtype) -> None:
+    """Its matrices in the expert's type: what products are in anyway, converted once and not for every token."""
+    for level in range(glue.levels):
+        for one in glue.bridge(name, level).parameters():
+            if one.dim() > 1:
+                one.data = one.data.to(dtype)
