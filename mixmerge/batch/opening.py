@@ -88,6 +88,9 @@ def _on_cluster(
     there = [_placed(one) for one in unit]
     base = str(_parts(there[0]).base.absolute()) if there[0].engine == "dynamic" else None
     places = {place for one in there for place in (one.model, one.adapter, base) if place is not None}
+    if there[0].engine == "latent":
+        told = there[0].options["experts"].values()
+        places |= {str(one[key]) for one in told for key in ("model", "adapter") if key in one}
     return RayEngine(
         unit[0].engine,
         arguments_of(there, device="cuda" if slot.gpu else "cpu", latents=latents),
@@ -101,6 +104,14 @@ def _placed(one: Expert) -> Expert:
     """With paths from the root; the adapter of a network is the name of one of its experts, or of a task."""
     if one.engine in ("dynamic", "tasks"):
         return replace(one, model=_absolute(one.model))
+    if one.engine == "latent":
+        experts = {
+            name: {
+                key: _absolute(value) if key in ("model", "adapter") else value for key, value in told.items()
+            }
+            for name, told in one.options["experts"].items()
+        }
+        return replace(one, model=_absolute(one.model), options={**one.options, "experts": experts})
     return replace(one, model=_absolute(one.model), adapter=one.adapter and _absolute(one.adapter))
 
 
@@ -125,6 +136,8 @@ def size_of(unit: Sequence[Expert]) -> int:
         return nbytes(_parts(first), wanted) if is_dynamic(first.model) else 0
     if first.engine == "tasks":
         return _weights(Path(first.model).expanduser(), wanted)
+    if first.engine == "latent":
+        return sum(_weights(Path(place).expanduser(), wanted) for place in _read_along(unit))
     places = [first.model, *(one.adapter for one in unit if one.adapter is not None)]
     return sum(_weights(Path(place).expanduser(), wanted) for place in places)
 
@@ -135,8 +148,23 @@ def token_bytes(unit: Sequence[Expert]) -> int:
     folder = Path(first.model).expanduser()
     if first.engine == "dynamic" and is_dynamic(folder):
         folder = _parts(first).base
+    dtype = str(first.options.get("dtype", "auto"))
+    if first.engine == "latent":
+        return sum(_token_bytes(Path(place).expanduser(), dtype) for place in _read_along(unit))
+    return 0 if first.remote else _token_bytes(folder, dtype)
+
+
+def _read_along(unit: Sequence[Expert]) -> list[str]:
+    """The models that are in memory when these experts of an interaction are loaded."""
+    options = unit[0].options
+    experts = options["experts"]
+    names = [options["expert"]] if "expert" in options else list(experts)
+    return [str(experts[name]["model"]) for name in names]
+
+
+def _token_bytes(folder: Path, wanted: str) -> int:
     path = folder / "config.json"
-    if first.remote or not path.is_file():
+    if not path.is_file():
         return 0
     config = read_json(path)
     config = config.get("text_config") or config
@@ -145,9 +173,8 @@ def token_bytes(unit: Sequence[Expert]) -> int:
     width = config.get("hidden_size") or config.get("n_embd")
     if not (isinstance(layers, int) and isinstance(heads, int) and isinstance(width, int) and heads):
         return 0
-    dtype = _DTYPES.get(
-        str(first.options.get("dtype") or config.get("dtype") or config.get("torch_dtype")), "F32"
-    )
+    stored = str(config.get("dtype") or config.get("torch_dtype"))
+    dtype = _DTYPES.get(stored if wanted == "auto" else wanted, "F32")
     shared = config.get("num_key_value_heads") or heads
     return 2 * layers * shared * (config.get("head_dim") or width // heads) * DTYPE_BYTES[dtype]
 

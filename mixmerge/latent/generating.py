@@ -16,7 +16,6 @@ from mixmerge.latent.interaction import Interaction
 from mixmerge.latent.offsets import Reader
 from mixmerge.latent.records import Memory, Mode, Reading, View
 
-
 NOTHING = "(nothing)"  # what is looked at where no peer is, in explanations
 
 

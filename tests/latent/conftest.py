@@ -33,7 +33,7 @@ KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 
 def _tokenizer(kind: str) -> Any:
-    """``words``: byte-level BPE; ``letters``: a token for each byte; ``pieces``: spaces as in SentencePiece's models."""
+    """``words``: byte-level BPE; ``letters``: a token a byte; ``pieces``: spaces as in SentencePiece's models."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
