@@ -1,6 +1,6 @@
 """Who is active and who answers, for the rows that the glue learns from.
 
-Legend as in ``records``; f features of a text.
+Legend as in ``records``.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mixmerge.latent.router import Encode, LatentRouter, Routed, Routes, routed_text
+from mixmerge.latent.router import Encode, HashedText, LatentRouter, Routed, Routes, routed_text
 from mixmerge.latent.texts import Example
 
 _ROWS = 256  # texts that are encoded together
@@ -81,23 +81,11 @@ class Decider:
         encode: Encode | None = None,
     ) -> None:
         self._names, self._given, self.router = tuple(experts), given, router
-        self._features = torch.empty(0)
-        if router is not None and encode is not None:
-            texts = [routed_text(one.prompt) for one in examples]
-            parts = [encode(texts[start : start + _ROWS]).cpu() for start in range(0, len(texts), _ROWS)]
-            # counts of hashed pieces are mostly 0: a large set of rows is kept without them
-            self._features = torch.cat(parts).to_sparse_csr() if router.features > 1024 else torch.cat(parts)
-
-    @property
-    def learns(self) -> bool:
-        return self.router is not None
-
-    def features(self, rows: Sequence[int]) -> Tensor:
-        """``(B, f)``."""
-        if not self._features.is_sparse_csr:
-            return self._features[list(rows)]
-        found = [self._features[row].to_dense() for row in rows]
-        return torch.stack(found)
+        self._texts = [routed_text(one.prompt) for one in examples]
+        self._encode, self._features = encode, None
+        if encode is not None and not isinstance(encode, HashedText):  # of which each text is cheap, and wide
+            starts = range(0, len(self._texts), _ROWS)
+            self._features = torch.cat([encode(self._texts[at : at + _ROWS]).cpu() for at in starts])
 
     def decide(
         self,
@@ -113,10 +101,15 @@ class Decider:
             draw: of the router's noise; None: there is none.
             primary: who answers each row, where that was decided before.
         """
-        if self.router is None:
+        if self.router is None or self._encode is None:
             return self._told(rows)
+        features = (
+            self._encode([self._texts[row] for row in rows])
+            if self._features is None
+            else self._features[list(rows)]
+        )
         forced = None if primary is None else torch.tensor(primary)
-        routes = self.router(self.features(rows), draw=draw, primary=forced)
+        routes = self.router(features, draw=draw, primary=forced)
         active = tuple(tuple(one) for one in routes.active.tolist())
         return Decided(tuple(routes.primary.tolist()), active, routes.gates, routes)
 

@@ -82,8 +82,10 @@ class _Done:
     seconds: float = 0.0
 
     def facts(self) -> dict[str, Any]:
-        found = asdict(self)
-        del found["best"]
+        """As JSON values, without the best ones' tensors."""
+        found = {key: value for key, value in vars(self).items() if key != "best"}
+        found["points"] = [asdict(one) for one in self.points]
+        found["looks"] = [asdict(one) for one in self.looks]
         return found
 
     @classmethod
@@ -321,6 +323,8 @@ class Trainer:
     def _look(self, progress: Progress) -> None:
         done = self._done
         found = self._judge()
+        if not math.isfinite(found.per_byte):
+            raise MixmergeError(_not_finite(f"the loss of the rows held out, after step {found.step},"))
         least = min((one.per_byte for one in done.looks), default=math.inf)
         done.looks.append(found)
         done.stale += 1
