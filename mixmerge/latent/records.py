@@ -12,9 +12,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
-from mixmerge.errors import Fault, MixmergeError
+from mixmerge.errors import Fault, MixmergeError, collecting
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -93,37 +94,61 @@ def levels_of(depths: Depths, layers_primary: int, layers_peer: int) -> tuple[Le
     Raises:
         MixmergeError: a depth that these experts do not have, or nothing above a primary's; all of them at once.
     """
-    if isinstance(depths, int):
-        if depths < 2:
-            raise MixmergeError(Fault("depths", f"is {depths}", "2 or more, or a list of pairs"))
-        depths = tuple((k / depths, k / depths) for k in range(1, depths))
     faults: list[Fault] = []
-    found = []
-    for at, (primary, peer) in enumerate(depths):
-        above = _layer(primary, layers_primary)
-        below = "last" if peer == "last" else _layer(peer, layers_peer)
-        if above is None or above >= layers_primary:
-            what = f"is {primary}, of a primary of {layers_primary} layers"
-            allowed = (
-                f"0 to {layers_primary - 1}, or a share below the last layer's: something must follow it"
-            )
-            faults.append(Fault(f"depths[{at}][0]", what, allowed))
-        elif below is None:
-            what = f"is {peer}, of a peer of {layers_peer} layers"
-            allowed = f"0 to {layers_peer}, a share from 0.0 to 1.0, or last"
-            faults.append(Fault(f"depths[{at}][1]", what, allowed))
-        else:
-            found.append(Level(above, below))
-    if not depths:
-        faults.append(Fault("depths", "has no pair", "One or more"))
+    above: tuple[int, ...] = ()
+    below: tuple[int | Literal["last"], ...] = ()
+    with collecting(faults):
+        above = primary_layers(depths, layers_primary)
+    with collecting(faults):
+        below = peer_layers(depths, layers_peer)
     if faults:
         raise MixmergeError(faults)
-    return tuple(found)
+    return tuple(Level(one, other) for one, other in zip(above, below, strict=True))
+
+
+def primary_layers(depths: Depths, layers: int, *, name: str = "a primary") -> tuple[int, ...]:
+    """Of each level, where a primary of so many layers reads. As ``levels_of``."""
+    found = [(pair[0], _layer(pair[0], layers)) for pair in _pairs(depths)]
+    allowed = (
+        f"0 to {layers - 1}, or a share of the layers that leaves one: something must follow what is read"
+    )
+    wrong = [
+        Fault(f"depths[{at}][0]", f"is {said}, and {name} has {layers} layers", allowed)
+        for at, (said, layer) in enumerate(found)
+        if layer is None or layer >= layers
+    ]
+    if wrong:
+        raise MixmergeError(wrong)
+    return tuple(layer for _, layer in found if layer is not None)
+
+
+def peer_layers(depths: Depths, layers: int, *, name: str = "a peer") -> tuple[int | Literal["last"], ...]:
+    """Of each level, where a peer of so many layers is read. As ``levels_of``."""
+    found = [(pair[1], "last" if pair[1] == "last" else _layer(pair[1], layers)) for pair in _pairs(depths)]
+    allowed = f"0 to {layers}, a share from 0.0 to 1.0, or last"
+    wrong = [
+        Fault(f"depths[{at}][1]", f"is {said}, and {name} has {layers} layers", allowed)
+        for at, (said, layer) in enumerate(found)
+        if layer is None
+    ]
+    if wrong:
+        raise MixmergeError(wrong)
+    return tuple(layer if isinstance(layer, int) else "last" for _, layer in found)
+
+
+def _pairs(depths: Depths) -> tuple[tuple[Depth, Depth], ...]:
+    if not isinstance(depths, int):
+        if not depths:
+            raise MixmergeError(Fault("depths", "has no pair", "One or more"))
+        return depths
+    if depths < 2:
+        raise MixmergeError(Fault("depths", f"is {depths}", "2 or more, or a list of pairs"))
+    return tuple((k / depths, k / depths) for k in range(1, depths))
 
 
 def _layer(depth: Depth, layers: int) -> int | None:
     """The layer of a depth; None where there is none."""
-    if isinstance(depth, str) or isinstance(depth, bool):
+    if isinstance(depth, str | bool):
         return None
     if isinstance(depth, float):
         return math.ceil(depth * layers - 0.5) if 0 <= depth <= 1 else None
@@ -183,6 +208,11 @@ class Memory:
     ends: Tensor
     peer: Tensor
 
+    @cached_property
+    def counts(self) -> Tensor:
+        """``(B, N)`` float32: 1 for a latent, 0 for padding and the empty one, which are at no distance."""
+        return ((self.ends < NEVER) & (self.peer != NOBODY)).float()
+
     def append(self, other: Memory) -> Memory:
         """With more latents of the same rows behind."""
         import torch
@@ -221,9 +251,12 @@ class View:
         gates: ``(B, K)`` probabilities of the active experts, the primary's in column 0, its peers' from 1 on, 0 in
             columns that a row does not use; with gradient in training. None: all the same, which is 1/K each.
         seen, upto: ``(B, T)`` int64, of each token: ``Reading.seen`` and ``upto_of``; 0 for padding.
+        watch: ``(B, K)`` float32, to which is added how much attention went to the empty latent (column 0) and to
+            each peer, one in all for each token and level; slower. None: nobody asks.
     """
 
     memory: Memory
     gates: Tensor | None
     seen: Tensor
     upto: Tensor
+    watch: Tensor | None = None
