@@ -81,7 +81,8 @@ def _on_cluster(unit: Sequence[Expert], cluster: Cluster, device: str, name: str
     base = str(_parts(there[0]).base.absolute()) if there[0].engine == "dynamic" else None
     places = {place for one in there for place in (one.model, one.adapter, base) if place is not None}
     if there[0].engine == "fusion":
-        places = set(folders_of(there[0].model, there[0].options))
+        options = there[0].options
+        places = {*folders_of(there[0].model, options), *([options["maps"]] if "maps" in options else ())}
     return RayEngine(
         unit[0].engine,
         arguments_of(there, device="cuda" if slot.gpu else "cpu"),
