@@ -74,6 +74,10 @@ class ScoredRows:
         with self._primary.running(view):
             yield
 
+    def logits(self, given: Mapping[str, Any], logits: Tensor) -> Tensor:
+        """The primary's own."""
+        return logits
+
     def keep(self, rows: Sequence[int]) -> None:
         """They all go through at once: none leaves before."""
 
@@ -130,6 +134,10 @@ class LatentRows:
             yield
         if self._watched is not None and view.watch is not None:
             self._watched[self._left] += view.watch.cpu()
+
+    def logits(self, given: Mapping[str, Any], logits: Tensor) -> Tensor:
+        """The primary's own."""
+        return logits
 
     def keep(self, rows: Sequence[int]) -> None:
         kept = list(rows)
