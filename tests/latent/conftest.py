@@ -453,3 +453,17 @@ def trio(tokenizers: Mapping[str, Any], tmp_path_factory: pytest.TempPathFactory
         _model(family).save_pretrained(made.experts[name])
         tokenizers[tokenizer].save_pretrained(made.experts[name])
     return made
+
+
+@pytest.fixture(scope="session")
+def homes(experts: Mapping[str, Tiny], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of some of the experts, as a user has them."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    root, found = tmp_path_factory.mktemp("homes"), {}
+    for name in ("llama", "gpt_neox", "opt"):
+        found[name] = root / name
+        experts[name].model.save_pretrained(found[name])
+        experts[name].tokenizer.save_pretrained(found[name])
+    return found
