@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -34,16 +35,16 @@ BARS = {("prompt", 1): 1.10, ("chunked", 1): 1.15}
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of what is timed."""
+    """Of what is timed: batches of so many ``rows``, each with its prompts and rounds."""
 
-    prompt: int = 256
-    tokens: int = 32
     rows: tuple[int, ...] = (1, 16)
-    rounds: tuple[int, ...] = (9, 5)
+    prompts: tuple[int, ...] = (128, 32)
+    rounds: tuple[int, ...] = (9, 4)
+    tokens: int = 32
     width: int = 256
 
 
-SMALL = Sizes(12, 4, (1, 2), (2, 1), 32)
+SMALL = Sizes((1, 2), (12, 8), (2, 1), 4, 32)
 
 
 def verdict(way: str, rows: int, ratios: tuple[float, float]) -> str:
@@ -91,19 +92,18 @@ def memory(table: Table, prompt: str) -> list[Sequence[str]]:
 
 def child(table: Table, expert: str, reads: Sequence[tuple[str, float]], prompt: str) -> int:
     """Anonymous bytes that an answer takes beyond the program."""
-    from bench_support.measure import run_process
-
-    here = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     arguments = [str(table.folder), expert, json.dumps(reads), table.places(), prompt]
-    out = table.folder / "memory.json"
-    code = "import runpy, sys; sys.stdout = open(sys.argv.pop(1), 'w'); sys.argv[0] = 'child'; "
-    code += "runpy.run_module('bench_support.latent_child', run_name='__main__')"
-    run_process(
-        [sys.executable, "-P", "-c", code, str(out), *arguments],
-        cwd=table.folder,
-        env={**os.environ, "PYTHONPATH": here, "MALLOC_ARENA_MAX": "1"},
+    path = os.pathsep.join([str(Path(__file__).resolve().parent), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "bench_support.latent_child", *arguments],
+        env={**os.environ, "PYTHONPATH": path, "MALLOC_ARENA_MAX": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
     )
-    told = json.loads(out.read_text(encoding="utf-8"))
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    told = json.loads(done.stdout.splitlines()[-1])
     return int(told["peak"] - told["before"])
 
 
@@ -150,7 +150,7 @@ def main(
     texts = [
         text for path in sorted(DOCS.glob("*.md")) for text in path.read_text(encoding="utf-8").split("\n## ")
     ]
-    texts = [text for text in texts if len(text) > 40 * sizes.prompt // 8]
+    texts = [text for text in texts if len(text) > 6 * max(sizes.prompts)]
     console = Console(width=200)
     with tempfile.TemporaryDirectory(prefix="bench-latent-") as folder:
         table = latent.Table(Path(folder), texts, shapes, width=sizes.width)
@@ -159,16 +159,16 @@ def main(
             for name, each in table.loaded.items()
         )
         console.print(
-            f"{experts}; prompts of {sizes.prompt} tokens, {sizes.tokens} tokens timed a round; float32, "
-            f"{threads} thread(s), processor time.\n"
+            f"{experts}; {sizes.tokens} tokens of each row timed a round, after prompts of "
+            f"{' and '.join(map(str, sizes.prompts))}; float32, {threads} thread(s), processor time.\n"
         )
         lines: list[Sequence[str]] = []
-        for rows, count in zip(sizes.rows, sizes.rounds, strict=True):
+        for rows, prompt, count in zip(sizes.rows, sizes.prompts, sizes.rounds, strict=True):
             found = latent.timed(
                 table,
                 list(latent.NAMES),
                 rows=rows,
-                prompt=sizes.prompt,
+                prompt=prompt,
                 tokens=sizes.tokens,
                 rounds=rounds or count,
             )
@@ -178,9 +178,13 @@ def main(
             ("decoding", "B", "ms a step, least", "median", "ratio, least", "of medians", "bar"),
             lines,
         )
-        show(console, ("bridges", "theirs", "beside", "share"), work(table.work(sizes.prompt), sizes.prompt))
-        prompt = table.prompts(1, sizes.prompt)[0]
-        show(console, ("memory in prompt mode", "MiB", "bar"), memory(table, prompt))
+        show(
+            console,
+            ("bridges", "theirs", "beside", "share"),
+            work(table.work(sizes.prompts[0]), sizes.prompts[0]),
+        )
+        (text,) = table.prompts(1, sizes.prompts[0])
+        show(console, ("memory in prompt mode", "MiB", "bar"), memory(table, text))
     if fusion:
         searched = [
             (one.mode, str(one.rows), f"{one.search:.2f}", f"{one.base:.1f}", f"{100 * one.share:.1f} %",
