@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ from mixmerge.dynamic.folders import Parts, is_dynamic, nbytes, parts_of
 from mixmerge.engines.base import Engine
 from mixmerge.engines.process_wire import arguments_taken, make_engine
 from mixmerge.experts import Expert
+from mixmerge.logits.places import folders_of, places_of
 
 if TYPE_CHECKING:
     from mixmerge.batch.cluster import Cluster
@@ -22,7 +23,7 @@ _VLLM_PROCESS = ("revision", "python", "start_timeout", "timeout", "grace")
 _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
-def arguments_of(unit: Sequence[Expert], *, device: str) -> dict[str, Any]:
+def arguments_of(unit: Sequence[Expert], *, device: str, latents: Path | None = None) -> dict[str, Any]:
     """What the engine of these experts is made with, as JSON values."""
     first = unit[0]
     options = dict(first.options)
@@ -31,6 +32,7 @@ def arguments_of(unit: Sequence[Expert], *, device: str) -> dict[str, Any]:
     taken = arguments_taken(first.engine)
     adapters = {one.name: one.adapter for one in unit if one.adapter is not None}
     about = {"model": first.model, "device": device, **({"adapters": adapters} if adapters else {})}
+    about |= {} if latents is None else {"store": str(latents.absolute())}
     # What an engine does not take is nothing to it, but for adapters: those it would leave out.
     known = {name: value for name, value in about.items() if name in taken or name == "adapters"}
     if first.engine == "vllm":
@@ -40,7 +42,12 @@ def arguments_of(unit: Sequence[Expert], *, device: str) -> dict[str, Any]:
 
 
 def open_engine(
-    unit: Sequence[Expert], *, device: str, apart: bool = False, cluster: Cluster | None = None
+    unit: Sequence[Expert],
+    *,
+    device: str,
+    apart: bool = False,
+    cluster: Cluster | None = None,
+    latents: Path | None = None,
 ) -> Engine:
     """The engine that runs these experts, not loaded. On a GPU it is a process of its own, so that memory comes back.
 
@@ -49,6 +56,7 @@ def open_engine(
         device: a torch device, or a slot of the cluster.
         apart: a process of its own on the CPU too.
         cluster: where what is no endpoint's runs; None for this machine.
+        latents: folder where experts keep what others read.
 
     Raises:
         MixmergeError: there is no engine of that name, or it does not take the options.
@@ -56,8 +64,8 @@ def open_engine(
     first = unit[0]
     name = first.name if first.remote or len(unit) == 1 else first.model
     if cluster is not None and not first.remote:
-        return _on_cluster(unit, cluster, device, name)
-    arguments = arguments_of(unit, device=device)
+        return _on_cluster(unit, cluster, device, name, latents)
+    arguments = arguments_of(unit, device=device, latents=latents)
     gpu = device.startswith("cuda") and not first.remote
     visible = device.partition(":")[2] or None if gpu else None
     if first.engine == "vllm":
@@ -72,16 +80,24 @@ def open_engine(
     return ProcessEngine(first.engine, arguments, name=name, visible_devices=visible)
 
 
-def _on_cluster(unit: Sequence[Expert], cluster: Cluster, device: str, name: str) -> Engine:
+def _on_cluster(
+    unit: Sequence[Expert], cluster: Cluster, device: str, name: str, latents: Path | None
+) -> Engine:
     from mixmerge.engines.ray import RayEngine
 
     slot = cluster.slot(device)
     there = [_placed(one) for one in unit]
     base = str(_parts(there[0]).base.absolute()) if there[0].engine == "dynamic" else None
     places = {place for one in there for place in (one.model, one.adapter, base) if place is not None}
+    if there[0].engine == "latent":
+        told = there[0].options["experts"].values()
+        places |= {str(one[key]) for one in told for key in ("model", "adapter") if key in one}
+    if there[0].engine == "fusion":
+        options = there[0].options
+        places = {*folders_of(there[0].model, options), *([options["maps"]] if "maps" in options else ())}
     return RayEngine(
         unit[0].engine,
-        arguments_of(there, device="cuda" if slot.gpu else "cpu"),
+        arguments_of(there, device="cuda" if slot.gpu else "cpu", latents=latents),
         name=name,
         slot=slot,
         folders=sorted(place for place in places if Path(place).is_absolute()),
@@ -89,9 +105,17 @@ def _on_cluster(unit: Sequence[Expert], cluster: Cluster, device: str, name: str
 
 
 def _placed(one: Expert) -> Expert:
-    """With paths from the root; the adapter of a network is the name of one of its experts, or of a task."""
-    if one.engine in ("dynamic", "tasks"):
+    """With paths from the root; the adapter of a network or a fusion is the name of an expert, or of a task."""
+    if one.engine in ("dynamic", "tasks", "fusion"):
         return replace(one, model=_absolute(one.model))
+    if one.engine == "latent":
+        experts = {
+            name: {
+                key: _absolute(value) if key in ("model", "adapter") else value for key, value in told.items()
+            }
+            for name, told in one.options["experts"].items()
+        }
+        return replace(one, model=_absolute(one.model), options={**one.options, "experts": experts})
     return replace(one, model=_absolute(one.model), adapter=one.adapter and _absolute(one.adapter))
 
 
@@ -116,18 +140,41 @@ def size_of(unit: Sequence[Expert]) -> int:
         return nbytes(_parts(first), wanted) if is_dynamic(first.model) else 0
     if first.engine == "tasks":
         return _weights(Path(first.model).expanduser(), wanted)
-    places = [first.model, *(one.adapter for one in unit if one.adapter is not None)]
+    places: Sequence[str] = [first.model, *(one.adapter for one in unit if one.adapter is not None)]
+    if first.engine == "fusion":
+        places = folders_of(first.model, first.options)
+    if first.engine == "latent":
+        places = _read_along(unit)
     return sum(_weights(Path(place).expanduser(), wanted) for place in places)
 
 
 def token_bytes(unit: Sequence[Expert]) -> int:
     """Bytes that keys and values of one token take, by the model's config; 0 if that cannot be told from files here."""
     first = unit[0]
+    if first.remote:
+        return 0
+    if first.engine == "fusion":  # each model has keys and values of its own
+        models = [one.model for one in places_of(first.model, first.options)]
+        return sum(_token_bytes(Path(one).expanduser(), first.options) for one in models)
     folder = Path(first.model).expanduser()
     if first.engine == "dynamic" and is_dynamic(folder):
         folder = _parts(first).base
+    if first.engine == "latent":
+        return sum(_token_bytes(Path(place).expanduser(), first.options) for place in _read_along(unit))
+    return _token_bytes(folder, first.options)
+
+
+def _read_along(unit: Sequence[Expert]) -> list[str]:
+    """The models that are in memory when these experts of an interaction are loaded."""
+    options = unit[0].options
+    experts = options["experts"]
+    names = [options["expert"]] if "expert" in options else list(experts)
+    return [str(experts[name]["model"]) for name in names]
+
+
+def _token_bytes(folder: Path, options: Mapping[str, Any]) -> int:
     path = folder / "config.json"
-    if first.remote or not path.is_file():
+    if not path.is_file():
         return 0
     config = read_json(path)
     config = config.get("text_config") or config
@@ -136,9 +183,9 @@ def token_bytes(unit: Sequence[Expert]) -> int:
     width = config.get("hidden_size") or config.get("n_embd")
     if not (isinstance(layers, int) and isinstance(heads, int) and isinstance(width, int) and heads):
         return 0
-    dtype = _DTYPES.get(
-        str(first.options.get("dtype") or config.get("dtype") or config.get("torch_dtype")), "F32"
-    )
+    wanted = str(options.get("dtype", "auto"))
+    stored = str(config.get("dtype") or config.get("torch_dtype"))
+    dtype = _DTYPES.get(stored if wanted == "auto" else wanted, "F32")
     shared = config.get("num_key_value_heads") or heads
     return 2 * layers * shared * (config.get("head_dim") or width // heads) * DTYPE_BYTES[dtype]
 

@@ -23,6 +23,8 @@ from mixmerge.cli.show import emit_json, table
 if TYPE_CHECKING:
     from mixmerge.batch.records import Answer
 
+_SHOWN = 100  # rows of a table of weights
+
 
 def ask(
     mixture: MixturePath,
@@ -34,7 +36,7 @@ def ask(
     meta: Meta = None,
     explain: Annotated[
         bool,
-        typer.Option("--explain", help="Say on stderr who answers, and why; of a network, weights by layer."),
+        typer.Option("--explain", help="Say on stderr who answers, and why; weights by layer or token."),
     ] = False,
     max_new_tokens: Annotated[
         int | None, typer.Option("--max-new-tokens", min=1, help="Of the answer.", show_default=False)
@@ -106,14 +108,27 @@ def explained(answer: Answer) -> None:
         lines.append(f"policy {decision['policy']}: {decision['reason'].get('rule', '')}")
         scores = ", ".join(f"{name} {score:.3g}" for name, score in decision["scores"].items())
         lines += [f"expected scores: {scores}"] if scores else []
-    lines += [f"{name}: {value}" for name, value in answer.reason.items() if name != "weights"]
+    lines += [f"{name}: {_plain(value)}" for name, value in answer.reason.items() if name != "weights"]
     print("\n".join(lines), file=sys.stderr)
     if "weights" in answer.reason:
         show_weights(answer.reason["weights"])
 
 
+def _plain(value: Any) -> str:
+    """A reason in words; shares by name with three digits."""
+    if isinstance(value, Mapping) and all(isinstance(one, float) for one in value.values()):
+        return ", ".join(f"{name} {one:.3g}" for name, one in value.items())
+    return str(value)
+
+
 def show_weights(weights: Mapping[str, Any]) -> None:
-    """How much of each expert the answer got, layer by layer, on stderr."""
-    rows = [*weights["layers"].items(), ("all", list(weights["mean"].values()))]
-    shown = [(str(layer), *(f"{value:.3f}" for value in values)) for layer, values in rows if values]
-    table("weights of the experts", ("layer", *weights["experts"]), shown, to_stderr=True)
+    """How much of each expert the answer got, layer by layer or token by token, on stderr."""
+    found = dict(weights.get("layers") or enumerate(weights.get("steps", ()), 1))
+    rows = [*list(found.items())[:_SHOWN], ("all", list(weights["mean"].values()))]
+    shown = [(str(place), *(f"{value:.3f}" for value in values)) for place, values in rows if values]
+    of = "layer" if "layers" in weights else "token"
+    title = weights.get("title", "weights of the experts")
+    table(title, (of, *weights["experts"]), shown, to_stderr=True)
+    if weights.get("covered", 1) < 1:
+        share = f"{100 * weights['covered']:.1f} % of the base's probability"
+        print(f"the small models know tokens that have {share}", file=sys.stderr)

@@ -41,7 +41,7 @@ def fit(
     rank: Annotated[
         int | None, typer.Option("--rank", min=1, help="Of an added full model.", show_default=False)
     ] = None,
-    device: Annotated[str, typer.Option("--device", help="Where a gate learns: cpu, cuda, ...")] = "cpu",
+    device: Annotated[str, typer.Option("--device", help="Where gate or glue learn: cpu, cuda, ...")] = "cpu",
     overwrite: Overwrite = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -52,8 +52,11 @@ def fit(
 
     Of a mixture with a router, that router, on the outcomes it names. Of
     one with compose: {kind: adapters}, the bank of its experts and the gate
-    that weighs them for each token or prompt. Experts and base are named
-    in the folder, not copied.
+    that weighs them for each token or prompt. Of one with {kind: logits},
+    the fixed strength of its experts that is best on data. Of one with
+    {kind: latent}, the glue by which its experts read each other; killed, it
+    goes on with the same command. Experts and base are named in the folder,
+    not copied.
 
     With --add, OUT is the fitted network MIXTURE and one expert more: what
     the gate has learned of the others stays. Gates that weigh all their
@@ -83,10 +86,10 @@ def fit(
             f"{facts['sites']:,} matrices with {facts['parameters']:,} numbers: {size(facts['bytes'])}, "
             f"{share:.1f} % of the base's {size(facts['base_bytes'])}"
         )
-    else:
+    elif done.what == "router":
         print(f"fitted on {facts['queries']:,} queries")
-    if facts.get("weight") == 0:
-        print(f"{facts['added']} has the weight 0: the mixture is what it was, until it is fitted anew")
+    for note in done.notes:
+        print(note)
 
 
 def _newcomer(text: str | None, data: str | None, rank: int | None) -> Newcomer | None:

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from mixmerge.bank.attach import Attached
-from mixmerge.bank.features import mean_of, states_of
+from mixmerge.bank.features import states_of
 from mixmerge.bank.gate import Gate, Run
 from mixmerge.bank.mix import Mix
 from mixmerge.bank.records import Bank
 from mixmerge.dynamic.explaining import Tally
 from mixmerge.engines.decoding import Told, accepted
 from mixmerge.errors import Fault, MixmergeError
+from mixmerge.experts.encoding import mean_of
 from mixmerge.experts.loading import kind_of
 
 Embed = Callable[[Sequence[str]], Tensor]  # texts -> (B, f)
@@ -149,6 +150,9 @@ class GatedRows:
                 yield
         tokens = given["input_ids"].shape[1]
         self._tally.add(log, self._left, run.mask, tokens=tokens)
+
+    def logits(self, given: Mapping[str, Any], logits: Tensor) -> Tensor:
+        return logits
 
     def keep(self, rows: Sequence[int]) -> None:
         self._left = [self._left[at] for at in rows]

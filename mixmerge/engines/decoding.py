@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from mixmerge.engines.records import Finish, Generation, Request, cut_at_stop
+from mixmerge.engines.records import Finish, Generation, Message, Request, cut_at_stop
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,13 +31,16 @@ class Told:
         adapter: as in ``Request``.
         prompt: its tokens.
         text: of the prompt.
-        explain: as in ``Request``.
+        explain, reads: as in ``Request``.
+        asked: the prompt as it came; None where nobody reads peers.
     """
 
     adapter: str | None
     prompt: Sequence[int]
     text: str
     explain: bool = False
+    reads: tuple[tuple[str, float], ...] = ()
+    asked: str | tuple[Message, ...] | None = None
 
 
 class Beside(Protocol):
@@ -45,6 +48,10 @@ class Beside(Protocol):
 
     def running(self, given: Mapping[str, Any]) -> AbstractContextManager[None]:
         """Within it the model answers the rows' next tokens, of which ``given`` are its arguments."""
+        ...
+
+    def logits(self, given: Mapping[str, Any], logits: Tensor) -> Tensor:
+        """The rows' logits ``(B, T, V)`` in float32, of the model's own for the last tokens of ``given``."""
         ...
 
     def keep(self, rows: Sequence[int]) -> None:
@@ -89,7 +96,8 @@ class Row:
 
     @property
     def told(self) -> Told:
-        return Told(self.request.adapter, self.prompt, self.request.text, self.request.explain)
+        asked = self.request
+        return Told(asked.adapter, self.prompt, asked.text, asked.explain, asked.reads, asked.prompt)
 
     def generation(
         self, tokenizer: Any, start: float, weights: Mapping[str, Any] | None = None
@@ -189,8 +197,7 @@ class Decoder:
         with self.beside.running(given):
             out = self._model(**{name: value for name, value in given.items() if name in self._takes})
         self._cache = out.past_key_values
-        logits: Tensor = out.logits[:, -1].float()
-        return logits
+        return self.beside.logits(given, out.logits[:, -1:].float())[:, -1]
 
     def _choose(self, logits: Tensor) -> list[int]:
         tokens: list[int] = logits.argmax(dim=-1).tolist()

@@ -19,10 +19,12 @@ from mixmerge.data.rows import Row, read_rows
 from mixmerge.dynamic.folders import is_dynamic
 from mixmerge.errors import Fault, MixmergeError
 from mixmerge.mixture.gated import AdaptersOptions
-from mixmerge.mixture.gluing import Fitted, Progress, facts_of, history, silent
+from mixmerge.mixture.gluing import silent
 from mixmerge.mixture.network import check_fitted
+from mixmerge.mixture.network_fitting import facts_of, history
 from mixmerge.mixture.saving import FILE, is_fitted, network_of_yaml, save_network, spec_of
 from mixmerge.mixture.schema import MixtureSpec
+from mixmerge.mixture.wholes import Fitted, Progress
 
 if TYPE_CHECKING:
     from mixmerge.bank.assembling import Changes
@@ -88,14 +90,12 @@ def add(
         MixmergeError: all that is wrong: a mixture that is no fitted network, a gate that takes no further experts, a
             name that is taken, another base, factors that are not finite, rows that are missing or not wanted.
     """
-    if not spec.gated:
-        run = (
-            "Name it in the mixture's YAML, with outcomes of it, and fit that: mixmerge fit MIXTURE.yaml OUT"
-        )
-        raise MixmergeError(Fault("mixture", "its router was fitted for the experts it has", run=run))
-    return _Addition(check_fitted(spec), newcomer, device, progress or silent).write(
-        Path(out), overwrite=overwrite
-    )
+    if spec.compose.kind != "adapters":
+        what = "was fitted for the experts it has, and takes no further ones"
+        run = "Name it in the mixture's YAML, and fit that: mixmerge fit MIXTURE.yaml OUT"
+        raise MixmergeError(Fault("mixture", what, "A network of adapters (compose: {kind: adapters})", run))
+    check_fitted(spec, True)
+    return _Addition(spec, newcomer, device, progress or silent).write(Path(out), overwrite=overwrite)
 
 
 class _Addition:
@@ -135,9 +135,12 @@ class _Addition:
             (new / MANIFEST).write_text(json.dumps(told, indent=2, ensure_ascii=False) + "\n", "utf-8")
         facts = {**facts_of(card, parts.base), "added": name}
         fixed = grown.fixed()
+        notes: tuple[str, ...] = ()
         if fixed is not None:
             facts["weight"] = float(fixed[0][-1])
-        return Fitted(out, "network", grown.kind, card.experts, facts)
+            if not facts["weight"]:
+                notes = (f"{name} has the weight 0: the mixture is what it was, until it is fitted anew",)
+        return Fitted(out, "network", grown.kind, card.experts, facts, notes)
 
     def _parts(self, faults: list[Fault]) -> Parts | None:
         """Where the network is, if its base is the one it was made for."""

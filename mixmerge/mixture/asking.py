@@ -21,7 +21,7 @@ from mixmerge.batch.setup import Conditions, Listed, Setup
 from mixmerge.decision.records import Query
 from mixmerge.engines.records import Generation, Message
 from mixmerge.mixture.answering import setup_of
-from mixmerge.mixture.schema import ADAPTERS
+from mixmerge.mixture.wholes import whole_of
 
 if TYPE_CHECKING:
     from mixmerge.mixture.wiring import Mixture
@@ -118,25 +118,29 @@ def stream(
     with _job(items_of([asked]), setup_of(mixture, explain=explain), conditions) as job:
         job.decide()
         shown = ""
-        stage = job.next_stage() if mixture.spec.compose.kind in ("answer", ADAPTERS) else None
+        kind = mixture.spec.compose.kind
+        stage = job.next_stage() if kind == "answer" or whole_of(kind) is not None else None
         if stage is not None:
             for text in _words(job, stage):
                 shown += text
                 yield Piece(text)
-        job.stages.clear()
         job.run()
         (answer,) = job.answers()
         yield Piece(answer.text.removeprefix(shown), answer)
 
 
 def _words(job: Job, stage: Stage) -> Iterator[str]:
-    """What the first expert says, as it says it; it is written to the journal, where the job finds it."""
-    request = next(job.replays([0])).asked(stage, 0)
-    name = job.setup.experts.names[int(stage.experts[0])]
+    """What the primary says, as it says it; it is written to the journal, where the job finds it."""
+    call = len(stage) - 1  # who reads peers is asked after them
+    request = next(job.replays([0])).asked(stage, call)
+    name = job.setup.experts.names[int(stage.experts[call])]
     unit = job.setup.experts[name].unit
-    engine = open_engine(job.setup.experts.units()[unit], device=job.conditions.devices[0].name)
+    engine = open_engine(
+        job.setup.experts.units()[unit], device=job.conditions.devices[0].name, latents=job.latents
+    )
     if "stream" not in engine.capabilities:
         return
+    engine.prepare([request])
     with engine:
         if engine.check([request])[0] is not None:
             return
@@ -146,4 +150,4 @@ def _words(job: Job, stage: Stage) -> Iterator[str]:
                 yield chunk.text
             generation = chunk.generation or generation
     if isinstance(generation, Generation):
-        record(job.journal, stage, unit, [0], [generation], time.perf_counter() - start, [name])
+        record(job.journal, stage, unit, [call], [generation], time.perf_counter() - start, [name])

@@ -12,10 +12,10 @@ from mixmerge.document import Node, Report, given, show
 from mixmerge.document.sections import Strict
 from mixmerge.document.tree import to_data
 from mixmerge.errors import MixmergeError
-from mixmerge.mixture.schema import ComposeSpec, ExpertSpec
+from mixmerge.mixture.schema import ExpertSpec
+from mixmerge.mixture.wholes import Asked, check_parts, inner
 
-WHOLE = "mixture"  # name of the network among its experts
-_ENGINES = (None, "transformers", "dynamic")
+_ENGINES = ("transformers", "dynamic")
 _MADE_ALREADY = ("gate", "data", "split", "samples", "rank", "energy", "budget", "bits", "given", "seed")
 
 
@@ -53,29 +53,10 @@ class AdaptersOptions(Strict):
     seed: int = Field(default=0, ge=0, lt=2**32)
 
 
-def check_gated(
-    top: Mapping[str, Node],
-    names: Sequence[str],
-    experts: Mapping[str, ExpertSpec],
-    compose: ComposeSpec | None,
-    report: Report,
-) -> None:
-    """Everything that can be known to be wrong before a file is opened.
-
-    Args:
-        top: the whole YAML.
-        names: of all experts.
-        experts: those that could be read.
-        compose: None if it could not be read; then what is right of it is checked beside that.
-        report: gets the faults.
-    """
-    for key in ("router", "policy"):
-        node = given(dict(top), key)
-        if node is not None:
-            report.fault(node, "has no effect: the gate weighs the experts", run="Remove it")
-    for name, one in experts.items():
-        _check_expert(_inner(top["experts"])[name], name, one, report)
-    entries = _inner(top["compose"])
+def check_gated(asked: Asked, report: Report) -> None:
+    """Everything that can be known to be wrong before a file is opened; of a block with faults, what is right of it."""
+    check_parts(asked, _ENGINES, report)
+    entries, compose = asked.entries("compose"), asked.compose
     options = _readable(entries) if compose is None else AdaptersOptions.model_validate(compose.options)
     if options.folder is not None:
         for key in _MADE_ALREADY:
@@ -84,9 +65,9 @@ def check_gated(
                     entries[key], "has no effect on a fitted network", run="Remove it, or remove folder"
                 )
         return
-    _check_base(top, experts, options, report)
-    _check_sizes(top, experts, report)
-    _check_gate(top, names, options, report)
+    _check_base(asked.top, asked.experts, options, report)
+    _check_sizes(asked.top, asked.experts, report)
+    _check_gate(asked.top, asked.names, options, report)
 
 
 def _readable(entries: Mapping[str, Node]) -> AdaptersOptions:
@@ -101,26 +82,6 @@ def _readable(entries: Mapping[str, Node]) -> AdaptersOptions:
     return AdaptersOptions.model_validate(kept)
 
 
-def _inner(node: Node) -> dict[str, Node]:
-    """Keys of a mapping."""
-    return node.value if isinstance(node.value, dict) else {}
-
-
-def _check_expert(node: Node, name: str, expert: ExpertSpec, report: Report) -> None:
-    if name == WHOLE:
-        report.fault(node, f"{show(name)} is what the network of all experts is called", "Another name")
-    if expert.endpoint is not None:
-        report.fault(
-            node, "an expert behind an endpoint cannot be part of a network", "model, or adapter and base"
-        )
-    elif expert.engine not in _ENGINES:
-        report.fault(node, f"{expert.engine} cannot run a network of several experts", "Leave engine out")
-    if expert.options:
-        report.fault(
-            node, "options has no effect on a part of a network", "compose: {dtype: ...}", "Remove it"
-        )
-
-
 def base_of(experts: Mapping[str, ExpertSpec], base: str | None) -> str | None:
     """The base that is said, or the one that adapters name; None if there is none or more than one."""
     named = {str(one.base) for one in experts.values() if one.adapter is not None}
@@ -130,7 +91,7 @@ def base_of(experts: Mapping[str, ExpertSpec], base: str | None) -> str | None:
 def _check_base(
     top: Mapping[str, Node], experts: Mapping[str, ExpertSpec], options: AdaptersOptions, report: Report
 ) -> None:
-    said = given(_inner(top["compose"]), "base") is not None
+    said = given(inner(top["compose"]), "base") is not None
     if said or base_of(experts, options.base) is not None or not experts:
         return
     named = sorted({str(one.base) for one in experts.values() if one.adapter is not None})
@@ -142,12 +103,12 @@ def _check_base(
 
 def _check_sizes(top: Mapping[str, Node], experts: Mapping[str, ExpertSpec], report: Report) -> None:
     full = [name for name, one in experts.items() if one.adapter is None]
-    entries = _inner(top["compose"])
+    entries = inner(top["compose"])
     sizes = [key for key in ("rank", "energy", "budget") if given(entries, key) is not None]
     if full and not sizes:
         what = f"{', '.join(full)} {'is a full model' if len(full) == 1 else 'are full models'}, and no size is said"
         report.fault(top["compose"], what, "rank, energy or budget of their factors")
-    if sizes and not full and len(experts) == len(_inner(top["experts"])):
+    if sizes and not full and len(experts) == len(inner(top["experts"])):
         report.fault(
             entries[sizes[0]],
             "has no effect on adapters",
@@ -163,7 +124,7 @@ def _check_gate(
     from mixmerge.bank.fitting import gate_options
 
     compose = top["compose"]
-    entries = _inner(compose)
+    entries = inner(compose)
     node = given(entries, "gate")
     if node is None:
         report.fault(compose, "the key gate is missing", "gate: {kind: NAME, ...}")
@@ -182,7 +143,7 @@ def _check_gate(
     except MixmergeError as error:
         for fault in error.faults:
             key = fault.where.removeprefix("compose.gate.").split(".")[0]
-            report.fault(_inner(node).get(key, node), fault.what, fault.allowed, fault.run)
+            report.fault(inner(node).get(key, node), fault.what, fault.allowed, fault.run)
     if wants is None:
         return
     if getattr(asked, "features", "") == "text":
@@ -202,7 +163,7 @@ def _check_names(
     for name in options.data if isinstance(options.data, dict) else ():
         if name not in names:
             what = f"the mixture has no expert {show(name)}"
-            report.fault(_inner(entries["data"])[name], what, registry.choices(name, list(names)))
+            report.fault(inner(entries["data"])[name], what, registry.choices(name, list(names)))
 
 
 def _check_data(

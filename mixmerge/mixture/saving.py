@@ -13,7 +13,8 @@ from mixmerge.dynamic.folders import MIXTURE, is_dynamic
 from mixmerge.errors import Fault, MixmergeError
 from mixmerge.mixture.gated import AdaptersOptions
 from mixmerge.mixture.reading import read
-from mixmerge.mixture.schema import ADAPTERS, ExpertSpec, MixtureSpec
+from mixmerge.mixture.schema import ExpertSpec, MixtureSpec
+from mixmerge.mixture.wholes import is_marked, whole_of
 from mixmerge.routers.storage import CARD, replacing, write
 
 if TYPE_CHECKING:
@@ -26,9 +27,9 @@ _FIT = "Make one: mixmerge fit MIXTURE.yaml FOLDER"
 
 
 def is_fitted(folder: str | Path) -> bool:
-    """Whether ``save`` or ``save_network`` wrote the folder, as far as names of files tell."""
+    """Whether ``save`` or a fit of a whole wrote the folder, as far as names of files tell."""
     place = Path(folder)
-    return (place / FILE).is_file() and ((place / CARD).is_file() or is_dynamic(place))
+    return (place / FILE).is_file() and ((place / CARD).is_file() or is_marked(place))
 
 
 def spec_of(source: str | Path | Mapping[str, Any]) -> MixtureSpec:
@@ -57,10 +58,10 @@ def spec_of(source: str | Path | Mapping[str, Any]) -> MixtureSpec:
 def _at_home(spec: MixtureSpec, folder: Path) -> MixtureSpec:
     """What was fitted is in this folder, where the YAML says that it lies beside it."""
     if spec.router is not None and spec.router.folder == HERE:
-        return spec.model_copy(update={"router": spec.router.model_copy(update={"folder": str(folder)})})
-    if spec.gated and spec.compose.options.get("folder") == HERE:
+        spec = spec.model_copy(update={"router": spec.router.model_copy(update={"folder": str(folder)})})
+    if whole_of(spec.compose.kind) is not None and spec.compose.options.get("folder") == HERE:
         options = {**spec.compose.options, "folder": str(folder)}
-        return spec.model_copy(update={"compose": spec.compose.model_copy(update={"options": options})})
+        spec = spec.model_copy(update={"compose": spec.compose.model_copy(update={"options": options})})
     return spec
 
 
@@ -73,15 +74,20 @@ def _folder(source: str | Path) -> Path | None:
 
 def save(mixture: Mixture, folder: Path, *, overwrite: bool) -> None:
     """Write a mixture's folder, whole or not at all; ``Mixture.save`` says what is in it."""
-    router, beside = mixture.routing, mixture.spec.routed.folder
     with replacing(folder, overwrite=overwrite) as new:
-        version, spec = write(router, new), mixture.spec
-        if spec.policy is not None:
-            write_policy(spec.policy, new, router=version)
-        elif beside is not None and (Path(beside) / POLICY).is_file():
-            found = read_calibration(beside, router=router.version)
-            write_policy(found or mixture.policy, new, router=version)
-        (new / FILE).write_text(_yaml(spec), encoding="utf-8")
+        save_router(mixture, new)
+        (new / FILE).write_text(_yaml(mixture.spec), encoding="utf-8")
+
+
+def save_router(mixture: Mixture, folder: Path) -> None:
+    """Write a mixture's router, and its policy if it has one of its own, into a folder that is being made."""
+    router, spec, beside = mixture.routing, mixture.spec, mixture.spec.routed.folder
+    version = write(router, folder)
+    if spec.policy is not None:
+        write_policy(spec.policy, folder, router=version)
+    elif beside is not None and (Path(beside) / POLICY).is_file():
+        found = read_calibration(beside, router=router.version)
+        write_policy(found or mixture.policy, folder, router=version)
 
 
 def save_network(spec: MixtureSpec, folder: Path, *, base: str) -> None:
@@ -99,12 +105,33 @@ def network_of_yaml(spec: MixtureSpec, *, base: str | None = None) -> dict[str, 
     """The keys of a fitted network's YAML, in its folder; ``base`` as for ``save_network``, or what is said."""
     asked = AdaptersOptions.model_validate(spec.compose.options)
     places = {"base": base or asked.base, "encoder": asked.encoder}
-    kept = {key: anchored(value) for key, value in places.items() if value}
-    compose: dict[str, Any] = {"kind": ADAPTERS, "folder": HERE, **kept}
+    compose: dict[str, Any] = {key: anchored(value) for key, value in places.items() if value}
     if asked.dtype != "auto":
         compose["dtype"] = asked.dtype
+    return whole_of_yaml(spec, compose)
+
+
+def save_whole(spec: MixtureSpec, folder: Path, compose: Mapping[str, Any]) -> None:
+    """The YAML of a whole that was fitted into a folder: its experts are named.
+
+    Args:
+        spec: that was fitted; a router of its own is in the folder too, if it has one.
+        folder: to write into.
+        compose: its options, but for kind and folder.
+    """
+    (folder / FILE).write_text(_dumped(whole_of_yaml(spec, compose)), encoding="utf-8")
+
+
+def whole_of_yaml(spec: MixtureSpec, compose: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys that ``save_whole`` writes."""
+    data: dict[str, Any] = {"experts": _experts(spec)}
+    if spec.router is not None:
+        data["router"] = {"folder": HERE}
+    data["compose"] = {"kind": spec.compose.kind, "folder": HERE, **compose}
     generate = spec.generate.model_dump(mode="json", exclude_defaults=True)
-    return {"experts": _experts(spec), "compose": compose, **({"generate": generate} if generate else {})}
+    if generate:
+        data["generate"] = generate
+    return data
 
 
 def _experts(spec: MixtureSpec) -> dict[str, Any]:

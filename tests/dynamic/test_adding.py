@@ -287,4 +287,4 @@ def test_what_is_no_fitted_network_takes_no_expert(loras: Any, pair: Path, tmp_p
     )
     done = run("fit", tmp_path / "route.yaml", tmp_path / "out", "--add", f"x={loras.adapters['three']}")
     assert done.exit_code == 2
-    assert "its router was fitted for the experts it has" in said(done)
+    assert "was fitted for the experts it has" in said(done)
