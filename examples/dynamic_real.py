@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import typer
 from dynamic_support.gates import gates_text, run_gates
 from dynamic_support.page import draw_ranks, twins_text
-from dynamic_support.twins import best_static, run_twin, twins
+from dynamic_support.twins import CUT, best_static, run_twin, twins
 from merge_real import HERE, MAKERS, open_suite
 from merging_support.page import put
 from merging_support.stages import say
@@ -46,7 +46,7 @@ def twin_merges(
 ) -> None:
     """Twin merges over ranks and shared parts, each scored by its router and by the task's own part."""
     opened = open_suite(suite, work)
-    for twin in twins(best_static(opened)):
+    for twin in twins(best_static(opened), tokens=CUT if suite == "encoders" else None):
         if not only or twin.name in only:
             try:
                 run_twin(opened, twin)

@@ -39,7 +39,7 @@ DEEP = {
     "learning_rate": 1e-3,
     "weight_decay": 0.1,
 }
-CUT = 48  # tokens that a text is cut at when it is scored, at most
+CUT = 48  # tokens that encoders are shown of a text when they are scored, at most
 
 
 @dataclass(frozen=True)
@@ -85,26 +85,26 @@ def by_task(*, ranks: bool) -> dict[str, Any]:
     return {**DEEP, "task": told if ranks else {**told, "ranks": False}}
 
 
-def twins(best: dict[str, Any]) -> tuple[Twin, ...]:
+def twins(best: dict[str, Any], *, tokens: int | None = None) -> tuple[Twin, ...]:
     """The rows of a suite.
 
     Args:
         best: method and parameters of the best static merge, which is the shared part of the sweep.
+        tokens: of a row that a router by task loss learns from.
     """
     published = {"merge_method": "task_arithmetic", "parameters": {"weight": 0.3}}
     name = best["merge_method"]
     sweep = tuple(Twin(f"{name}, rank {rank}", best, rank=rank, gate=DEEP) for rank in RANKS)
     return (
         *sweep,
-        Twin(f"{name}, rank 64, router by task loss", best, rank=64, gate=by_task(ranks=True), tokens=CUT),
+        Twin(f"{name}, rank 64, router by task loss", best, rank=64, gate=by_task(ranks=True), tokens=tokens),
         Twin(
             f"{name}, rank 64, router by task loss, layers alone",
             best,
             rank=64,
             gate=by_task(ranks=False),
-            tokens=CUT,
+            tokens=tokens,
         ),
-        Twin(f"{name}, rank 64, router of cut texts", best, rank=64, gate=DEEP, tokens=CUT),
         Twin(f"{name}, router as published", best),
         Twin("task arithmetic 0.3, router as published", published),
     )
