@@ -76,7 +76,7 @@ class Bridge(nn.Module):
         shared = _known(entry)(states)
         kind = states.dtype
         key, value = linear(shared, self.key.to(kind)), linear(shared, self.value.to(kind))
-        return self._split(key), self._split(value)
+        return self._split(key).contiguous(), self._split(value).contiguous()  # each token reads all of them
 
     def read(self, states: Tensor, keys: Tensor, values: Tensor, sight: Sight) -> Tensor:
         """What a primary's states ``(B, T, d)`` are to be added to: ``(B, T, d)``, all 0 before training.
