@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mixmerge.errors import Fault, MixmergeError
-from mixmerge.logits.matching import EVALUATIONS, Found, match_grid, match_joint, match_one
+from mixmerge.logits.matching import Found, match_grid, match_joint, match_one
 from mixmerge.logits.shifts import divergences, fused, nucleus, shift
 from mixmerge.logits.vocabulary import Shared
 from mixmerge.registry import choices
@@ -147,8 +147,8 @@ def match(
     if settings.mode == "grid":
         return match_grid(logp, shifts, forward, backward, points=settings.points)
     if settings.mode == "joint":
-        return match_joint(logp, shifts, forward, backward, damping=settings.damping, evaluations=EVALUATIONS)
-    return match_one(logp, shifts, forward, backward, evaluations=EVALUATIONS)
+        return match_joint(logp, shifts, forward, backward, damping=settings.damping)
+    return match_one(logp, shifts, forward, backward)
 
 
 def fuse_rows(

@@ -19,6 +19,7 @@ from torch import Tensor
 LARGEST = 2.0  # of a matched alpha
 START = 1.0  # proxy tuning's alpha
 EVALUATIONS = 3
+JOINTLY = 2  # of each expert by itself, and then of all together
 _TINY = 1e-12
 
 
@@ -168,7 +169,7 @@ def match_joint(
     backward: Tensor,
     *,
     damping: float = 1.0,
-    evaluations: int = EVALUATIONS,
+    evaluations: int = JOINTLY,
 ) -> Found:
     """All experts shift each row together: the published objective, without its restriction to one of them.
 
@@ -185,14 +186,14 @@ def match_joint(
     Args:
         logp, deltas, forward, backward: as ``match_one`` takes them.
         damping: nats squared, above 0; the larger, the nearer to alpha*.
-        evaluations: of each expert alone, and then of all together.
+        evaluations: of each expert alone, and then of all together; 2 or more.
     """
+    if len(deltas) == 1:
+        return match_one(logp, deltas, forward, backward)
     deltas = centred(logp, deltas)
     pairs = zip(deltas, forward.unbind(1), backward.unbind(1), strict=True)
     alone = [solve(Path(logp, one), *wanted, evaluations=evaluations) for one, *wanted in pairs]
     anchor = torch.cat([one.alphas for one in alone], dim=1)  # (N, T)
-    if len(alone) == 1:
-        return Found(anchor, alone[0].value, evaluations)
     wanted, rest = _means(forward, backward)
     search = _Joint(deltas, logp, anchor, wanted, damping)
     return search.run(evaluations, rest)
@@ -242,7 +243,7 @@ class _Joint:
             step = torch.linalg.solve(damped, slope)
             alphas = (best - step).clamp(0, LARGEST)
         matched = least - self._damping * ((best - self._anchor) ** 2).sum(dim=1)
-        return Found(best, matched + rest, evaluations)
+        return Found(best, matched + rest, 2 * evaluations)
 
 
 def moments(logp: Tensor, deltas: Sequence[Tensor], alphas: Tensor) -> Moments:

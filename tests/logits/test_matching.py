@@ -154,7 +154,7 @@ def test_the_joint_form_against_a_slow_search() -> None:
     base, reference, experts = case(12, 50, seed=9)
     logp, deltas = base.double().log_softmax(-1), [shift(one, reference).double() for one in experts]
     forward, backward = (one.double() for one in wanted(reference, experts))
-    found = match_joint(logp, deltas, forward, backward, damping=0.5)
+    found = match_joint(logp, deltas, forward, backward, damping=0.5, evaluations=8)
     anchor = torch.cat(
         [
             match_one(logp, [one], forward[:, [at]], backward[:, [at]], evaluations=30).alphas
@@ -172,6 +172,11 @@ def test_the_joint_form_against_a_slow_search() -> None:
     ).amin(0)
     assert (penalised(found.alphas) <= least + 2e-3).all()
     assert (objective(logp, deltas, found.alphas, forward, backward) <= found.value + 1e-6).all()
+    quick = match_joint(logp, deltas, forward, backward, damping=0.5)
+    assert quick.evaluations <= 4
+    assert (
+        objective(logp, deltas, quick.alphas, forward, backward).mean() < 1.1 * found.value.mean() + 1e-3
+    ).all()
     held = match_joint(logp, deltas, forward, backward, damping=1e6, evaluations=8)
     torch.testing.assert_close(held.alphas, anchor, atol=1e-2, rtol=0)
 
