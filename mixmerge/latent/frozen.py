@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from mixmerge.engines.shortage import within_memory
 from mixmerge.errors import Fault, MixmergeError
 from mixmerge.experts.loading import LoadedExpert, load_expert
 from mixmerge.latent.peers import latents
@@ -71,7 +73,12 @@ class Frozen:
         """An expert in evaluation mode, none of whose parameters wants a gradient."""
         if name not in self._loaded:
             model, adapter = self._places[name]
-            found = load_expert(model, adapter=adapter, device=self._device, dtype=self._dtype)
+            found = within_memory(
+                partial(load_expert, model, adapter=adapter, device=self._device, dtype=self._dtype),
+                where=f"expert {name}",
+                what="out of memory while it was loaded",
+                run="Try precision: bfloat16, or a fixed primary: then peers are loaded one at a time",
+            )
             self._loaded[name] = found
             self._digests[name] = weights_digest(found.model)
         return self._loaded[name]
@@ -138,7 +145,12 @@ class Remembered:
             group = unique[start : start + _AT_ONCE]
             lacking = [at for at, one in enumerate(group) if self._stored(expert, one) is None]
             if lacking:
-                made = latents(self._frozen[expert], group, self._depths[expert])
+                made = within_memory(
+                    partial(latents, self._frozen[expert], group, self._depths[expert]),
+                    where=f"expert {expert}",
+                    what="out of memory while it read the rows",
+                    run="Try precision: bfloat16, or shorter rows",
+                )
                 for at in lacking:
                     self._store.put(self._key(expert, group[at]), made[at])
             say(min(start + _AT_ONCE, len(unique)), len(unique))
