@@ -22,6 +22,7 @@ from mixmerge.latent.records import Latents, Reading
 from mixmerge.latent.store import Store
 
 _AT_ONCE = 32  # readings that are handed to a peer together
+_KEPT = 2**28  # bytes of latents that stay in memory
 _SAMPLES = 16  # values of a tensor that are looked at one by one
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 Depth = int | Literal["last"]
@@ -131,6 +132,8 @@ class Remembered:
         depths: Mapping[str, Sequence[Depth]],
     ) -> None:
         self._frozen, self._store, self._hashes, self._depths = frozen, store, hashes, depths
+        self._near: dict[tuple[str, Reading], Latents] = {}  # what was used last is at the end
+        self._nbytes = 0
 
     def prepare(self, expert: str, readings: Sequence[Reading], say: Callable[[int, int], None]) -> None:
         """Make what is not there yet.
@@ -157,14 +160,22 @@ class Remembered:
 
     def of(self, expert: str, readings: Sequence[Reading], device: torch.device) -> list[Latents]:
         """Of each reading its latents, on a device."""
-        found = []
-        for reading in readings:
+        return [_moved(self._found(expert, reading), device) for reading in readings]
+
+    def _found(self, expert: str, reading: Reading) -> Latents:
+        one = self._near.pop((expert, reading), None)
+        if one is None:
             one = self._stored(expert, reading)
             if one is None:  # there was no room on the disk for it
                 (one,) = latents(self._frozen[expert], [reading], self._depths[expert])
                 self._store.put(self._key(expert, reading), one)
-            found.append(_moved(one, device))
-        return found
+                one = _moved(one, torch.device("cpu"))
+            self._nbytes += one.nbytes
+        self._near[expert, reading] = one
+        while self._nbytes > _KEPT and len(self._near) > 1:
+            first = next(iter(self._near))
+            self._nbytes -= self._near.pop(first).nbytes
+        return one
 
     def _key(self, expert: str, reading: Reading) -> str:
         return self._store.key(self._hashes[expert], reading, self._depths[expert], self._frozen.dtype)
