@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from bench_support.latent import Table, Times, Work
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
+DECODING = ("decoding", "B", "ms a step, least", "median", "ratio, least", "of medians", "bar")
+BRIDGES = ("bridges", "theirs", "beside", "share")
+MEMORY = ("memory in prompt mode", "MiB", "bar")
+FUSION = ("logit fusion", "B", "search, ms", "step of the base, ms", "share", "evaluations", "bar")
 BARS = {("prompt", 1): 1.10, ("chunked", 1): 1.15}
 
 
@@ -136,20 +140,21 @@ def main(
     rounds: Annotated[
         int, typer.Option(min=0, help="Of every comparison; 0: as many as mean something.")
     ] = 0,
+    rows: Annotated[
+        int, typer.Option(min=0, help="Time batches of so many rows, and nothing else; 0: all.")
+    ] = 0,
     threads: Annotated[int, typer.Option(min=1, help="Of torch.")] = 1,
-    fusion: Annotated[bool, typer.Option(help="Time the search of logit fusion, too.")] = True,
 ) -> None:
     """Measure, and print each figure beside its bar."""
     os.environ.setdefault("GOMP_SPINCOUNT", "0")  # threads that spin on busy cores make torch far slower
     import torch
     from bench_support import latent
-    from bench_support.fusion import BAR, fusion_rows
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     torch.set_num_threads(threads)
     sizes, shapes = (SMALL, latent.SMALL) if small else (Sizes(), latent.SHAPES)
-    texts = [
-        text for path in sorted(DOCS.glob("*.md")) for text in path.read_text(encoding="utf-8").split("\n## ")
-    ]
+    texts = [one for path in sorted(DOCS.glob("*.md")) for one in path.read_text("utf-8").split("\n## ")]
     texts = [text for text in texts if len(text) > 6 * max(sizes.prompts)]
     console = Console(width=200)
     with tempfile.TemporaryDirectory(prefix="bench-latent-") as folder:
@@ -162,37 +167,30 @@ def main(
             f"{experts}; {sizes.tokens} tokens of each row timed a round, after prompts of "
             f"{' and '.join(map(str, sizes.prompts))}; float32, {threads} thread(s), processor time.\n"
         )
-        lines: list[Sequence[str]] = []
-        for rows, prompt, count in zip(sizes.rows, sizes.prompts, sizes.rounds, strict=True):
-            found = latent.timed(
-                table,
-                list(latent.NAMES),
-                rows=rows,
-                prompt=prompt,
-                tokens=sizes.tokens,
-                rounds=rounds or count,
-            )
-            lines += decoding(found, rows)
-        show(
-            console,
-            ("decoding", "B", "ms a step, least", "median", "ratio, least", "of medians", "bar"),
-            lines,
-        )
-        show(
-            console,
-            ("bridges", "theirs", "beside", "share"),
-            work(table.work(sizes.prompts[0]), sizes.prompts[0]),
-        )
-        (text,) = table.prompts(1, sizes.prompts[0])
-        show(console, ("memory in prompt mode", "MiB", "bar"), memory(table, text))
-    if fusion:
-        searched = [
-            (one.mode, str(one.rows), f"{one.search:.2f}", f"{one.base:.1f}", f"{100 * one.share:.1f} %",
-             str(one.evaluations), f"< {100 * BAR:.0f} %: {'met' if one.share < BAR else 'MISSED'}")
-            for one in fusion_rows(small=small)
-        ]  # fmt: skip
-        columns = ("logit fusion", "B", "search, ms", "step of the base, ms", "share", "evaluations", "bar")
-        show(console, columns, searched)
+        for size, prompt, count in zip(sizes.rows, sizes.prompts, sizes.rounds, strict=True):
+            if rows in (0, size):
+                found = latent.timed(
+                    table, rows=size, prompt=prompt, tokens=sizes.tokens, rounds=rounds or count
+                )
+                show(console, DECODING, decoding(found, size))
+        if rows:
+            return
+        prompt = sizes.prompts[0]
+        show(console, BRIDGES, work(table.work(prompt), prompt))
+        show(console, MEMORY, memory(table, table.prompts(1, prompt)[0]))
+    show(console, FUSION, fused(small=small))
+
+
+def fused(*, small: bool) -> list[Sequence[str]]:
+    """The search of logit fusion, as a share of a step."""
+    from bench_support.fusion import BAR, fusion_rows
+
+    lines: list[Sequence[str]] = []
+    for one in fusion_rows(small=small):
+        met = f"< {100 * BAR:.0f} %: {'met' if one.share < BAR else 'MISSED'}"
+        figures = (f"{one.search:.2f}", f"{one.base:.1f}", _share(one.share), str(one.evaluations))
+        lines.append((one.mode, str(one.rows), *figures, met))
+    return lines
 
 
 if __name__ == "__main__":

@@ -216,10 +216,10 @@ def weights_of(model: Any) -> int:
 def timed(table: Table, ways: Sequence[str], *, rows: int, prompt: int, tokens: int, rounds: int) -> Times:
     """Each way once a round, in an order that is drawn; prompts are read before the clock starts."""
     prompts = table.prompts(rows, prompt)
-    found: dict[str, list[float]] = {way: [] for way in ways}
+    found: dict[str, list[float]] = {way: [] for way in NAMES}
     draw = random.Random(0)
     for number in range(rounds + 1):
-        order = list(ways)
+        order = list(NAMES)
         draw.shuffle(order)
         for way in order:
             decoder = table.decoder(way, prompts, tokens + 1)
