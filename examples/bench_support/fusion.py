@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mixmerge.logits.fusing import Mode, Settings, fuse_rows
+from mixmerge.logits.fusing import Fused, Mode, Settings, fuse_rows
 
-BAR = 0.1  # of a step of the base alone
+BAR = 0.1  # of a step
+MOST = 4  # evaluations
 _CONTEXT = 64
 
 
@@ -22,14 +23,16 @@ class Searched:
 
     Args:
         mode: of fusion.
+        experts: T.
         rows: B.
         parameters: of the base.
-        base, small: milliseconds of one token of the base, and of the reference and the expert together.
-        shift, search: of adding a fixed shift to the logits, and of what matching takes beyond that.
-        evaluations: of the search.
+        base, small: milliseconds of one token of the base, and of the reference and the experts together.
+        shift, search: of adding fixed shifts to the logits, and of what matching takes beyond that.
+        evaluations: of each search.
     """
 
     mode: Mode
+    experts: int
     rows: int
     parameters: int
     base: float
@@ -40,19 +43,24 @@ class Searched:
 
     @property
     def share(self) -> float:
-        """Of the search, beside a step of the base alone: that of the small models is left out."""
-        return self.search / self.base
+        """Of the search, beside all else of a step."""
+        return self.search / (self.base + self.small + self.shift)
+
+    @property
+    def holds(self) -> bool:
+        return self.share < BAR and self.evaluations <= MOST
 
     def __str__(self) -> str:
-        return (
-            f"{self.mode}, {self.rows} rows: base of {self.parameters / 1e6:.0f} M {self.base:.1f} ms a token, small "
-            f"models {self.small:.1f}, shift {self.shift:.2f}, search {self.search:.2f} ms = "
-            f"{100 * self.share:.1f} % of the base's step, {self.evaluations} evaluations"
+        models = (
+            f"base of {self.parameters / 1e6:.0f} M {self.base:.1f} ms a token, small models {self.small:.1f}"
         )
+        search = f"shift {self.shift:.2f}, search {self.search:.2f} ms by {self.evaluations} evaluations"
+        shares = f"{100 * self.share:.1f} % of the step, {100 * self.search / self.base:.1f} % of the base's"
+        return f"{self.mode}, {self.experts} experts, {self.rows} rows: {models}, {search} = {shares}"
 
 
 def fusion_rows(*, rows: tuple[int, ...] = (1, 16), rounds: int = 9, small: bool = False) -> list[Searched]:
-    """Steps of a llama-style base of 100 M parameters and 50,257 tokens, with a reference and one expert of it.
+    """Steps of a llama-style base of 100 M parameters and 50,257 tokens, with a small reference and its experts.
 
     Args:
         rows: sizes of batches.
@@ -61,22 +69,25 @@ def fusion_rows(*, rows: tuple[int, ...] = (1, 16), rounds: int = 9, small: bool
     """
     sizes = ((64, 2, 500), (32, 1, 500)) if small else ((640, 14, 50257), (256, 4, 50257))
     base, little = (_model(*one) for one in sizes)
+    parameters = sum(one.numel() for one in base.parameters())
     found: list[Searched] = []
     for count in rows:
-        logits = {name: _Step(one, count) for name, one in (("base", base), ("small", little))}
-        times = {name: _least(one, rounds) for name, one in logits.items()}
-        large, reference = (one() for one in logits.values())
-        expert = reference + 0.3 * torch.randn(reference.shape, generator=torch.Generator().manual_seed(1))
-        plain = _least(_fused(large, reference, expert, "static"), rounds)
-        for mode in ("one", "joint"):
-            call = _fused(large, reference, expert, mode)
-            made = fuse_rows(large, reference, [expert], None, Settings(mode), (1.0,))
-            spent = _least(call, rounds)
-            parameters = sum(one.numel() for one in base.parameters())
+        steps = _Step(base, count), _Step(little, count)
+        large, least = (_least(one, rounds) for one in steps)
+        logits, reference = (one() for one in steps)
+        draw = torch.Generator().manual_seed(1)
+        experts = [reference + 0.3 * torch.randn(reference.shape, generator=draw) for _ in range(2)]
+        kinds: tuple[tuple[Mode, int], ...] = (("one", 1), ("joint", 2))
+        for mode, several in kinds:
+            some = experts[:several]
+            plain = _least(_fused(logits, reference, some, "static"), 3 * rounds)
+            spent = _least(_fused(logits, reference, some, mode), 3 * rounds)
+            made = _fused(logits, reference, some, mode)()
+            small_models = (1 + several) * least
             found.append(
                 Searched(
-                    mode, count, parameters, times["base"], 2 * times["small"], plain,
-                    max(spent - plain, 0.0), made.evaluations,
+                    mode, several, count, parameters, large, small_models, plain, max(spent - plain, 0.0),
+                    made.evaluations,
                 )
             )  # fmt: skip
     return found
@@ -113,10 +124,10 @@ class _Step:
         return logits
 
 
-def _fused(base: Tensor, reference: Tensor, expert: Tensor, mode: Mode) -> Callable[[], object]:
-    def call() -> object:
+def _fused(base: Tensor, reference: Tensor, experts: Sequence[Tensor], mode: Mode) -> Callable[[], Fused]:
+    def call() -> Fused:
         with torch.inference_mode():
-            return fuse_rows(base, reference, [expert], None, Settings(mode), (1.0,))
+            return fuse_rows(base, reference, experts, None, Settings(mode), (1.0,) * len(experts))
 
     return call
 

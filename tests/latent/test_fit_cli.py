@@ -18,6 +18,7 @@ import mixmerge
 from mixmerge.errors import MixmergeError
 from mixmerge.latent.files import load_latent
 from mixmerge.mixture import parse
+from mixmerge.mixture.hub import confined
 from mixmerge.mixture.latent import check_fitted
 from mixmerge.mixture.saving import spec_of
 
@@ -364,6 +365,27 @@ def test_depths_and_rows_that_an_expert_does_not_have(mixture: Callable[..., Pat
     for name in ("llama", "gpt_neox", "opt"):
         assert re.search(rf"compose.data: row 2, as {name} reads it", text), text
     assert not (tmp_path / "out").exists()
+
+
+def test_a_mixture_of_the_hub_stays_in_its_repository(tmp_path: Path) -> None:
+    folder = tmp_path / "snapshot"
+    for name in ("a", "b", "encoder"):
+        (folder / name).mkdir(parents=True)
+    (folder / "rows.jsonl").touch()
+    text = (
+        "experts: {a: {model: ./a}, b: {model: ./b}}\n"
+        "compose: {kind: latent, route: {encoder: PLACE/encoder, k: 2}, data: [rows.jsonl, PLACE/rows.jsonl]}\n"
+    )
+    inside = confined(
+        parse(text.replace("PLACE", ".")).require(), folder, name="org/x", trust_endpoints=False
+    )
+    assert inside.compose.options["route"] == {"encoder": str(folder / "encoder"), "k": 2}
+    assert inside.compose.options["data"] == [str(folder / "rows.jsonl")] * 2
+    with pytest.raises(MixmergeError) as caught:
+        confined(parse(text.replace("PLACE", "..")).require(), folder, name="org/x", trust_endpoints=False)
+    told = "\n".join(str(one) for one in caught.value.faults)
+    assert "org/x: compose.route.encoder: '../encoder' leads out of the repository" in told
+    assert "org/x: compose.data[1]: '../rows.jsonl' leads out of the repository" in told
 
 
 def test_the_recipe_that_comes_with_mixmerge(
