@@ -213,7 +213,7 @@ def weights_of(model: Any) -> int:
     return sum(one.numel() for name, one in model.named_parameters() if one.dim() > 1)
 
 
-def timed(table: Table, ways: Sequence[str], *, rows: int, prompt: int, tokens: int, rounds: int) -> Times:
+def timed(table: Table, *, rows: int, prompt: int, tokens: int, rounds: int) -> Times:
     """Each way once a round, in an order that is drawn; prompts are read before the clock starts."""
     prompts = table.prompts(rows, prompt)
     found: dict[str, list[float]] = {way: [] for way in NAMES}
