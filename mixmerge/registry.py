@@ -21,6 +21,7 @@ TABLES = {
     "composition": "mixmerge.aggregate.table:COMPOSITIONS",
     "extraction": "mixmerge.aggregate.extraction:EXTRACTORS",
     "gate": "mixmerge.bank.gates:GATES",
+    "whole": "mixmerge.mixture.wholes:WHOLES",
 }
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mixmerge.data.batches import Batch, context_of, make_batches
 from mixmerge.data.rows import Row
+from mixmerge.experts.encoding import mean_of
 from mixmerge.experts.loading import LoadedExpert, check_tokenizer
 
 Told = Callable[[int, int], None]
@@ -84,12 +85,6 @@ def features_of(
             progress(done, len(rows))
     whole = torch.cat(values)
     return Shown(torch.nn.functional.normalize(whole, dim=-1) if unit else whole, tuple(owners))
-
-
-def mean_of(hidden: Tensor, mask: Tensor) -> Tensor:
-    """``(B, L, h)`` and which tokens are real ``(B, L)`` to their means ``(B, h)`` in float32."""
-    there = mask[..., None]
-    return torch.where(there, hidden.float(), 0.0).sum(1) / there.sum(1).clamp(min=1)
 
 
 def states_of(output: Any, layers: bool) -> Tensor:

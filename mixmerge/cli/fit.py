@@ -48,5 +48,7 @@ def fit(
             f"{facts['sites']:,} matrices with {facts['parameters']:,} numbers: {size(facts['bytes'])}, "
             f"{share:.1f} % of the base's {size(facts['base_bytes'])}"
         )
-    else:
+    elif done.what == "router":
         print(f"fitted on {facts['queries']:,} queries")
+    for note in done.notes:
+        print(note)

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from mixmerge.bank.attach import Attached
-from mixmerge.bank.features import mean_of, states_of
+from mixmerge.bank.features import states_of
 from mixmerge.bank.gate import Gate, Run
 from mixmerge.bank.mix import Mix
 from mixmerge.bank.records import Bank
 from mixmerge.dynamic.explaining import Tally
 from mixmerge.engines.decoding import Told, accepted
 from mixmerge.errors import Fault, MixmergeError
+from mixmerge.experts.encoding import mean_of
 from mixmerge.experts.loading import kind_of
 
 Embed = Callable[[Sequence[str]], Tensor]  # texts -> (B, f)

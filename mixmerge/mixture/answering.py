@@ -21,8 +21,8 @@ from mixmerge.errors import Fault, MixmergeError, collecting
 from mixmerge.experts import Expert, ExpertSet
 from mixmerge.experts.identity import identities
 from mixmerge.mixture.fitting import outcomes_of
-from mixmerge.mixture.network import setup_of_network
 from mixmerge.mixture.schema import LATER, ExpertSpec, MixtureSpec
+from mixmerge.mixture.wholes import whole_of
 from mixmerge.outcomes.table import Price
 from mixmerge.routers.base import UNSAVED, Router
 from mixmerge.routers.cascade_router import CascadeRouter
@@ -68,18 +68,19 @@ def defaults_of(spec: MixtureSpec, *, explain: bool = False) -> Defaults:
 
 
 def setup_of(mixture: Mixture, *, explain: bool = False) -> Setup:
-    """What answers, by the mixture's router, policy and composition, or by its network and gate.
+    """What answers, by the mixture's router, policy and composition, or all experts as one whole.
 
     Args:
         mixture: it.
-        explain: answers of a network say its weights too.
+        explain: answers of a whole say its weights too.
 
     Raises:
         MixmergeError: a composition that is not available; experts whose folders are not there; all at once.
     """
     spec, policy = mixture.spec, mixture.policy
-    if spec.gated:
-        return setup_of_network(spec, defaults_of(spec, explain=explain))
+    whole = whole_of(spec.compose.kind)
+    if whole is not None:
+        return whole.setup(mixture, defaults_of(spec, explain=explain))
     router = mixture.routing
     experts, faults = expert_set(spec), list[Fault]()
     made: Composition | None = None

@@ -21,7 +21,7 @@ from mixmerge.batch.setup import Conditions, Listed, Setup
 from mixmerge.decision.records import Query
 from mixmerge.engines.records import Generation, Message
 from mixmerge.mixture.answering import setup_of
-from mixmerge.mixture.schema import ADAPTERS
+from mixmerge.mixture.wholes import whole_of
 
 if TYPE_CHECKING:
     from mixmerge.mixture.wiring import Mixture
@@ -118,7 +118,8 @@ def stream(
     with _job(items_of([asked]), setup_of(mixture, explain=explain), conditions) as job:
         job.decide()
         shown = ""
-        stage = job.next_stage() if mixture.spec.compose.kind in ("answer", ADAPTERS) else None
+        kind = mixture.spec.compose.kind
+        stage = job.next_stage() if kind == "answer" or whole_of(kind) is not None else None
         if stage is not None:
             for text in _words(job, stage):
                 shown += text

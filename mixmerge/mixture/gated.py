@@ -11,10 +11,10 @@ from mixmerge import registry
 from mixmerge.document import Node, Report, given, show
 from mixmerge.document.sections import Strict
 from mixmerge.errors import MixmergeError
-from mixmerge.mixture.schema import ComposeSpec, ExpertSpec
+from mixmerge.mixture.schema import ExpertSpec
+from mixmerge.mixture.wholes import Asked, check_parts, inner
 
-WHOLE = "mixture"  # name of the network among its experts
-_ENGINES = (None, "transformers", "dynamic")
+_ENGINES = ("transformers", "dynamic")
 _MADE_ALREADY = ("gate", "data", "split", "samples", "rank", "energy", "budget", "bits", "given", "seed")
 
 
@@ -52,62 +52,23 @@ class AdaptersOptions(Strict):
     seed: int = Field(default=0, ge=0, lt=2**32)
 
 
-def check_gated(
-    top: Mapping[str, Node],
-    names: Sequence[str],
-    experts: Mapping[str, ExpertSpec],
-    compose: ComposeSpec | None,
-    report: Report,
-) -> None:
-    """Everything that can be known to be wrong before a file is opened.
-
-    Args:
-        top: the whole YAML.
-        names: of all experts.
-        experts: those that could be read.
-        compose: None if it could not be read.
-        report: gets the faults.
-    """
-    for key in ("router", "policy"):
-        node = given(dict(top), key)
-        if node is not None:
-            report.fault(node, "has no effect: the gate weighs the experts", run="Remove it")
-    for name, one in experts.items():
-        _check_expert(_inner(top["experts"])[name], name, one, report)
-    if compose is None:
+def check_gated(asked: Asked, report: Report) -> None:
+    """Everything that can be known to be wrong before a file is opened."""
+    check_parts(asked, _ENGINES, report)
+    if asked.compose is None:
         return
-    entries = _inner(top["compose"])
-    options = AdaptersOptions.model_validate(compose.options)
+    options = AdaptersOptions.model_validate(asked.compose.options)
     if options.folder is not None:
+        entries = asked.entries("compose")
         for key in _MADE_ALREADY:
             if given(entries, key) is not None:
                 report.fault(
                     entries[key], "has no effect on a fitted network", run="Remove it, or remove folder"
                 )
         return
-    _check_base(top, experts, options, report)
-    _check_sizes(top, experts, options, report)
-    _check_gate(top, names, options, report)
-
-
-def _inner(node: Node) -> dict[str, Node]:
-    """Keys of a mapping."""
-    return node.value if isinstance(node.value, dict) else {}
-
-
-def _check_expert(node: Node, name: str, expert: ExpertSpec, report: Report) -> None:
-    if name == WHOLE:
-        report.fault(node, f"{show(name)} is what the network of all experts is called", "Another name")
-    if expert.endpoint is not None:
-        report.fault(
-            node, "an expert behind an endpoint cannot be part of a network", "model, or adapter and base"
-        )
-    elif expert.engine not in _ENGINES:
-        report.fault(node, f"{expert.engine} cannot run a network of several experts", "Leave engine out")
-    if expert.options:
-        report.fault(
-            node, "options has no effect on a part of a network", "compose: {dtype: ...}", "Remove it"
-        )
+    _check_base(asked.top, asked.experts, options, report)
+    _check_sizes(asked.top, asked.experts, options, report)
+    _check_gate(asked.top, asked.names, options, report)
 
 
 def base_of(experts: Mapping[str, ExpertSpec], base: str | None) -> str | None:
@@ -136,9 +97,9 @@ def _check_sizes(
     if full and not sizes:
         what = f"{', '.join(full)} {'is a full model' if len(full) == 1 else 'are full models'}, and no size is said"
         report.fault(top["compose"], what, "rank, energy or budget of their factors")
-    if sizes and not full and len(experts) == len(_inner(top["experts"])):
+    if sizes and not full and len(experts) == len(inner(top["experts"])):
         report.fault(
-            _inner(top["compose"])[sizes[0]],
+            inner(top["compose"])[sizes[0]],
             "has no effect on adapters",
             "It is for full models",
             "Remove it",
@@ -152,7 +113,7 @@ def _check_gate(
     from mixmerge.bank.fitting import gate_options
 
     compose = top["compose"]
-    entries = _inner(compose)
+    entries = inner(compose)
     node = given(entries, "gate")
     if node is None or options.gate is None:
         report.fault(node or compose, "the key gate is missing", "gate: {kind: NAME, ...}")
@@ -168,7 +129,7 @@ def _check_gate(
     except MixmergeError as error:
         for fault in error.faults:
             key = fault.where.removeprefix("compose.gate.").split(".")[0]
-            report.fault(_inner(node).get(key, node), fault.what, fault.allowed, fault.run)
+            report.fault(inner(node).get(key, node), fault.what, fault.allowed, fault.run)
         return
     if getattr(asked, "features", "") == "text":
         wants = (*wants, "encode")
@@ -207,7 +168,7 @@ def _check_data(
     for name in data:
         if name not in names:
             what = f"the mixture has no expert {show(name)}"
-            report.fault(_inner(node)[name], what, registry.choices(name, list(names)))
+            report.fault(inner(node)[name], what, registry.choices(name, list(names)))
     lacking = [name for name in names if name not in data]
     if each and lacking:
         report.fault(node, f"there are no rows of {', '.join(lacking)}", f"{kind} learns from rows of each")

@@ -17,6 +17,7 @@ from mixmerge.checkpoint.transfer import asking, bars, fetch
 from mixmerge.errors import CheckpointError, Fault, MixmergeError
 from mixmerge.mixture.saving import FILE, HERE, is_fitted, spec_of
 from mixmerge.mixture.schema import ComposeSpec, ExpertSpec, MixtureSpec, RouterSpec
+from mixmerge.mixture.wholes import Whole, whole_of
 from mixmerge.routers.storage import CARD
 
 _HUB_ID = re.compile(r"[\w.\-]+/[\w.\-]+")
@@ -157,26 +158,32 @@ def confined(spec: MixtureSpec, folder: Path, *, name: str, trust_endpoints: boo
             expert = expert.model_copy(update=_moved(given, _PLACES, folder, where, faults))
         experts[called] = expert
     router = None if spec.router is None else _router(spec.router, folder, f"{name}: router", faults)
-    compose = _network(spec, folder, f"{name}: compose", faults) if spec.gated else spec.compose
+    compose, whole = spec.compose, whole_of(spec.compose.kind)
+    if whole is not None:
+        compose = _compose(compose, whole, folder, f"{name}: compose", faults)
     if faults:
         raise MixmergeError(faults)
     return spec.model_copy(update={"experts": experts, "router": router, "compose": compose})
 
 
-def _network(spec: MixtureSpec, folder: Path, where: str, faults: list[Fault]) -> ComposeSpec:
-    """A network's places; rows that it would be fitted on are what lies beside the YAML, too."""
-    options = dict(spec.compose.options)
+def _compose(
+    compose: ComposeSpec, whole: Whole, folder: Path, where: str, faults: list[Fault]
+) -> ComposeSpec:
+    """Places of a whole; rows that it would be fitted on are what lies beside the YAML, too."""
+    options = dict(compose.options)
     # the folder of one that lies beside the YAML was put in already
     inner = {key: value for key, value in _texts(options).items() if value != str(folder)}
-    options |= _moved(inner, ("folder", "base", "encoder", "given"), folder, where, faults)
-    data = options.get("data")
-    if isinstance(data, str):
-        options["data"] = _inside(data, folder, f"{where}.data", faults)
-    elif isinstance(data, Mapping):
-        options["data"] = {
-            key: _inside(value, folder, f"{where}.data.{key}", faults) for key, value in _texts(data).items()
-        }
-    return spec.compose.model_copy(update={"options": options})
+    options |= _moved(inner, whole.folders, folder, where, faults)
+    for key in whole.files:
+        data = options.get(key)
+        if isinstance(data, str):
+            options[key] = _inside(data, folder, f"{where}.{key}", faults)
+        elif isinstance(data, Mapping):
+            options[key] = {
+                name: _inside(value, folder, f"{where}.{key}.{name}", faults)
+                for name, value in _texts(data).items()
+            }
+    return compose.model_copy(update={"options": options})
 
 
 def _router(router: RouterSpec, folder: Path, where: str, faults: list[Fault]) -> RouterSpec:

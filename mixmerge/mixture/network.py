@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mixmerge.aggregate.answer import PrimaryAnswer
 from mixmerge.batch.setup import Defaults, Setup
@@ -12,13 +13,17 @@ from mixmerge.decision.records import Decision, Pick, Query
 from mixmerge.dynamic.folders import is_dynamic
 from mixmerge.errors import Fault, MixmergeError
 from mixmerge.experts import Expert, ExpertSet, identity
-from mixmerge.mixture.gated import WHOLE, AdaptersOptions
+from mixmerge.mixture.gated import AdaptersOptions
 from mixmerge.mixture.schema import MixtureSpec
+from mixmerge.mixture.wholes import NAME
 from mixmerge.outcomes.table import Price
 
+if TYPE_CHECKING:
+    from mixmerge.mixture.wiring import Mixture
 
-def check_fitted(spec: MixtureSpec) -> MixtureSpec:
-    """The mixture, if ``mixmerge fit`` made its network.
+
+def check_fitted(spec: MixtureSpec, answers: bool) -> None:
+    """Look for the network that ``mixmerge fit`` made; it lies in one folder, whether it is to answer or not.
 
     Raises:
         MixmergeError: it is not fitted, or its folder is gone, or of other experts.
@@ -37,7 +42,6 @@ def check_fitted(spec: MixtureSpec) -> MixtureSpec:
     if known != tuple(spec.experts):
         what = f"the bank in {folder} is of {', '.join(known)}, and the mixture of {', '.join(spec.experts)}"
         raise MixmergeError(Fault("experts", what, "The experts it was fitted with", "Fit the mixture again"))
-    return spec
 
 
 def network_of(spec: MixtureSpec) -> ExpertSet:
@@ -48,7 +52,7 @@ def network_of(spec: MixtureSpec) -> ExpertSet:
     }
     if told.dtype != "auto":
         options["dtype"] = told.dtype
-    whole = Expert(WHOLE, str(told.folder), engine="dynamic", options=options)
+    whole = Expert(NAME, str(told.folder), engine="dynamic", options=options)
     alone = []
     for name, one in spec.experts.items():
         price = None if one.price is None else Price(one.price.input, one.price.output, one.price.size)
@@ -58,18 +62,19 @@ def network_of(spec: MixtureSpec) -> ExpertSet:
     return ExpertSet((whole, *alone))
 
 
-def setup_of_network(spec: MixtureSpec, defaults: Defaults) -> Setup:
+def setup_of_network(mixture: Mixture, defaults: Defaults) -> Setup:
     """What answers: the network, or the expert that a request names.
 
     Raises:
         MixmergeError: its folder cannot be read.
     """
+    spec = mixture.spec
     experts = network_of(spec)
-    version = identity(experts[WHOLE])
+    version = identity(experts[NAME])
 
     def route(queries: Sequence[Query]) -> Sequence[Decision]:
         reason = {"rule": "the gate weighs the experts, token by token or prompt by prompt"}
-        return [Decision(one.id, (Pick(WHOLE),), WHOLE, {}, "gate", reason, version) for one in queries]
+        return [Decision(one.id, (Pick(NAME),), NAME, {}, "gate", reason, version) for one in queries]
 
     about = {"network": version, "generate": spec.generate.model_dump(mode="json")}
     return Setup(experts, PrimaryAnswer(), route, False, defaults, canonical_hash(about))

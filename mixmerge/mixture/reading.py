@@ -27,9 +27,7 @@ from mixmerge.document import (
 )
 from mixmerge.document.sections import M, Strict, arguments_of, plain, read_section
 from mixmerge.errors import MixmergeError
-from mixmerge.mixture.gated import AdaptersOptions, check_gated
 from mixmerge.mixture.schema import (
-    ADAPTERS,
     LATER,
     ComposeSpec,
     ExpertSpec,
@@ -39,6 +37,7 @@ from mixmerge.mixture.schema import (
     PriceSpec,
     RouterSpec,
 )
+from mixmerge.mixture.wholes import Asked, Whole, whole_of
 
 MIXTURE = Kind("mixture", needs="It needs experts and router")
 _KEYS = ["experts", "router", "policy", "compose", "generate"]
@@ -79,13 +78,15 @@ def _mixture(top: dict[str, Node], report: Report) -> MixtureSpec | None:
     unknown_keys(top, _KEYS, report)
     names, experts = _experts(top, report)
     compose = _compose(top, names, report)
-    gated = _is_gated(top)
-    if gated:
-        check_gated(top, names, experts, compose, report)
-    router = None if gated else _router(top, report)
-    policy = None if gated else _policy(top, names, report)
+    whole = _whole(top)
+    if whole is not None:
+        _check_routing(top, whole, report)
+        whole.check(Asked(top, names, experts, compose), report)
+    alone = whole is not None and (bool(whole.instead) or given(top, "router") is None)
+    router = None if alone else _router(top, report)
+    policy = None if alone else _policy(top, names, report)
     generate = _optional(top, "generate", GenerateSpec, "settings of generation", report)
-    if report.faulty or (router is None and not gated):
+    if report.faulty or (router is None and not alone):
         return None
     return MixtureSpec(
         experts=experts,
@@ -96,11 +97,22 @@ def _mixture(top: dict[str, Node], report: Report) -> MixtureSpec | None:
     )
 
 
-def _is_gated(top: dict[str, Node]) -> bool:
-    """Whether it says that its experts are one network, however wrong the rest is."""
+def _whole(top: dict[str, Node]) -> Whole | None:
+    """The kind of whole that its experts are said to be, however wrong the rest is."""
     compose = given(top, "compose")
     kind = given(compose.value, "kind") if compose is not None and isinstance(compose.value, dict) else None
-    return kind is not None and kind.value == ADAPTERS
+    return None if kind is None else whole_of(kind.value)
+
+
+def _check_routing(top: dict[str, Node], whole: Whole, report: Report) -> None:
+    """Keys of routing that have no effect on experts which answer as one."""
+    for key in ("router", "policy"):
+        node = given(top, key)
+        if node is not None and whole.instead:
+            report.fault(node, f"has no effect: {whole.instead}", run="Remove it")
+    policy = given(top, "policy")
+    if policy is not None and not whole.instead and given(top, "router") is None:
+        report.fault(policy, "has no effect without a router", run="Remove it, or add router")
 
 
 def _optional(top: dict[str, Node], key: str, model: type[M], what: str, report: Report) -> M | None:
@@ -117,7 +129,7 @@ def _compose(top: dict[str, Node], experts: list[str], report: Report) -> Compos
     name = "answer" if kind is None else read_text(kind, report, "the name of a composition")
     if name is None:
         return None
-    known = [*registry.table("composition"), AUTO, ADAPTERS, *LATER]
+    known = [*registry.table("composition"), AUTO, *registry.table("whole"), *LATER]
     if kind is not None and name not in known:
         report.fault(kind, f"no composition is called {show(name)}", registry.choices(name, known))
         return None
@@ -136,8 +148,9 @@ def _compose(top: dict[str, Node], experts: list[str], report: Report) -> Compos
 
 
 def _options_of(kind: str) -> type[BaseModel]:
-    if kind == ADAPTERS:
-        return AdaptersOptions
+    whole = whole_of(kind)
+    if whole is not None:
+        return whole.options
     return Strict if kind in LATER else AutoOptions if kind == AUTO else options_of(kind)
 
 

@@ -13,7 +13,8 @@ from mixmerge.dynamic.folders import MIXTURE, is_dynamic
 from mixmerge.errors import Fault, MixmergeError
 from mixmerge.mixture.gated import AdaptersOptions
 from mixmerge.mixture.reading import read
-from mixmerge.mixture.schema import ADAPTERS, ExpertSpec, MixtureSpec
+from mixmerge.mixture.schema import ExpertSpec, MixtureSpec
+from mixmerge.mixture.wholes import is_marked, whole_of
 from mixmerge.routers.storage import CARD, replacing, write
 
 if TYPE_CHECKING:
@@ -26,9 +27,9 @@ _FIT = "Make one: mixmerge fit MIXTURE.yaml FOLDER"
 
 
 def is_fitted(folder: str | Path) -> bool:
-    """Whether ``save`` or ``save_network`` wrote the folder, as far as names of files tell."""
+    """Whether ``save`` or a fit of a whole wrote the folder, as far as names of files tell."""
     place = Path(folder)
-    return (place / FILE).is_file() and ((place / CARD).is_file() or is_dynamic(place))
+    return (place / FILE).is_file() and ((place / CARD).is_file() or is_marked(place))
 
 
 def spec_of(source: str | Path | Mapping[str, Any]) -> MixtureSpec:
@@ -57,10 +58,10 @@ def spec_of(source: str | Path | Mapping[str, Any]) -> MixtureSpec:
 def _at_home(spec: MixtureSpec, folder: Path) -> MixtureSpec:
     """What was fitted is in this folder, where the YAML says that it lies beside it."""
     if spec.router is not None and spec.router.folder == HERE:
-        return spec.model_copy(update={"router": spec.router.model_copy(update={"folder": str(folder)})})
-    if spec.gated and spec.compose.options.get("folder") == HERE:
+        spec = spec.model_copy(update={"router": spec.router.model_copy(update={"folder": str(folder)})})
+    if whole_of(spec.compose.kind) is not None and spec.compose.options.get("folder") == HERE:
         options = {**spec.compose.options, "folder": str(folder)}
-        return spec.model_copy(update={"compose": spec.compose.model_copy(update={"options": options})})
+        spec = spec.model_copy(update={"compose": spec.compose.model_copy(update={"options": options})})
     return spec
 
 
@@ -94,11 +95,26 @@ def save_network(spec: MixtureSpec, folder: Path, *, base: str) -> None:
     """
     asked = AdaptersOptions.model_validate(spec.compose.options)
     kept = {"base": anchored(base), "encoder": asked.encoder and anchored(asked.encoder)}
-    compose = {"kind": ADAPTERS, "folder": HERE, **{key: value for key, value in kept.items() if value}}
+    compose: dict[str, Any] = {key: value for key, value in kept.items() if value}
     if asked.dtype != "auto":
         compose["dtype"] = asked.dtype
+    save_whole(spec, folder, compose)
+
+
+def save_whole(spec: MixtureSpec, folder: Path, compose: Mapping[str, Any]) -> None:
+    """The YAML of a whole that was fitted into a folder: its experts are named.
+
+    Args:
+        spec: that was fitted; a router of its own is in the folder too, if it has one.
+        folder: to write into.
+        compose: its options, but for kind and folder.
+    """
+    data: dict[str, Any] = {"experts": _experts(spec)}
+    if spec.router is not None:
+        data["router"] = {"folder": HERE}
+    data["compose"] = {"kind": spec.compose.kind, "folder": HERE, **compose}
     generate = spec.generate.model_dump(mode="json", exclude_defaults=True)
-    data = {"experts": _experts(spec), "compose": compose, **({"generate": generate} if generate else {})}
+    data |= {"generate": generate} if generate else {}
     (folder / FILE).write_text(_dumped(data), encoding="utf-8")
 
 

@@ -10,10 +10,11 @@ from pydantic import Field
 from mixmerge.decision.policies import Policy
 from mixmerge.document.sections import Strict
 from mixmerge.errors import Fault, MixmergeError
+from mixmerge.mixture.wholes import whole_of
 
-# Compositions that a mixture may name before they can be used; the others are in ``mixmerge.aggregate``.
+# Compositions that a mixture may name before they can be used. The others are in ``mixmerge.aggregate``, and those of
+# which no answers are composed in ``mixture.wholes``.
 LATER = ("latent", "logits", "twin")
-ADAPTERS = "adapters"  # one network of all experts: no answers are composed
 
 
 class PriceSpec(Strict):
@@ -102,7 +103,7 @@ class MixtureSpec(Strict):
 
     Args:
         experts: by name, in the order of the YAML.
-        router: scores them; None where a gate weighs them inside one network (``compose.kind`` is ``adapters``).
+        router: scores them; None where they answer as one whole (``mixture.wholes``) that needs none.
         policy: decides; None if the YAML names none: then the one in the router's folder, or ``argmax``.
         compose, generate: of the answers.
     """
@@ -114,11 +115,6 @@ class MixtureSpec(Strict):
     generate: GenerateSpec = GenerateSpec()
 
     @property
-    def gated(self) -> bool:
-        """Whether its experts are one network whose gate weighs them."""
-        return self.compose.kind == ADAPTERS
-
-    @property
     def routed(self) -> RouterSpec:
         """What it says of its router.
 
@@ -126,14 +122,16 @@ class MixtureSpec(Strict):
             MixmergeError: it has none.
         """
         if self.router is None:
-            raise MixmergeError(no_router())
+            raise MixmergeError(no_router(self.compose.kind))
         return self.router
 
 
-def no_router() -> Fault:
-    """A mixture that has a gate is asked for its router."""
-    what = "the mixture has none: the gate of its network weighs the experts"
-    return Fault("router", what, "A mixture with a router", "mixmerge fit MIXTURE OUT fits a gate")
+def no_router(kind: str) -> Fault:
+    """A mixture whose experts answer as one whole of this kind is asked for its router."""
+    whole = whole_of(kind)
+    instead = "" if whole is None else whole.instead
+    what = f"the mixture has none: {instead or 'its experts answer as one'}"
+    return Fault("router", what, "A mixture with a router")
 
 
 @dataclass(frozen=True)

@@ -20,18 +20,18 @@ from mixmerge.mixture.asking import Asked, Piece, answers, as_finished, stream
 from mixmerge.mixture.batching import Batched, Files, run
 from mixmerge.mixture.fitting import outcomes_of, same_experts, unfitted
 from mixmerge.mixture.hub import refuse_revision, spec_from
-from mixmerge.mixture.network import check_fitted
 from mixmerge.mixture.schema import ExpertSpec, MixtureSpec, no_router
+from mixmerge.mixture.wholes import whole_of
 from mixmerge.routers.base import Router
 
 
 @dataclass(frozen=True, eq=False)
 class Mixture:
-    """Experts, the router that scores them, and the policy that decides; or one network of them, and its gate.
+    """Experts, the router that scores them, and the policy that decides; or one whole of them, such as a network.
 
     Args:
         spec: what the YAML says.
-        router: fitted; its experts are those of the spec. None where they are one network.
+        router: fitted; its experts are those of the spec. None where they are one whole that has none.
         policy: decides.
     """
 
@@ -69,18 +69,20 @@ class Mixture:
             spec = source
         else:
             spec = spec_from(source, revision=revision, trust_endpoints=trust_endpoints)
-        if spec.gated:
-            return cls(check_fitted(spec), None, Policy())
         faults: list[Fault] = []
         router: Router | None = None
-        with collecting(faults):
-            router = _loaded(spec) if spec.routed.folder else unfitted(spec).fit(outcomes_of(spec))
-        if answers:
+        whole = whole_of(spec.compose.kind)
+        if whole is None or spec.router is not None:
             with collecting(faults):
+                router = _loaded(spec) if spec.routed.folder else unfitted(spec).fit(outcomes_of(spec))
+        with collecting(faults):
+            if whole is not None:
+                whole.ready(spec, answers)
+            elif answers:
                 check_folders(expert_set(spec))
-        if router is None or faults:
+        if faults:
             raise MixmergeError(faults)
-        return cls.of(spec, router)
+        return cls(spec, None, Policy()) if router is None else cls.of(spec, router)
 
     @classmethod
     def of(cls, spec: MixtureSpec, router: Router) -> Self:
@@ -118,7 +120,7 @@ class Mixture:
             MixmergeError: it has none: its experts are one network.
         """
         if self.router is None:
-            raise MixmergeError(no_router())
+            raise MixmergeError(no_router(self.spec.compose.kind))
         return self.router
 
     def route(self, queries: Iterable[str | Query], *, explain: bool = False) -> list[Decision]:

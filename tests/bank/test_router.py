@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mixmerge.bank.attach import Attached
-from mixmerge.bank.features import features_of, mean_of
+from mixmerge.bank.features import features_of
 from mixmerge.bank.files import load_gate, save_gate
 from mixmerge.bank.gate import Run
 from mixmerge.bank.gates.mean import MeanGate
@@ -24,6 +24,7 @@ from mixmerge.bank.records import Bank, Entry, side_by_side
 from mixmerge.checkpoint.identity import digest
 from mixmerge.data.rows import Row
 from mixmerge.errors import CheckpointError, MixmergeError
+from mixmerge.experts.encoding import mean_of
 from mixmerge.experts.loading import load_expert
 
 QUICK = RouterOptions(epochs=20, batch=32, learning_rate=1e-2)

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from mixmerge.dynamic.loading import TextEncoder
 from mixmerge.dynamic.model import DynamicModel
 from mixmerge.errors import MixmergeError
+from mixmerge.experts.encoding import TextEncoder
 
 Make = Callable[..., DynamicModel]
 

@@ -287,7 +287,7 @@ def test_a_network_in_another_base_or_with_other_experts(
     (tmp_path / "mix.yaml").write_text(unfitted)
     with pytest.raises(MixmergeError, match="not fitted yet"):
         Mixture.load(tmp_path / "mix.yaml")
-    with pytest.raises(MixmergeError, match="the gate of its network weighs"):
+    with pytest.raises(MixmergeError, match="the gate weighs the experts"):
         Mixture.load(fitted).route(["a"])
 
 

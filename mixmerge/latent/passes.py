@@ -1,0 +1,157 @@
+"""The primary's pass over rows and their answers, with its peers' latents to read.
+
+Legend as in ``records``; N tokens to predict, V entries of vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from mixmerge.data.batches import padding
+from mixmerge.engines.decoding import accepted
+from mixmerge.latent.decoders import Anatomy
+from mixmerge.latent.frozen import Frozen, Remembered
+from mixmerge.latent.glue import Glue
+from mixmerge.latent.interaction import Interaction
+from mixmerge.latent.records import Memory, Mode, Reading, View, upto_of
+from mixmerge.latent.texts import Texts
+
+
+@dataclass(frozen=True, eq=False)
+class Predicted:
+    """What a primary makes of rows' answers.
+
+    Args:
+        logits: ``(N, V)``, row after row.
+        wanted: ``(N,)``.
+        counts: tokens of each row.
+    """
+
+    logits: Tensor
+    wanted: Tensor
+    counts: tuple[int, ...]
+
+    def of(self, rows: Sequence[int]) -> Tensor:
+        """The logits of these rows."""
+        parts = self.logits.split(list(self.counts))
+        return torch.cat([parts[at] for at in rows])
+
+
+class Passes:
+    """Passes of primaries.
+
+    Args:
+        frozen: the experts.
+        remembered: their latents.
+        glue: on the device.
+        texts: the rows.
+        mode, chunk: how peers follow an answer.
+        checkpointing: layers are computed again on the way back.
+    """
+
+    def __init__(
+        self,
+        frozen: Frozen,
+        remembered: Remembered,
+        glue: Glue,
+        texts: Texts,
+        *,
+        mode: Mode,
+        chunk: int,
+        checkpointing: bool,
+    ) -> None:
+        self._frozen, self._remembered, self._glue, self._texts = frozen, remembered, glue, texts
+        self._mode, self._chunk, self._checkpointing = mode, chunk, checkpointing
+
+    def predict(
+        self, primary: str, rows: Sequence[int], peers: Sequence[Sequence[str]], gates: Tensor | None
+    ) -> Predicted:
+        """Logits of the rows' answers.
+
+        Args:
+            primary: who answers.
+            rows: places of the examples.
+            peers: of each row, who is read.
+            gates: ``(B, K)``, the primary's first; None: all alike.
+        """
+        readings = [self._texts.primary(primary, row) for row in rows]
+        model = self._frozen[primary].model
+        memory = self._memory(primary, rows, peers, model.device)
+        view = View(memory, gates, *self._places(readings, model.device))
+        with ExitStack() as stack:
+            stack.enter_context(Interaction(model, self._glue, primary).running(view))
+            if self._checkpointing and torch.is_grad_enabled():
+                stack.enter_context(recomputed(model))
+            return self._answers(primary, readings)
+
+    def alone(self, primary: str, rows: Sequence[int]) -> Predicted:
+        """Logits of the rows' answers by the primary as it is, which reads nobody."""
+        return self._answers(primary, [self._texts.primary(primary, row) for row in rows])
+
+    def _answers(self, primary: str, readings: Sequence[Reading]) -> Predicted:
+        expert = self._frozen[primary]
+        model, device = expert.model, expert.model.device
+        ids = _padded([one.ids for one in readings], device, fill=padding(expert.tokenizer))  # (B, T)
+        mask = _padded([[1] * len(one.ids) for one in readings], device)
+        length, first = ids.shape[1], min(one.answer_from for one in readings)
+        keep = length - first + 1
+        given = {"input_ids": ids, "attention_mask": mask, "use_cache": False, "logits_to_keep": keep}
+        takes = accepted(model)
+        out = model(**{name: value for name, value in given.items() if name in takes})
+        logits = out.logits[:, -keep:]  # (B, keep, V); place j predicts token length - keep + j + 1
+        told, wanted = [], []
+        for at, one in enumerate(readings):
+            start = one.answer_from - 1 - (length - keep)
+            count = len(one.ids) - one.answer_from
+            told.append(logits[at, start : start + count])
+            wanted.append(ids[at, one.answer_from : len(one.ids)])
+        counts = tuple(len(one) for one in wanted)
+        return Predicted(torch.cat(told), torch.cat(wanted), counts)
+
+    def _memory(
+        self, primary: str, rows: Sequence[int], peers: Sequence[Sequence[str]], device: torch.device
+    ) -> Memory:
+        read = []
+        for row, names in zip(rows, peers, strict=True):
+            one = []
+            for name in names:
+                reading = self._texts.peer(name, row, primary)
+                one.append((name, self._remembered.of(name, [reading], device)[0]))
+            read.append(one)
+        return self._glue.memory(primary, read)
+
+    def _places(self, readings: Sequence[Reading], device: torch.device) -> tuple[Tensor, Tensor]:
+        """``seen`` and ``upto``, each ``(B, T)``."""
+        upto = [upto_of(one, self._mode, self._chunk) for one in readings]
+        return _padded([one.seen for one in readings], device), _padded(upto, device)
+
+
+def _padded(rows: Sequence[Sequence[int]], device: torch.device, *, fill: int = 0) -> Tensor:
+    """``(B, T)`` int64, padded on the right."""
+    longest = max(map(len, rows))
+    return torch.tensor([[*row, *[fill] * (longest - len(row))] for row in rows], device=device)
+
+
+@contextmanager
+def recomputed(model: Any) -> Iterator[None]:
+    """Within it, what layers compute is not kept for the way back but computed again.
+
+    A layer's hooks stay outside: what the glue does between layers is kept. The models of transformers do this in
+    training mode alone, which frozen experts are never in.
+    """
+    layers = list(Anatomy.of(model).layers)
+    for layer in layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward

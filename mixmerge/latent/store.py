@@ -1,0 +1,183 @@
+"""Latents on disk."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from mixmerge.checkpoint.identity import canonical_hash
+from mixmerge.errors import Fault, OutputError
+from mixmerge.latent.peers import Peer, latents
+from mixmerge.latent.records import Latents, Reading
+
+LIMIT = 16 * 2**30
+_SUFFIX = ".latents"
+_DIGEST = 32  # bytes behind the tensors, of all before them
+_AT_ONCE = 256  # texts that are read before they are written
+
+
+class Store:
+    """A folder of latents, for training again and for jobs that run peers first.
+
+    A file is named by all that its states follow from, and ends with a hash of itself: what is damaged, cut or under a
+    wrong name is not there. Several processes may use one folder.
+
+    Args:
+        folder: made when something is put there.
+        limit: bytes, 1 or more; beyond them what was not used for longest goes.
+    """
+
+    def __init__(self, folder: Path, *, limit: int = LIMIT) -> None:
+        self.folder, self.limit = Path(folder), limit
+        self._total: int | None = None
+
+    def key(self, expert: str, reading: Reading, depths: Sequence[int | Literal["last"]], dtype: str) -> str:
+        """Where a reading's latents are: 64 hex digits.
+
+        Args:
+            expert: the expert's hash.
+            reading: of that expert.
+            depths: of each level.
+            dtype: of the states, such as ``bfloat16``.
+        """
+        return canonical_hash([1, expert, list(reading.ids), list(depths), dtype])
+
+    def get(self, key: str, reading: Reading) -> Latents | None:
+        """On the CPU. None if they are not there, or the file is damaged (it is removed then)."""
+        path = self._path(key)
+        try:
+            data = path.read_bytes()
+        except OSError:
+            return None
+        if data[-_DIGEST:] == _digest(key, data[:-_DIGEST]):
+            with contextlib.suppress(SafetensorError, KeyError, ValueError):
+                found = _unpacked(data[:-_DIGEST], reading)
+                with contextlib.suppress(OSError):  # another process may have removed it
+                    os.utime(path)
+                return found
+        self._remove(path)
+        return None
+
+    def put(self, key: str, latents: Latents) -> None:
+        """Keep them; whole or not at all.
+
+        Raises:
+            OutputError: the disk refuses.
+        """
+        path = self._path(key)
+        data = _packed(latents)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, new = tempfile.mkstemp(prefix=".", dir=path.parent)
+            try:
+                with os.fdopen(handle, "wb") as file:
+                    file.write(data)
+                    file.write(_digest(key, data))
+                Path(new).replace(path)
+            except BaseException:
+                Path(new).unlink(missing_ok=True)
+                raise
+        except OSError as error:
+            what = f"cannot be written: {error.strerror or error}"
+            raise OutputError(
+                Fault(str(self.folder), what, run="Free some space, or name another folder")
+            ) from error
+        if self._total is not None:
+            self._total += len(data) + _DIGEST
+        self._bound(path)
+
+    def latents(
+        self,
+        expert: Peer,
+        hash: str,
+        readings: Sequence[Reading],
+        depths: Sequence[int | Literal["last"]],
+        *,
+        batch_tokens: int = 8192,
+    ) -> list[Latents]:
+        """As ``peers.latents``; what is there is read, what is not is made and kept. Tensors are on the CPU.
+
+        Args:
+            expert: whose model is run for what is not there.
+            hash: of the expert.
+            readings, depths, batch_tokens: as ``peers.latents``.
+
+        Raises:
+            OutputError: the disk refuses.
+        """
+        dtype = str(expert.model.dtype).removeprefix("torch.")
+        keys = [self.key(hash, one, depths, dtype) for one in readings]
+        found = [self.get(key, one) for key, one in zip(keys, readings, strict=True)]
+        lacking = [at for at, one in enumerate(found) if one is None]
+        for start in range(0, len(lacking), _AT_ONCE):
+            places = lacking[start : start + _AT_ONCE]
+            made = latents(expert, [readings[at] for at in places], depths, batch_tokens=batch_tokens)
+            for at, one in zip(places, made, strict=True):
+                found[at] = _on_cpu(one)
+                self.put(keys[at], one)
+        return [one for one in found if one is not None]
+
+    def _path(self, key: str) -> Path:
+        return self.folder / key[:2] / f"{key}{_SUFFIX}"
+
+    def _remove(self, path: Path) -> None:
+        with contextlib.suppress(OSError):
+            size = path.stat().st_size
+            path.unlink()
+            if self._total is not None:
+                self._total -= size
+
+    def _bound(self, kept: Path) -> None:
+        """Remove what was not used for longest, down to nine tenths of the limit, so that it is not done each time."""
+        if self._total is not None and self._total <= self.limit:
+            return
+        files = []
+        for one in self.folder.glob(f"*/*{_SUFFIX}"):
+            with contextlib.suppress(OSError):
+                state = one.stat()
+                files.append((state.st_mtime_ns, str(one), state.st_size))
+        self._total = sum(size for _, _, size in files)
+        if self._total <= self.limit:
+            return
+        for _, path, _ in sorted(files):
+            if self._total <= self.limit * 9 // 10:
+                return
+            if path != str(kept):
+                self._remove(Path(path))
+
+
+def _digest(key: str, data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=_DIGEST, key=bytes.fromhex(key)).digest()
+
+
+def _packed(latents: Latents) -> bytes:
+    """Each state once, though levels may share it, and which of them each level has."""
+    once = {id(one): one for one in latents.states}
+    names = {key: str(number) for number, key in enumerate(once)}
+    tensors = {names[key]: one.detach().contiguous().cpu() for key, one in once.items()}
+    tensors["levels"] = torch.tensor([int(names[id(one)]) for one in latents.states])
+    packed: bytes = save(tensors)
+    return packed
+
+
+def _unpacked(data: bytes, reading: Reading) -> Latents:
+    tensors = load(data)
+    levels = tensors["levels"].tolist()
+    ends = torch.tensor(reading.ends, dtype=torch.int64)
+    states = tuple(tensors[str(level)] for level in levels)
+    if any(len(one) != len(ends) for one in states):
+        raise ValueError("another text's")
+    return Latents(states, ends)
+
+
+def _on_cpu(made: Latents) -> Latents:
+    return Latents(tuple(one.cpu() for one in made.states), made.ends.cpu())
