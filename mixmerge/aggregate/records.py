@@ -39,6 +39,9 @@ class Ask:
         prompt: other than the question's.
         temperature: other than the request's or the mixture's.
         logprobs: the answer's are needed.
+        reads: peers whose latents the expert reads, with their gates, as in ``engines.records.Request``. What peers
+            offer in the same stage is there before.
+        offers: its latents are wanted, for those of the same question who read them, and no text.
     """
 
     expert: str
@@ -47,6 +50,8 @@ class Ask:
     prompt: Prompt | None = None
     temperature: float | None = None
     logprobs: bool = False
+    reads: tuple[tuple[str, float], ...] = ()
+    offers: bool = False
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ import numpy as np
 from mixmerge.batch.costs import Report, report
 from mixmerge.batch.decided import Decided
 from mixmerge.batch.journal import FILE, Journal, fault_of
+from mixmerge.batch.latents import look_again, part_of
 from mixmerge.batch.lines import Line
 from mixmerge.batch.opening import open_engine, size_of, token_bytes
 from mixmerge.batch.placing import REMOTE, Placement, place
@@ -80,6 +81,11 @@ class Job:
     def created(self) -> int:
         """Seconds since 1970 when the job was first run."""
         return self._noted("created", int(time.time()))
+
+    @property
+    def latents(self) -> Path:
+        """The folder where experts keep what others read."""
+        return self.work / "latents"
 
     # --- the input
 
@@ -147,22 +153,23 @@ class Job:
         if number >= MOST_STAGES:
             raise MixmergeError(Fault("compose", f"asks for more than {MOST_STAGES} stages"))
         names = {name: at for at, name in enumerate(self.setup.experts.names)}
-        columns: list[array[int]] = [array("q") for _ in range(5)]
+        columns: list[array[int]] = [array("q") for _ in range(6)]
         keys = array("Q")
         for view in self.replays(self._unsettled()):
             asks = view.outcome(number)
             for at, ask in enumerate(asks if isinstance(asks, tuple) else ()):
                 request = view.request(ask)
-                numbers = (view.row, at, names[ask.expert], estimated(request.prompt), request.max_new_tokens)
+                new = 0 if ask.offers else request.max_new_tokens
+                numbers = (view.row, at, names[ask.expert], estimated(request.prompt), new, part_of(ask))
                 for column, value in zip(columns, numbers, strict=True):
                     column.append(value)
                 keys.append(key(request, number, ask))
         if not keys:
             return None
         names_of = np.array(keys, np.uint64)
-        rows, places, experts, tokens, new = (np.array(one, np.int64) for one in columns)
+        rows, places, experts, tokens, news, parts = (np.array(one, np.int64) for one in columns)
         found = self.journal.find(names_of)
-        stage = Stage(number, rows, places, experts, tokens, new, names_of, found)
+        stage = Stage(number, rows, places, experts, tokens, news, names_of, found, parts=parts)
         self.stages.append(stage)
         self.naive_loads += loads_in_order(stage, self.setup.experts)
         return stage
@@ -227,6 +234,8 @@ class Job:
         residences = self._residences()
         try:
             self._emit_unasked(settled)
+            for begun in list(self.stages):
+                self._run_stage(begun, residences, deadline, settled)
             while (stage := self.next_stage()) is not None:
                 self._run_stage(stage, residences, deadline, settled)
         finally:
@@ -242,7 +251,9 @@ class Job:
         settled: Callable[[Answer], None] | None,
     ) -> None:
         lock, done = threading.Lock(), int((stage.offsets >= 0).sum())
-        left = np.bincount(stage.rows, weights=stage.offsets < 0, minlength=len(self)).astype(np.int64)
+        look_again(stage, self.journal, self.latents)
+        waiting = [stage.open(call) for call in range(len(stage))]
+        left = np.bincount(stage.rows, weights=waiting, minlength=len(self)).astype(np.int64)
         self._emit(settled, [int(row) for row in np.unique(stage.rows) if not left[row]], stage.number + 1)
 
         def finished(calls: Sequence[int]) -> None:
@@ -286,6 +297,7 @@ class Job:
                     device=device,
                     apart=self.conditions.apart,
                     cluster=self.conditions.cluster,
+                    latents=self.latents,
                 ),
                 size=lambda unit: self.sizes[unit],
                 pinned=lambda unit: any(one.pinned for one in units[unit]),

@@ -286,7 +286,9 @@ def remove(folder: Path) -> None:
 def _clear(folder: Path) -> None:
     with contextlib.suppress(OSError):
         for other in folder.iterdir():
-            if other.name != FILE:
+            if other.is_dir():
+                shutil.rmtree(other, ignore_errors=True)
+            elif other.name != FILE:
                 other.unlink()
         (folder / FILE).unlink()
         folder.rmdir()

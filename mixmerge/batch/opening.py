@@ -22,7 +22,7 @@ _VLLM_PROCESS = ("revision", "python", "start_timeout", "timeout", "grace")
 _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
-def arguments_of(unit: Sequence[Expert], *, device: str) -> dict[str, Any]:
+def arguments_of(unit: Sequence[Expert], *, device: str, latents: Path | None = None) -> dict[str, Any]:
     """What the engine of these experts is made with, as JSON values."""
     first = unit[0]
     options = dict(first.options)
@@ -31,6 +31,7 @@ def arguments_of(unit: Sequence[Expert], *, device: str) -> dict[str, Any]:
     taken = arguments_taken(first.engine)
     adapters = {one.name: one.adapter for one in unit if one.adapter is not None}
     about = {"model": first.model, "device": device, **({"adapters": adapters} if adapters else {})}
+    about |= {} if latents is None else {"store": str(latents.absolute())}
     # What an engine does not take is nothing to it, but for adapters: those it would leave out.
     known = {name: value for name, value in about.items() if name in taken or name == "adapters"}
     if first.engine == "vllm":
@@ -40,7 +41,12 @@ def arguments_of(unit: Sequence[Expert], *, device: str) -> dict[str, Any]:
 
 
 def open_engine(
-    unit: Sequence[Expert], *, device: str, apart: bool = False, cluster: Cluster | None = None
+    unit: Sequence[Expert],
+    *,
+    device: str,
+    apart: bool = False,
+    cluster: Cluster | None = None,
+    latents: Path | None = None,
 ) -> Engine:
     """The engine that runs these experts, not loaded. On a GPU it is a process of its own, so that memory comes back.
 
@@ -49,6 +55,7 @@ def open_engine(
         device: a torch device, or a slot of the cluster.
         apart: a process of its own on the CPU too.
         cluster: where what is no endpoint's runs; None for this machine.
+        latents: folder where experts keep what others read.
 
     Raises:
         MixmergeError: there is no engine of that name, or it does not take the options.
@@ -56,8 +63,8 @@ def open_engine(
     first = unit[0]
     name = first.name if first.remote or len(unit) == 1 else first.model
     if cluster is not None and not first.remote:
-        return _on_cluster(unit, cluster, device, name)
-    arguments = arguments_of(unit, device=device)
+        return _on_cluster(unit, cluster, device, name, latents)
+    arguments = arguments_of(unit, device=device, latents=latents)
     gpu = device.startswith("cuda") and not first.remote
     visible = device.partition(":")[2] or None if gpu else None
     if first.engine == "vllm":
@@ -72,7 +79,9 @@ def open_engine(
     return ProcessEngine(first.engine, arguments, name=name, visible_devices=visible)
 
 
-def _on_cluster(unit: Sequence[Expert], cluster: Cluster, device: str, name: str) -> Engine:
+def _on_cluster(
+    unit: Sequence[Expert], cluster: Cluster, device: str, name: str, latents: Path | None
+) -> Engine:
     from mixmerge.engines.ray import RayEngine
 
     slot = cluster.slot(device)
@@ -81,7 +90,7 @@ def _on_cluster(unit: Sequence[Expert], cluster: Cluster, device: str, name: str
     places = {place for one in there for place in (one.model, one.adapter, base) if place is not None}
     return RayEngine(
         unit[0].engine,
-        arguments_of(there, device="cuda" if slot.gpu else "cpu"),
+        arguments_of(there, device="cuda" if slot.gpu else "cpu", latents=latents),
         name=name,
         slot=slot,
         folders=sorted(place for place in places if Path(place).is_absolute()),

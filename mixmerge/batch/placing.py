@@ -6,11 +6,12 @@ Source: Graham, Bounds on Multiprocessing Timing Anomalies (SIAM J. Applied Math
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
+from mixmerge.batch.ordering import ordered
 from mixmerge.batch.plan import Group
 from mixmerge.errors import Fault, MixmergeError
 
@@ -62,7 +63,8 @@ def place(
     """Groups on devices: the longest first, each to the device that is free first and has room for it.
 
     A group that alone takes longer than its share of all devices is divided, if that saves more than another load.
-    A device starts with what is loaded there already, then goes from the longest to the shortest.
+    A device starts with what is loaded there already, then goes from the longest to the shortest. Where groups read
+    what others offer, every device keeps to one order of all of them, so that none waits for what waits for it.
 
     Args:
         groups: of a stage; those of endpoints are placed apart.
@@ -83,13 +85,22 @@ def place(
         best = min(able, key=lambda at: (busy[at] + _costs(group, queues[at]), at))
         busy[best] += _costs(group, queues[best])
         queues[best] = _joined(queues[best], group)
+    first = _first(local, loaded)
     placed = [
-        Placement(device.name, tuple(sorted(queue, key=lambda one: one.unit not in loaded)), time)
+        Placement(device.name, tuple(sorted(queue, key=first)), time)
         for device, queue, time in zip(devices, queues, busy, strict=True)
         if queue
     ]
     remote = tuple(group for group in groups if group.remote)
     return [*placed, Placement(REMOTE, remote, 0.0)] if remote else placed
+
+
+def _first(groups: Sequence[Group], loaded: frozenset[str]) -> Callable[[Group], int]:
+    """What a device's groups are sorted by."""
+    if not any(group.reads for group in groups):
+        return lambda one: int(one.unit not in loaded)
+    places = {(one.unit, one.reads): at for at, one in enumerate(ordered(groups, seconds))}
+    return lambda one: places[one.unit, one.reads]
 
 
 def _costs(group: Group, queue: Sequence[Group]) -> float:
@@ -98,9 +109,9 @@ def _costs(group: Group, queue: Sequence[Group]) -> float:
 
 
 def _joined(queue: list[Group], group: Group) -> list[Group]:
-    """The queue with the group: parts of one unit on one device are one group again."""
+    """The queue with the group: parts of one group on one device are whole again."""
     for at, one in enumerate(queue):
-        if one.unit == group.unit:
+        if (one.unit, one.reads) == (group.unit, group.reads):
             whole = replace(
                 one,
                 batches=(*one.batches, *group.batches),

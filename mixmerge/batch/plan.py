@@ -19,6 +19,7 @@ from mixmerge.experts import Expert, ExpertSet
 Integers = NDArray[np.int64]
 CHARACTERS = 3  # a token has more, of most texts: so estimates are rather too high
 ROWS = 256  # requests of a batch at most
+ALONE, OFFERS, READS = 0, 1, 2  # parts of a stage: calls on their own, of peers, and of those who read them
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +36,8 @@ class Stage:
         keys: ``(N,)`` uint64 names of the answers, of request, stage, expert, draw and all that was asked.
         offsets: ``(N,)`` places of the answers in the journal; -1 until there is one. Changed while it runs.
         faults: call -> why there will be no answer. Changed while it runs.
+        parts: ``(N,)`` ``ALONE``, ``OFFERS`` or ``READS``: a call that reads waits for those of its request that
+            offer. None: all are alone.
     """
 
     number: int
@@ -46,6 +49,7 @@ class Stage:
     keys: NDArray[np.uint64]
     offsets: Integers
     faults: dict[int, str] = field(default_factory=dict)
+    parts: Integers | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -58,6 +62,15 @@ class Stage:
     def open(self, call: int) -> bool:
         """Whether it is neither answered nor given up."""
         return bool(self.offsets[call] < 0) and call not in self.faults
+
+    def part(self, call: int) -> int:
+        return ALONE if self.parts is None else int(self.parts[call])
+
+    def before(self, call: int) -> list[int]:
+        """Calls that it waits for."""
+        if self.part(call) != READS:
+            return []
+        return [one for one in self.calls_of(int(self.rows[call])) if self.part(one) == OFFERS]
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,6 +110,8 @@ class Group:
         bytes: of the unit's weights; 0 if that is not known.
         prompt, new: estimated tokens of the prompts, and tokens that may be generated.
         remote: an endpoint answers: nothing is loaded here.
+        reads: its calls read what others offer.
+        after: units that offer it.
     """
 
     unit: str
@@ -106,6 +121,8 @@ class Group:
     prompt: int
     new: int
     remote: bool
+    reads: bool = False
+    after: frozenset[str] = frozenset()
 
     @property
     def calls(self) -> int:
@@ -122,7 +139,8 @@ def groups(
 ) -> list[Group]:
     """The calls of a stage by what has to be loaded for them, those of like length in a batch.
 
-    The batches depend on the calls alone, not on the order of the requests, nor on which are answered already.
+    Calls that read what others offer are a group of their own, and calls that offer share no batch with others. The
+    batches depend on the calls alone, not on the order of the requests, nor on which are answered already.
 
     Args:
         stage: what is asked.
@@ -134,25 +152,48 @@ def groups(
     found = []
     for unit, members in experts.units().items():
         places = [experts.names.index(one.name) for one in members]
-        calls = np.flatnonzero(np.isin(stage.experts, places))
-        if not len(calls):
-            continue
-        asked = {int(place) for place in np.unique(stage.experts[calls])}
-        remote = members[0].remote
-        rows = 1 if remote else ROWS
-        whole = _batches(stage, unit, calls, budget=budgets[unit], rows=rows)
-        found.append(
-            Group(
-                unit,
-                tuple(one for one, place in zip(members, places, strict=True) if place in asked),
-                tuple(half for batch in whole for half in _halved(batch, stage.keys, splits)),
-                sizes.get(unit, 0),
-                int(stage.tokens[calls].sum()),
-                int(stage.new[calls].sum()),
-                remote,
+        mine = np.isin(stage.experts, places)
+        for kinds in ((OFFERS, ALONE), (READS,)):
+            parts = [np.flatnonzero(mine & _of_part(stage, kind)) for kind in kinds]
+            calls = np.concatenate(parts)
+            if not len(calls):
+                continue
+            asked = {int(place) for place in np.unique(stage.experts[calls])}
+            remote = members[0].remote
+            rows = 1 if remote else ROWS
+            whole = [
+                batch
+                for some in parts
+                for batch in _batches(stage, unit, some, budget=budgets[unit], rows=rows)
+            ]
+            found.append(
+                Group(
+                    unit,
+                    tuple(one for one, place in zip(members, places, strict=True) if place in asked),
+                    tuple(half for batch in whole for half in _halved(batch, stage.keys, splits)),
+                    sizes.get(unit, 0),
+                    int(stage.tokens[calls].sum()),
+                    int(stage.new[calls].sum()),
+                    remote,
+                    kinds == (READS,),
+                    _offering(stage, calls, experts) if kinds == (READS,) else frozenset(),
+                )
             )
-        )
     return found
+
+
+def _of_part(stage: Stage, kind: int) -> NDArray[np.bool_]:
+    """``(N,)``: which of the calls are of a part."""
+    if stage.parts is None:
+        return np.full(len(stage), kind == ALONE)
+    return np.asarray(stage.parts == kind)
+
+
+def _offering(stage: Stage, calls: Integers, experts: ExpertSet) -> frozenset[str]:
+    """Units that offer what these calls read."""
+    offers = np.isin(stage.rows, stage.rows[calls]) & _of_part(stage, OFFERS)
+    names = experts.names
+    return frozenset(experts[names[int(place)]].unit for place in np.unique(stage.experts[offers]))
 
 
 def _batches(stage: Stage, unit: str, calls: Integers, *, budget: int, rows: int) -> list[Batch]:

@@ -91,6 +91,8 @@ class Replay:
             logprobs=asked.logprobs or ask.logprobs,
             adapter=expert.name if expert.adapter is not None else None,
             explain=defaults.explain,
+            reads=ask.reads,
+            offers=ask.offers,
         )
 
     def asked(self, stage: Stage, call: int) -> Request:

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -27,6 +27,7 @@ from mixmerge.errors import (
 
 RETRIES = 2  # of a batch whose engine died, before it is divided
 CONCURRENT = 8  # requests at one endpoint
+_GLANCE = 0.5  # seconds between looks at whether a run that waits is to stop
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +70,7 @@ class StageRun:
     residences: Mapping[str, Residence]
     experts: Sequence[str]
     hooks: Hooks
+    _news: threading.Condition = field(default_factory=threading.Condition)
 
     def run(self, placements: Sequence[Placement]) -> None:
         """Everything that is not answered yet.
@@ -126,6 +128,7 @@ class StageRun:
         if not calls:
             return
         self.hooks.check()
+        self._wait(calls)
         for _ in range(RETRIES + 1):
             try:
                 self._generate(batch, engine)
@@ -150,12 +153,36 @@ class StageRun:
     def _generate(self, batch: Batch, engine: Engine) -> None:
         """Ask, and write what comes."""
         calls = [int(call) for call in batch.calls]
-        requests = self.requests(calls)
+        without = {call: fault for call in calls if (fault := self._without(call)) is not None}
+        able = [call for call in calls if call not in without]
+        requests = self.requests(able)
         start = time.perf_counter()
-        found = engine.generate_each(requests)
+        given = iter(engine.generate_each(requests) if able else ())
         seconds = time.perf_counter() - start
+        found = [without[call] if call in without else next(given) for call in calls]
         names = [self.experts[int(self.stage.experts[call])] for call in calls]
         record(self.journal, self.stage, batch.unit, calls, found, seconds, names)
+        self._tell(calls)
+
+    def _wait(self, calls: Sequence[int]) -> None:
+        """Until all that they read is offered, or will not be."""
+        before = [one for call in calls for one in self.stage.before(call)]
+        with self._news:
+            while any(self.stage.open(one) for one in before):
+                self.hooks.check()
+                self._news.wait(_GLANCE)
+
+    def _without(self, call: int) -> Fault | None:
+        """Why a call cannot be asked: a peer that it would read has nothing to offer."""
+        for one in self.stage.before(call):
+            if one in self.stage.faults:
+                peer = self.experts[int(self.stage.experts[one])]
+                return Fault(f"peer {peer}", "offers nothing to read")
+        return None
+
+    def _tell(self, calls: Sequence[int]) -> None:
+        with self._news:
+            self._news.notify_all()
         self.hooks.done(calls)
 
     def _left(self, batch: Batch) -> list[int]:
@@ -169,7 +196,7 @@ class StageRun:
     def _fail(self, calls: Sequence[int], error: MixmergeError) -> None:
         for call in calls:
             self.stage.faults[call] = str(error.faults[0])
-        self.hooks.done(calls)
+        self._tell(calls)
 
 
 def record(

@@ -10,6 +10,7 @@ ENGINES: dict[str, str] = {
     "transformers": "mixmerge.engines.local:TransformersEngine",
     "dynamic": "mixmerge.dynamic.engine:DynamicEngine",
     "tasks": "mixmerge.dynamic.task_engine:TaskEngine",
+    "latent": "mixmerge.latent.engine:LatentEngine",
     "openai": "mixmerge.engines.openai:OpenAIEngine",
     "vllm": "mixmerge.engines.vllm:VllmEngine",
     "echo": "mixmerge.engines.echo:EchoEngine",

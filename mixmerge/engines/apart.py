@@ -56,6 +56,9 @@ class ApartEngine(Engine):
         found: int | None = self._ask("memory") if self.loaded else self._twin.memory()
         return found
 
+    def prepare(self, requests: Sequence[Request]) -> None:
+        self._ask("prepare", [asdict(request) for request in requests])
+
     def check(self, requests: Sequence[Request]) -> list[Fault | None]:
         return [fault_of(one) for one in self._ask("check", [asdict(request) for request in requests])]
 

@@ -10,14 +10,15 @@ from typing import ClassVar, Literal, Self
 from mixmerge.engines.records import Chunk, Generation, Likelihood, Request, Scoring
 from mixmerge.errors import Fault, MixmergeError
 
-Capability = Literal["generate", "stream", "loglikelihood", "logprobs"]
+Capability = Literal["generate", "stream", "loglikelihood", "logprobs", "latents"]
 
 
 class Engine(ABC):
     """One expert, and how it answers. Making one loads nothing; what needs the expert loads it.
 
     ``name`` is what errors call it. ``capabilities``: ``logprobs`` are those of generated tokens, ``loglikelihood``
-    those of given texts. A method that is not among them raises MixmergeError.
+    those of given texts, ``latents`` that experts read each other's. A method that is not among them raises
+    MixmergeError.
 
     ``batch_exact``: what a request gets depends on no other of its batch, to the last bit. Where it is False, an
     engine's arithmetic depends on what shares a batch, so that another batch may give another text at a near tie;
@@ -56,6 +57,12 @@ class Engine(ABC):
     def adapters(self) -> tuple[str, ...]:
         """Names that a request's ``adapter`` may have."""
         return ()
+
+    def prepare(self, requests: Sequence[Request]) -> None:  # noqa: B027  most engines have nothing to prepare
+        """Make what requests need beside the expert, while it is not in memory; nothing for most engines.
+
+        What cannot be made is told by ``check``.
+        """
 
     def check(self, requests: Sequence[Request]) -> list[Fault | None]:
         """What keeps the engine from answering each request; None where nothing does."""
@@ -111,6 +118,9 @@ class Engine(ABC):
     def _unable(self, request: Request) -> Fault | None:
         if request.logprobs and "logprobs" not in self.capabilities:
             return Fault(f"request {request.id}: logprobs", f"{self.name} cannot give them")
+        if (request.reads or request.offers) and "latents" not in self.capabilities:
+            what = f"{self.name} neither reads the latents of other experts nor offers its own"
+            return Fault(f"request {request.id}: {'offers' if request.offers else 'reads'}", what)
         return self._without(request.adapter, f"request {request.id}")
 
     def _without(self, adapter: str | None, where: str) -> Fault | None:
@@ -127,6 +137,9 @@ class Engine(ABC):
     def _refuse_adapters(self, scorings: Sequence[Scoring]) -> None:
         found = [self._without(one.adapter, f"scoring {one.id}") for one in scorings]
         faults = [fault for fault in found if fault is not None]
+        if "latents" not in self.capabilities:
+            what = f"{self.name} does not read the latents of other experts"
+            faults += [Fault(f"scoring {one.id}: reads", what) for one in scorings if one.reads]
         if faults:
             raise MixmergeError(faults)
 

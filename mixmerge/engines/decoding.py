@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from mixmerge.engines.records import Finish, Generation, Request, cut_at_stop
+from mixmerge.engines.records import Finish, Generation, Message, Request, cut_at_stop
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,13 +31,16 @@ class Told:
         adapter: as in ``Request``.
         prompt: its tokens.
         text: of the prompt.
-        explain: as in ``Request``.
+        explain, reads: as in ``Request``.
+        asked: the prompt as it came; None where nobody reads peers.
     """
 
     adapter: str | None
     prompt: Sequence[int]
     text: str
     explain: bool = False
+    reads: tuple[tuple[str, float], ...] = ()
+    asked: str | tuple[Message, ...] | None = None
 
 
 class Beside(Protocol):
@@ -89,7 +92,8 @@ class Row:
 
     @property
     def told(self) -> Told:
-        return Told(self.request.adapter, self.prompt, self.request.text, self.request.explain)
+        asked = self.request
+        return Told(asked.adapter, self.prompt, asked.text, asked.explain, asked.reads, asked.prompt)
 
     def generation(
         self, tokenizer: Any, start: float, weights: Mapping[str, Any] | None = None

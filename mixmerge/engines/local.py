@@ -182,7 +182,7 @@ class TransformersEngine(Engine):
                 partial(self._logits, [texts[at] for at in batch], beside, keep), len(batch)
             )  # (B, keep, V)
             for at, row in zip(batch, logits, strict=True):
-                found[at] = _likelihood(scorings[at].id, row, texts[at][len(texts[at]) - scored[at] :])
+                found[at] = likelihood(scorings[at].id, row, texts[at][len(texts[at]) - scored[at] :])
         return [found[at] for at in range(len(scorings))]
 
     # --- tokens
@@ -338,7 +338,7 @@ class TransformersEngine(Engine):
         bank.add(name, folder, where=f"engine {self.name}: adapter {name}")
 
 
-def _likelihood(name: str, logits: Tensor, tokens: Sequence[int]) -> Likelihood:
+def likelihood(name: str, logits: Tensor, tokens: Sequence[int]) -> Likelihood:
     """From the ``(keep, V)`` logits of the last tokens of a text; the last ``tokens`` of it are scored."""
     import torch
 

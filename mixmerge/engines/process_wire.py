@@ -17,7 +17,7 @@ from typing import Any
 
 from mixmerge import errors
 from mixmerge.engines.base import Engine
-from mixmerge.engines.records import Chunk, Generation, Likelihood, Message, Request
+from mixmerge.engines.records import Chunk, Generation, Likelihood, Message, Request, Scoring
 from mixmerge.engines.shortage import is_shortage
 from mixmerge.errors import Fault, MixmergeError, OutOfMemoryError
 from mixmerge.registry import choices, find, load
@@ -93,7 +93,15 @@ def make_engine(kind: str, arguments: Mapping[str, Any], name: str) -> Engine:
 def request_of(data: Mapping[str, Any]) -> Request:
     prompt = data["prompt"]
     turns = prompt if isinstance(prompt, str) else tuple(Message(**turn) for turn in prompt)
-    return Request(**{**data, "prompt": turns, "stop": tuple(data["stop"])})
+    return Request(**{**data, "prompt": turns, "stop": tuple(data["stop"]), "reads": _reads(data)})
+
+
+def scoring_of(data: Mapping[str, Any]) -> Scoring:
+    return Scoring(**{**data, "reads": _reads(data)})
+
+
+def _reads(data: Mapping[str, Any]) -> tuple[tuple[str, float], ...]:
+    return tuple((name, gate) for name, gate in data["reads"])
 
 
 def generation_of(data: Mapping[str, Any]) -> Generation:

@@ -11,6 +11,7 @@ from mixmerge.errors import Fault, MixmergeError
 
 ROLES = ("system", "user", "assistant", "tool")
 Finish = Literal["stop", "length"]
+_ROUNDED = 1e-6  # by which shares may add up to more than 1
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,10 @@ class Request:
         logprobs: give the log-probability of every token that was generated.
         adapter: which of the engine's adapters answers; None for the model itself.
         explain: say too how much the answer got of each expert, where an engine mixes them (``Generation.weights``).
+        reads: peers whose latents of the same prompt the expert reads while it answers, each once, with its gate: a
+            share of 1, of which the expert itself has what is left. Empty: it answers alone.
+        offers: no text is wanted, but that the expert reads the prompt and its latents are kept for others to read.
+            The generation's ``text`` is the name they are kept under.
 
     Raises:
         MixmergeError: everything above that does not hold, at once.
@@ -51,6 +56,8 @@ class Request:
     logprobs: bool = False
     adapter: str | None = None
     explain: bool = False
+    reads: tuple[tuple[str, float], ...] = ()
+    offers: bool = False
 
     def __post_init__(self) -> None:
         wrong = [
@@ -64,12 +71,19 @@ class Request:
             (not 0 < self.top_p <= 1, "top_p", self.top_p, "Above 0, at most 1"),
             (not all(self.stop), "stop", list(self.stop), "Texts of one character or more"),
             (not 0 <= self.seed < 2**63, "seed", self.seed, "0 to 2**63 - 1"),
+            (
+                self.offers and bool(self.reads),
+                "offers",
+                True,
+                "Reads no peers: what offers is a peer itself",
+            ),
         ]
         faults = [
             Fault(f"request {self.id}: {name}", f"is {value!r}", allowed)
             for bad, name, value, allowed in wrong
             if bad
         ]
+        faults += _unreadable(self.reads, f"request {self.id}: reads")
         if not self.prompt:
             faults.append(Fault(f"request {self.id}: prompt", "is empty", "A text, or turns of a chat"))
         elif not isinstance(self.prompt, str):
@@ -87,6 +101,16 @@ class Request:
         if isinstance(self.prompt, str):
             return self.prompt
         return said_by_users(self.prompt)
+
+
+def _unreadable(reads: Sequence[tuple[str, float]], where: str) -> list[Fault]:
+    """What is wrong with the peers and gates of a request."""
+    names, gates = [name for name, _ in reads], [gate for _, gate in reads]
+    if len(set(names)) < len(names):
+        return [Fault(where, f"names a peer twice: {', '.join(names)}", "Each once")]
+    if not all(math.isfinite(gate) and gate >= 0 for gate in gates) or math.fsum(gates) > 1 + _ROUNDED:
+        return [Fault(where, f"has the gates {gates}", "Shares of 1, 0 or more")]
+    return []
 
 
 def said_by_users(turns: Sequence[Message]) -> str:
@@ -140,19 +164,24 @@ class Scoring:
             token that begins texts.
         continuation: what is scored; not empty.
         adapter: which of the engine's adapters scores; None for the model itself.
+        reads: as in ``Request``.
 
     Raises:
-        MixmergeError: the continuation is empty.
+        MixmergeError: the continuation is empty, or ``reads`` is wrong.
     """
 
     id: str
     prompt: str
     continuation: str
     adapter: str | None = None
+    reads: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self) -> None:
+        faults = _unreadable(self.reads, f"scoring {self.id}: reads")
         if not self.continuation:
-            raise MixmergeError(Fault(f"scoring {self.id}: continuation", "is empty", "A text"))
+            faults.append(Fault(f"scoring {self.id}: continuation", "is empty", "A text"))
+        if faults:
+            raise MixmergeError(faults)
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,15 @@ from queue import SimpleQueue
 from typing import Any, BinaryIO, Protocol, runtime_checkable
 
 from mixmerge.engines.base import Engine
-from mixmerge.engines.process_wire import VERSION, line_of, make_engine, message_of, raised, request_of
-from mixmerge.engines.records import Scoring
+from mixmerge.engines.process_wire import (
+    VERSION,
+    line_of,
+    make_engine,
+    message_of,
+    raised,
+    request_of,
+    scoring_of,
+)
 from mixmerge.errors import Fault, MixmergeError
 
 _GLANCE = 1.0  # seconds between looks at who the parent is
@@ -47,8 +54,12 @@ def _check(engine: Engine, given: Any) -> Any:
     return [None if fault is None else asdict(fault) for fault in found]
 
 
+def _prepare(engine: Engine, given: Any) -> Any:
+    engine.prepare([request_of(one) for one in given])
+
+
 def _loglikelihood(engine: Engine, given: Any) -> Any:
-    return [asdict(one) for one in engine.loglikelihood([Scoring(**one) for one in given])]
+    return [asdict(one) for one in engine.loglikelihood([scoring_of(one) for one in given])]
 
 
 def _sleep(engine: Engine, given: Any) -> Any:
@@ -65,6 +76,7 @@ def _stream(engine: Engine, given: Any) -> Iterator[Any]:
 ANSWERS: Mapping[str, Callable[[Engine, Any], Any]] = {
     "load": lambda engine, _: engine.load(),
     "memory": lambda engine, _: engine.memory(),
+    "prepare": _prepare,
     "generate": _generate,
     "generate_each": _generate_each,
     "check": _check,

@@ -154,7 +154,7 @@ class Glue(nn.Module):
             for expert, places in having.items():
                 parts = [rows[at][column - 1][1] for at in places]
                 piece = self._piece(expert, parts, column, dtype, whole.ends.device)
-                whole = whole.append(piece if len(places) == len(rows) else _spread(piece, places, len(rows)))
+                whole = whole.append(piece if len(places) == len(rows) else piece.spread(places, len(rows)))
         return whole
 
     def _piece(
@@ -205,19 +205,3 @@ def _faults(shapes: Sequence[Shape], primary: str | None) -> list[Fault]:
     if primary is not None and primary not in names:
         faults.append(Fault("primary", f"no expert is called {primary!r}", ", ".join(names)))
     return faults
-
-
-def _spread(piece: Memory, places: Sequence[int], rows: int) -> Memory:
-    """A memory of some rows as one of all; the others get padding."""
-    at = torch.tensor(places, device=piece.ends.device)
-
-    def spread(part: Tensor, fill: int) -> Tensor:
-        whole = part.new_full((rows, *part.shape[1:]), fill)
-        return whole.index_copy(0, at, part)
-
-    return Memory(
-        tuple(spread(one, 0) for one in piece.keys),
-        tuple(spread(one, 0) for one in piece.values),
-        spread(piece.ends, NEVER),
-        spread(piece.peer, 0),
-    )

@@ -236,6 +236,27 @@ class Memory:
             self.peer[kept],
         )
 
+    def spread(self, places: Sequence[int], rows: int) -> Memory:
+        """Of some rows, as a memory of so many; the others get padding.
+
+        Args:
+            places: of these rows among all.
+            rows: of all.
+        """
+        import torch
+
+        at = torch.tensor(places, device=self.ends.device)
+
+        def wide(part: Tensor, fill: int) -> Tensor:
+            return part.new_full((rows, *part.shape[1:]), fill).index_copy(0, at, part)
+
+        return Memory(
+            tuple(wide(one, 0) for one in self.keys),
+            tuple(wide(one, 0) for one in self.values),
+            wide(self.ends, NEVER),
+            wide(self.peer, 0),
+        )
+
     @property
     def nbytes(self) -> int:
         every = (*self.keys, *self.values, self.ends, self.peer)

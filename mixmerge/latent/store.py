@@ -51,6 +51,10 @@ class Store:
         """
         return canonical_hash([1, expert, list(reading.ids), list(depths), dtype])
 
+    def has(self, key: str) -> bool:
+        """Whether there is a file of them, which may be damaged."""
+        return self._path(key).is_file()
+
     def get(self, key: str, reading: Reading) -> Latents | None:
         """On the CPU. None if they are not there, or the file is damaged (it is removed then)."""
         path = self._path(key)

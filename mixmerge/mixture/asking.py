@@ -124,20 +124,23 @@ def stream(
             for text in _words(job, stage):
                 shown += text
                 yield Piece(text)
-        job.stages.clear()
         job.run()
         (answer,) = job.answers()
         yield Piece(answer.text.removeprefix(shown), answer)
 
 
 def _words(job: Job, stage: Stage) -> Iterator[str]:
-    """What the first expert says, as it says it; it is written to the journal, where the job finds it."""
-    request = next(job.replays([0])).asked(stage, 0)
-    name = job.setup.experts.names[int(stage.experts[0])]
+    """What the primary says, as it says it; it is written to the journal, where the job finds it."""
+    call = len(stage) - 1  # who reads peers is asked after them
+    request = next(job.replays([0])).asked(stage, call)
+    name = job.setup.experts.names[int(stage.experts[call])]
     unit = job.setup.experts[name].unit
-    engine = open_engine(job.setup.experts.units()[unit], device=job.conditions.devices[0].name)
+    engine = open_engine(
+        job.setup.experts.units()[unit], device=job.conditions.devices[0].name, latents=job.latents
+    )
     if "stream" not in engine.capabilities:
         return
+    engine.prepare([request])
     with engine:
         if engine.check([request])[0] is not None:
             return
@@ -147,4 +150,4 @@ def _words(job: Job, stage: Stage) -> Iterator[str]:
                 yield chunk.text
             generation = chunk.generation or generation
     if isinstance(generation, Generation):
-        record(job.journal, stage, unit, [0], [generation], time.perf_counter() - start, [name])
+        record(job.journal, stage, unit, [call], [generation], time.perf_counter() - start, [name])

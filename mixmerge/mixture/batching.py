@@ -13,6 +13,7 @@ from mixmerge.batch.costs import Report
 from mixmerge.batch.job import Job, Progress
 from mixmerge.batch.journal import FILE, remove
 from mixmerge.batch.lines import Input, Line
+from mixmerge.batch.ordering import loads
 from mixmerge.batch.placing import REMOTE, Placement, load_seconds
 from mixmerge.batch.records import Answer
 from mixmerge.batch.setup import Conditions, Setup
@@ -71,6 +72,7 @@ class JobPlan:
         calls: generations of the first stage; later ones depend on what is said in it.
         answered: calls that a run before has answered already.
         naive_loads, naive_load_seconds: if requests were answered one by one, with one unit in memory.
+        loads: of all devices.
     """
 
     placements: tuple[Placement, ...]
@@ -80,10 +82,7 @@ class JobPlan:
     answered: int
     naive_loads: int
     naive_load_seconds: float
-
-    @property
-    def loads(self) -> int:
-        return sum(len(one.groups) for one in self.placements if one.device != REMOTE)
+    loads: int
 
     def as_dict(self) -> dict[str, Any]:
         groups = [
@@ -142,7 +141,14 @@ def plan(mixture: Mixture, files: Files, conditions: Conditions) -> JobPlan:
             0 if stage is None else int((stage.offsets >= 0).sum()),
             job.naive_loads,
             job.naive_loads * mean,
+            sum(_loads(one, conditions) for one in placements if one.device != REMOTE),
         )
+
+
+def _loads(placement: Placement, conditions: Conditions) -> int:
+    """How often a device loads anything, as far as can be told before."""
+    memory = next(device.memory for device in conditions.devices if device.name == placement.device)
+    return loads([one.unit for one in placement.groups], [one.bytes for one in placement.groups], memory)
 
 
 def run(

@@ -1,0 +1,262 @@
+"""The experts of an interaction as an engine meets them: where they are, how they read, what they leave of prompts."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from mixmerge.engines.loading import Dtype, Loaded, load_model, loaded_of
+from mixmerge.engines.records import Message
+from mixmerge.engines.shortage import within_memory
+from mixmerge.errors import Fault, MixmergeError
+from mixmerge.latent.offsets import Reader, TooLong
+from mixmerge.latent.peers import latents
+from mixmerge.latent.records import Latents, Reading
+from mixmerge.latent.store import Store
+from mixmerge.registry import choices
+
+Prompt = str | tuple[Message, ...]
+Depths = tuple[int | Literal["last"], ...]
+
+
+class Companion:
+    """One of the experts.
+
+    Args:
+        name: of it.
+        model: folder or hub id; of the base, where there is an ``adapter``.
+        adapter: of PEFT, which is merged into the weights.
+        revision: of a hub id.
+        hash: of the expert, as the glue knows it.
+        depths: where its states are read.
+        dtype, device: of the weights in memory.
+        too_long: what becomes of a prompt that it has no room for.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model: str,
+        *,
+        adapter: str | None = None,
+        revision: str | None = None,
+        hash: str,
+        depths: Depths,
+        dtype: Dtype,
+        device: str,
+        too_long: TooLong,
+    ) -> None:
+        self.name, self.model, self.adapter, self.revision = name, model, adapter, revision
+        self.hash, self.depths = hash, depths
+        self.dtype, self.device, self.too_long = dtype, device, too_long
+
+    def load(self) -> Loaded:
+        """Into memory.
+
+        Raises:
+            MixmergeError: it cannot be read.
+            OutOfMemoryError: it does not fit.
+        """
+        return within_memory(
+            self._load,
+            where=f"expert {self.name}",
+            what="out of memory while it was loaded",
+            run="Unload another expert, or load it in a smaller dtype",
+        )
+
+    @cached_property
+    def reader(self) -> Reader:
+        """How it reads texts; its weights are not needed for that.
+
+        Raises:
+            MixmergeError: its files cannot be read, or its tokenizer gives no offsets.
+        """
+        from transformers import AutoConfig, AutoTokenizer
+
+        try:
+            config = AutoConfig.from_pretrained(self.model, revision=self.revision, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(
+                self.model, revision=self.revision, trust_remote_code=False
+            )
+        except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            what = f"cannot be read: {reason}"
+            raise MixmergeError(
+                Fault(f"expert {self.name}", what, "A folder with config, weights and tokenizer")
+            ) from error
+        context = getattr(config.get_text_config(), "max_position_embeddings", None)
+        return Reader(tokenizer, name=self.name, context=context)
+
+    def reading(self, prompt: Prompt) -> Reading:
+        """A prompt, as it reads it for others.
+
+        Raises:
+            MixmergeError: it has no room for it, and does not cut; as ``reader``.
+        """
+        return self.reader.prompt(prompt, too_long=self.too_long)
+
+    def key(self, store: Store, reading: Reading) -> str:
+        """What its latents of a prompt are kept under. ``auto`` is one type, that of the weights in its files."""
+        return store.key(self.hash, reading, self.depths, self.dtype)
+
+    def offer(
+        self, loaded: Loaded, readings: Sequence[Reading], store: Store, *, batch_tokens: int
+    ) -> list[str]:
+        """Keep its latents of prompts, and say under which names; what is there already is not made again."""
+        keys = [self.key(store, reading) for reading in readings]
+        lacking = {key: reading for key, reading in zip(keys, readings, strict=True) if not store.has(key)}
+        made = latents(loaded, list(lacking.values()), self.depths, batch_tokens=batch_tokens)
+        for key, one in zip(lacking, made, strict=True):
+            store.put(key, one)
+        return keys
+
+    def _load(self) -> Loaded:
+        if self.adapter is None:
+            return load_model(self.model, self.revision, self.dtype, self.device, self.name)
+        from mixmerge.experts.loading import load_expert
+
+        found = load_expert(
+            self.model, adapter=self.adapter, revision=self.revision, device=self.device, dtype=self.dtype
+        )
+        return loaded_of(found.model, found.tokenizer, self.name)
+
+
+@dataclass(frozen=True)
+class Lacking:
+    """Latents that are wanted and not there."""
+
+    peer: str
+    prompt: Prompt
+    reading: Reading
+    key: str
+
+
+class Offers:
+    """What peers leave of prompts: read from a store, or made by loading them one after the other.
+
+    Args:
+        companions: by name.
+        store: folder; None, or one whose parent is not on this machine: a temporary one.
+        limit: bytes of it; None for the store's own.
+        batch_tokens: of a batch.
+    """
+
+    def __init__(
+        self,
+        companions: Mapping[str, Companion],
+        store: str | None,
+        *,
+        limit: int | None = None,
+        batch_tokens: int,
+    ) -> None:
+        self.companions, self._batch_tokens = companions, batch_tokens
+        self._own: tempfile.TemporaryDirectory[str] | None = None
+        self._folder, self._limit = store, limit
+        self.faults: dict[tuple[str, Prompt], Fault] = {}
+
+    @cached_property
+    def store(self) -> Store:
+        folder = self._folder
+        if folder is None or not Path(folder).parent.is_dir():
+            self._own = tempfile.TemporaryDirectory(prefix="mixmerge-latents-")
+            folder = self._own.name
+        return Store(Path(folder)) if self._limit is None else Store(Path(folder), limit=self._limit)
+
+    def companion(self, name: str) -> Companion:
+        if name not in self.companions:
+            what = f"no expert is called {name!r}"
+            raise MixmergeError(Fault("peer", what, choices(name, list(self.companions))))
+        return self.companions[name]
+
+    def get(self, peer: str, prompt: Prompt) -> Latents:
+        """What a peer has left of a prompt.
+
+        Raises:
+            MixmergeError: why there is nothing; it was not made.
+        """
+        known = self.faults.get((peer, prompt))
+        if known is not None:
+            raise MixmergeError(known)
+        one = self.companion(peer)
+        reading = one.reading(prompt)
+        found = self.store.get(one.key(self.store, reading), reading)
+        if found is None:
+            raise MixmergeError(Fault(f"peer {peer}", "has left no latents of the prompt"))
+        return found
+
+    def lacking(self, wanted: Sequence[tuple[str, Prompt]]) -> list[Lacking]:
+        """What is not there of peers' prompts; what cannot be there is in ``faults``."""
+        found = []
+        for peer, prompt in dict.fromkeys(wanted):
+            try:
+                one = self.companion(peer)
+                reading = one.reading(prompt)
+            except MixmergeError as error:
+                self.faults[peer, prompt] = _told(error, peer)
+                continue
+            self.faults.pop((peer, prompt), None)
+            key = one.key(self.store, reading)
+            if not self.store.has(key):
+                found.append(Lacking(peer, prompt, reading, key))
+        return found
+
+    def make(self, lacking: Sequence[Lacking]) -> None:
+        """Load the peers, one after the other, and keep what they leave; what fails is in ``faults``."""
+        for peer in dict.fromkeys(one.peer for one in lacking):
+            mine = [one for one in lacking if one.peer == peer]
+            try:
+                self._make(self.companions[peer], [one.reading for one in mine])
+            except MixmergeError as error:
+                self.faults |= {(peer, one.prompt): _told(error, peer) for one in mine}
+
+    def _make(self, one: Companion, readings: Sequence[Reading]) -> None:
+        loaded = one.load()
+
+        def work() -> None:
+            one.offer(loaded, readings, self.store, batch_tokens=self._batch_tokens)
+
+        run = "Give it shorter prompts, or fewer batch_tokens"
+        within_memory(work, where=f"expert {one.name}", what="out of memory on its prompts", run=run)
+
+
+def _told(error: MixmergeError, peer: str) -> Fault:
+    """The first fault, with whose it is."""
+    fault = error.faults[0]
+    where = fault.where if peer in fault.where else f"peer {peer}: {fault.where}"
+    return Fault(where, fault.what, fault.allowed, fault.run)
+
+
+def companions_of(
+    experts: Mapping[str, Mapping[str, Any]],
+    hashes: Mapping[str, str],
+    depths: Mapping[str, Depths],
+    *,
+    dtype: Dtype,
+    device: str,
+    too_long: TooLong,
+) -> dict[str, Companion]:
+    """The experts by name.
+
+    Args:
+        experts: name -> ``model``, and ``adapter`` and ``revision`` where there are.
+        hashes, depths: as the glue knows them.
+        dtype, device, too_long: as of ``Companion``.
+    """
+    return {
+        name: Companion(
+            name,
+            str(one["model"]),
+            adapter=one.get("adapter"),
+            revision=one.get("revision"),
+            hash=hashes[name],
+            depths=depths[name],
+            dtype=dtype,
+            device=device,
+            too_long=too_long,
+        )
+        for name, one in experts.items()
+    }
