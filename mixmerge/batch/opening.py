@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ from mixmerge.dynamic.folders import Parts, is_dynamic, nbytes, parts_of
 from mixmerge.engines.base import Engine
 from mixmerge.engines.process_wire import arguments_taken, make_engine
 from mixmerge.experts import Expert
+from mixmerge.logits.places import folders_of, places_of
 
 if TYPE_CHECKING:
     from mixmerge.batch.cluster import Cluster
@@ -88,6 +89,9 @@ def _on_cluster(
     there = [_placed(one) for one in unit]
     base = str(_parts(there[0]).base.absolute()) if there[0].engine == "dynamic" else None
     places = {place for one in there for place in (one.model, one.adapter, base) if place is not None}
+    if there[0].engine == "fusion":
+        options = there[0].options
+        places = {*folders_of(there[0].model, options), *([options["maps"]] if "maps" in options else ())}
     return RayEngine(
         unit[0].engine,
         arguments_of(there, device="cuda" if slot.gpu else "cpu", latents=latents),
@@ -98,8 +102,8 @@ def _on_cluster(
 
 
 def _placed(one: Expert) -> Expert:
-    """With paths from the root; the adapter of a network is the name of one of its experts, or of a task."""
-    if one.engine in ("dynamic", "tasks"):
+    """With paths from the root; the adapter of a network or a fusion is the name of an expert, or of a task."""
+    if one.engine in ("dynamic", "tasks", "fusion"):
         return replace(one, model=_absolute(one.model))
     return replace(one, model=_absolute(one.model), adapter=one.adapter and _absolute(one.adapter))
 
@@ -125,18 +129,29 @@ def size_of(unit: Sequence[Expert]) -> int:
         return nbytes(_parts(first), wanted) if is_dynamic(first.model) else 0
     if first.engine == "tasks":
         return _weights(Path(first.model).expanduser(), wanted)
-    places = [first.model, *(one.adapter for one in unit if one.adapter is not None)]
+    places: Sequence[str] = [first.model, *(one.adapter for one in unit if one.adapter is not None)]
+    if first.engine == "fusion":
+        places = folders_of(first.model, first.options)
     return sum(_weights(Path(place).expanduser(), wanted) for place in places)
 
 
 def token_bytes(unit: Sequence[Expert]) -> int:
     """Bytes that keys and values of one token take, by the model's config; 0 if that cannot be told from files here."""
     first = unit[0]
+    if first.remote:
+        return 0
+    if first.engine == "fusion":  # each model has keys and values of its own
+        models = [one.model for one in places_of(first.model, first.options)]
+        return sum(_token_bytes(Path(one).expanduser(), first.options) for one in models)
     folder = Path(first.model).expanduser()
     if first.engine == "dynamic" and is_dynamic(folder):
         folder = _parts(first).base
+    return _token_bytes(folder, first.options)
+
+
+def _token_bytes(folder: Path, options: Mapping[str, Any]) -> int:
     path = folder / "config.json"
-    if first.remote or not path.is_file():
+    if not path.is_file():
         return 0
     config = read_json(path)
     config = config.get("text_config") or config
@@ -145,9 +160,7 @@ def token_bytes(unit: Sequence[Expert]) -> int:
     width = config.get("hidden_size") or config.get("n_embd")
     if not (isinstance(layers, int) and isinstance(heads, int) and isinstance(width, int) and heads):
         return 0
-    dtype = _DTYPES.get(
-        str(first.options.get("dtype") or config.get("dtype") or config.get("torch_dtype")), "F32"
-    )
+    dtype = _DTYPES.get(str(options.get("dtype") or config.get("dtype") or config.get("torch_dtype")), "F32")
     shared = config.get("num_key_value_heads") or heads
     return 2 * layers * shared * (config.get("head_dim") or width // heads) * DTYPE_BYTES[dtype]
 

@@ -23,6 +23,8 @@ from mixmerge.cli.show import emit_json, table
 if TYPE_CHECKING:
     from mixmerge.batch.records import Answer
 
+_SHOWN = 100  # rows of a table of weights
+
 
 def ask(
     mixture: MixturePath,
@@ -34,7 +36,7 @@ def ask(
     meta: Meta = None,
     explain: Annotated[
         bool,
-        typer.Option("--explain", help="Say on stderr who answers, and why; of a network, weights by layer."),
+        typer.Option("--explain", help="Say on stderr who answers, and why; weights by layer or token."),
     ] = False,
     max_new_tokens: Annotated[
         int | None, typer.Option("--max-new-tokens", min=1, help="Of the answer.", show_default=False)
@@ -113,7 +115,12 @@ def explained(answer: Answer) -> None:
 
 
 def show_weights(weights: Mapping[str, Any]) -> None:
-    """How much of each expert the answer got, layer by layer, on stderr."""
-    rows = [*weights["layers"].items(), ("all", list(weights["mean"].values()))]
-    shown = [(str(layer), *(f"{value:.3f}" for value in values)) for layer, values in rows if values]
-    table("weights of the experts", ("layer", *weights["experts"]), shown, to_stderr=True)
+    """How much of each expert the answer got, layer by layer or token by token, on stderr."""
+    found = dict(weights.get("layers") or enumerate(weights.get("steps", ()), 1))
+    rows = [*list(found.items())[:_SHOWN], ("all", list(weights["mean"].values()))]
+    shown = [(str(place), *(f"{value:.3f}" for value in values)) for place, values in rows if values]
+    of = "layer" if "layers" in weights else "token"
+    table("weights of the experts", (of, *weights["experts"]), shown, to_stderr=True)
+    if weights.get("covered", 1) < 1:
+        share = f"{100 * weights['covered']:.1f} % of the base's probability"
+        print(f"the small models know tokens that have {share}", file=sys.stderr)

@@ -28,8 +28,9 @@ def fit(
 
     Of a mixture with a router, that router, on the outcomes it names. Of
     one with compose: {kind: adapters}, the bank of its experts and the gate
-    that weighs them for each token or prompt. Experts and base are named
-    in the folder, not copied.
+    that weighs them for each token or prompt. Of one with {kind: logits},
+    the fixed strength of its experts that is best on data. Experts and base
+    are named in the folder, not copied.
     """
     from mixmerge.mixture.gluing import fit as fit_mixture
     from mixmerge.mixture.hub import spec_from

@@ -151,6 +151,9 @@ class GatedRows:
         tokens = given["input_ids"].shape[1]
         self._tally.add(log, self._left, run.mask, tokens=tokens)
 
+    def logits(self, given: Mapping[str, Any], logits: Tensor) -> Tensor:
+        return logits
+
     def keep(self, rows: Sequence[int]) -> None:
         self._left = [self._left[at] for at in rows]
         if self._rows is None and self._cache is None:

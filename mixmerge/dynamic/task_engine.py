@@ -15,6 +15,8 @@ from mixmerge.errors import Fault, MixmergeError
 from mixmerge.registry import choices
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from mixmerge.dynamic.tasks import Switch
 
 
@@ -139,6 +141,9 @@ class _OneTask:
 
     def running(self, given: Mapping[str, Any]) -> AbstractContextManager[None]:
         return self.switch.running(self.task)
+
+    def logits(self, given: Mapping[str, Any], logits: Tensor) -> Tensor:
+        return logits
 
     def keep(self, rows: Sequence[int]) -> None:
         """Nothing is kept of a row."""

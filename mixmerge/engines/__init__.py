@@ -11,6 +11,7 @@ ENGINES: dict[str, str] = {
     "dynamic": "mixmerge.dynamic.engine:DynamicEngine",
     "tasks": "mixmerge.dynamic.task_engine:TaskEngine",
     "latent": "mixmerge.latent.engine:LatentEngine",
+    "fusion": "mixmerge.logits.engine:FusionEngine",
     "openai": "mixmerge.engines.openai:OpenAIEngine",
     "vllm": "mixmerge.engines.vllm:VllmEngine",
     "echo": "mixmerge.engines.echo:EchoEngine",

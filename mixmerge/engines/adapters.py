@@ -145,6 +145,9 @@ class BankRows:
     def running(self, given: Mapping[str, Any]) -> AbstractContextManager[None]:
         return self._bank.answering(self._adapters)
 
+    def logits(self, given: Mapping[str, Any], logits: Tensor) -> Tensor:
+        return logits
+
     def keep(self, rows: Sequence[int]) -> None:
         self._adapters = [self._adapters[at] for at in rows]
 

@@ -50,6 +50,10 @@ class Beside(Protocol):
         """Within it the model answers the rows' next tokens, of which ``given`` are its arguments."""
         ...
 
+    def logits(self, given: Mapping[str, Any], logits: Tensor) -> Tensor:
+        """The rows' logits ``(B, T, V)`` in float32, of the model's own for the last tokens of ``given``."""
+        ...
+
     def keep(self, rows: Sequence[int]) -> None:
         """Only these of the rows that are left go on, in this order."""
         ...
@@ -193,8 +197,7 @@ class Decoder:
         with self.beside.running(given):
             out = self._model(**{name: value for name, value in given.items() if name in self._takes})
         self._cache = out.past_key_values
-        logits: Tensor = out.logits[:, -1].float()
-        return logits
+        return self.beside.logits(given, out.logits[:, -1:].float())[:, -1]
 
     def _choose(self, logits: Tensor) -> list[int]:
         tokens: list[int] = logits.argmax(dim=-1).tolist()

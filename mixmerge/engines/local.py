@@ -86,6 +86,11 @@ class TransformersEngine(Engine):
         return self._loaded is not None
 
     @property
+    def whole(self) -> Loaded:
+        """The model, loaded if it is not."""
+        return self._expert()
+
+    @property
     def adapters(self) -> tuple[str, ...]:
         return tuple(self._adapters)
 
@@ -193,7 +198,7 @@ class TransformersEngine(Engine):
 
         where, context = f"request {request.id}: prompt", self._expert().context
         try:
-            tokens = self._tokens(request.prompt)
+            tokens = self.tokens_of(request.prompt)
         except TemplateError as error:
             return [], Fault(where, f"{self.name} refuses these turns: {error}")
         if not tokens:
@@ -202,7 +207,8 @@ class TransformersEngine(Engine):
             return [], Fault(where, f"has {len(tokens):,} tokens", f"{self.name} reads less than {context:,}")
         return tokens, None
 
-    def _tokens(self, prompt: str | tuple[Message, ...]) -> list[int]:
+    def tokens_of(self, prompt: str | tuple[Message, ...]) -> list[int]:
+        """A prompt in the expert's tokens: a text as it is, turns through the chat template."""
         tokenizer = self._expert().tokenizer
         # Not verbose: of prompts that are too long it would speak on stderr, and here each is a fault.
         if isinstance(prompt, str):
@@ -305,8 +311,7 @@ class TransformersEngine(Engine):
         takes = accepted(expert.model)
         with torch.inference_mode(), beside.running(given):
             out = expert.model(**{name: value for name, value in given.items() if name in takes})
-            logits: Tensor = out.logits[:, -keep:].float()
-        return logits
+            return beside.logits(given, out.logits[:, -keep:].float())
 
     def _expert(self) -> Loaded:
         if self._loaded is None:

@@ -27,7 +27,7 @@ from mixmerge.latent.glue import Glue
 from mixmerge.latent.options import BridgeOptions
 from mixmerge.latent.records import Depths, Mode, Shape
 from mixmerge.latent.router import Encode, HashedText, LatentRouter, Routing
-from mixmerge.latent.settings import HASHED, RouteOptions
+from mixmerge.latent.settings import ELSEWHERE, HASHED, RouteOptions
 
 CARD, VALUES, TRAINING, CURVES = "latent.json", "glue.safetensors", "training.json", "training.png"
 FORMAT, VERSION = "mixmerge-latent", 1
@@ -146,6 +146,8 @@ def save_latent(folder: Path, card: LatentCard, glue: Glue, router: LatentRouter
     Raises:
         MixmergeError: a value is not finite.
     """
+    if card.encoder and card.route is not None:
+        card = replace(card, route=card.route.model_copy(update={"encoder": ELSEWHERE}))
     state = values_of(glue, router)
     wrong = sorted(name for name, one in state.items() if not one.isfinite().all())
     if wrong:
@@ -258,21 +260,24 @@ def load_routing(
 
     Args:
         folder, card: as ``load_glue``.
-        encoder: where the text encoder is now; by default where it was when the glue was fitted.
+        encoder: where the text encoder is, if the router reads by one: the card does not say it.
         device: a torch device.
 
     Raises:
-        CheckpointError: as ``load_glue``; or the encoder is not the one that the glue was fitted with.
+        CheckpointError: as ``load_glue``; or the encoder is not said, or not the one that the glue was fitted with.
     """
     if card.route is None:
         return None
     if card.route.kind == "fixed":
         return Routing(card.names, None, None, primary=card.route.primary)
     router = _loaded(Path(folder), card)[1]
-    place = encoder or card.route.encoder
+    place = (encoder or ELSEWHERE) if card.encoder else HASHED
+    if place == ELSEWHERE:
+        what = "its router reads by a text encoder, and where that is is not said"
+        raise CheckpointError(Fault(str(folder), what, run="compose: {encoder: PATH} in mixture.yaml"))
     if card.encoder and encoder_hash(place) != card.encoder:
         what = f"{place} is not the text encoder that the glue was fitted with"
-        raise CheckpointError(Fault("compose.route.encoder", what, "The same one", _AGAIN))
+        raise CheckpointError(Fault("compose.encoder", what, "The same one", _AGAIN))
     encode = encode_of(place, card.route.features, device=device)
     return Routing(card.names, None if router is None else router.to(device), encode)
 

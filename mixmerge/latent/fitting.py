@@ -178,7 +178,8 @@ def prepare(asked: Asked) -> Ready:
     places: dict[str, tuple[Path, Path | None]] = {}
     shapes: dict[str, Shape] = {}
     readers: dict[str, Reader] = {}
-    encoder, examples = "", ()
+    encoder = ""
+    examples: tuple[Example, ...] = ()
     for expert in asked.experts:
         with collecting(faults):
             places[expert.name], shapes[expert.name], readers[expert.name] = _known(expert)

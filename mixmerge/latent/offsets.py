@@ -177,7 +177,8 @@ def _reading(found: Any, at: Sequence[int]) -> Reading:
     ends: list[int] = []
     seen: list[int] = []
     behind = len(at) - 1  # where the next token of the text starts
-    for (start, stop), added in _backwards(found):
+    told = list(zip(found["offset_mapping"], found["special_tokens_mask"], strict=True))
+    for (start, stop), added in reversed(told):
         if added:
             ends.append(0)
             seen.append(0)
@@ -189,10 +190,6 @@ def _reading(found: Any, at: Sequence[int]) -> Reading:
     ends[-1] = seen[-1] = at[-1]
     ids = tuple(found["input_ids"])
     return Reading(ids, tuple(ends), tuple(seen), len(ids), at[-1])
-
-
-def _backwards(found: Any) -> Iterable[tuple[tuple[int, int], int]]:
-    return reversed(list(zip(found["offset_mapping"], found["special_tokens_mask"], strict=True)))
 
 
 def _rising(values: Iterable[int]) -> list[int]:

@@ -41,7 +41,7 @@ class Predicted:
 
     def of(self, rows: Sequence[int]) -> Tensor:
         """The logits of these rows."""
-        parts = self.logits.split(list(self.counts))
+        parts = torch.split(self.logits, list(self.counts))
         return torch.cat([parts[at] for at in rows])
 
 
@@ -126,7 +126,7 @@ class Passes:
                 reading = self._texts.peer(name, row, primary)
                 one.append((name, self._remembered.of(name, [reading], device)[0]))
             read.append(one)
-        return self._glue.memory(primary, read)
+        return self._glue.memory(primary, read, dtype=self._frozen[primary].model.dtype)
 
     def _places(self, readings: Sequence[Reading], device: torch.device) -> tuple[Tensor, Tensor]:
         """``seen`` and ``upto``, each ``(B, T)``."""

@@ -9,6 +9,7 @@ from pydantic import Field
 from mixmerge.document.sections import Strict
 
 HASHED = "hashed"
+ELSEWHERE = "elsewhere"  # where a fitted glue's text encoder is: the mixture's YAML says it
 
 
 class RouteOptions(Strict):
@@ -89,7 +90,7 @@ class TrainOptions(Strict):
     precision: Literal["float32", "bfloat16"] = "float32"
     save_steps: int = Field(default=100, ge=1)
     save_seconds: float = Field(default=60.0, gt=0)
-    latents_gb: float = Field(default=20.0, ge=0)
+    latents_gb: float = Field(default=20.0, gt=0)
 
     @property
     def looks_every(self) -> int:

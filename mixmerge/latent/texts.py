@@ -111,11 +111,7 @@ class Texts:
         key = (expert, row)
         if key not in self._primary:
             one, reader = self.examples[row], self._readers[expert]
-            found = reader.with_answer(one.prompt, one.answer, role="primary")
-            if reader.context is not None and len(found.ids) > reader.context:
-                what = f"prompt and answer have {len(found.ids):,} tokens"
-                raise MixmergeError(Fault("prompt", what, f"{expert} reads {reader.context:,}"))
-            self._primary[key] = found
+            self._primary[key] = reader.with_answer(one.prompt, one.answer, role="primary")
         return self._primary[key]
 
     def peer(self, expert: str, row: int, primary: str) -> Reading:

@@ -153,10 +153,11 @@ class Trainer:
             if self._task.held and (done.step % options.looks_every == 0 or done.step == options.steps):
                 self._look(progress)
             self._keep()
-        alone = self._judge(alone=True).per_byte if self._task.held else None
         early = done.step < options.steps
+        alone = None
         if self._task.held:
             put_values(done.best, self._glue, self._decider.router)
+            alone = self._judge(alone=True).per_byte
         seconds = max(done.seconds, 1e-9)
         return Report(
             steps=done.step,

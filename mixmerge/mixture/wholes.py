@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 WHOLES: dict[str, str] = {
     "adapters": "mixmerge.mixture.adapters:ADAPTERS",
+    "logits": "mixmerge.mixture.logits:LOGITS",
 }
 NAME = "mixture"  # of the whole among its experts
 Progress = Callable[[str, int, int], None]  # (what, steps done, steps in all)
