@@ -1,14 +1,16 @@
-"""The world of the benchmark: a codebook that one expert knows, a table that the other one knows, and queries.
+"""The world of the benchmark: a codebook that one expert knows, two tables that the other one knows, and queries.
 
 A codebook says which digit each made-up name stands for. A table of 10 x 10 cells says what an operation makes of two
-digits. A query names two operands, and asks for the cell: nobody answers it who lacks one of the two. Names and cells
-are held out, each by itself, so that what is learned from queries can be told from what the experts know.
+digits, another one who keeps each cell. A *query* names two operands and asks for the cell: nobody answers it who
+lacks codebook or table. A *follow-up* asks who keeps a cell, and for the keeper's digit: the name that is to be looked
+up is in no prompt, the answer has to say it first. Names and cells are held out, each by itself, so that what is
+learned from queries can be told from what the experts know.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from random import Random
 
@@ -16,7 +18,10 @@ from mixmerge.evaluate import Question
 
 DIGITS = "0123456789"
 _CONSONANTS, _VOWELS = "bdfgklmnprstvz", "aeiou"
-SPLITS = ("seen", "new names", "new cells", "both new")
+QUERIES = ("seen", "new names", "new cells", "both new")
+SPLITS = (*QUERIES, "follow-up, seen", "follow-up, new")
+OWN = ("codes", "cells", "keepers")
+Cell = tuple[str, str]
 
 
 @dataclass(frozen=True)
@@ -25,15 +30,19 @@ class Sizes:
 
     Args:
         names: in the codebook; a multiple of 10, as many for each digit.
-        held_names: of these, never in a query that is learned from; a multiple of 10, fewer than ``names``.
-        held_cells: of the 100, never asked for by a query that is learned from; a multiple of 10 below 100.
+        held_names: of these, in nothing that is learned from; a multiple of 10, fewer than ``names``.
+        held_cells: of the 100, asked for by nothing that is learned from; a multiple of 10 below 100.
+        kept: of the 100, by names that are held out.
         asked: queries of each split that are scored, at most.
+        lessons: of each kind that the glue learns from.
     """
 
     names: int = 160
     held_names: int = 40
     held_cells: int = 30
-    asked: int = 300
+    kept: int = 40
+    asked: int = 200
+    lessons: int = 1500
 
 
 @dataclass(frozen=True)
@@ -43,14 +52,16 @@ class World:
     Args:
         codes: name -> digit.
         table: (digit, digit) -> digit.
-        held_names, held_cells: what queries to learn from leave out.
+        keepers: (digit, digit) -> name.
+        held_names, held_cells: what lessons leave out.
         words: other made-up words, which mean nothing.
     """
 
     codes: dict[str, str]
-    table: dict[tuple[str, str], str]
+    table: dict[Cell, str]
+    keepers: dict[Cell, str]
     held_names: frozenset[str]
-    held_cells: frozenset[tuple[str, str]]
+    held_cells: frozenset[Cell]
     words: tuple[str, ...]
 
 
@@ -59,96 +70,160 @@ def make(sizes: Sizes, seed: int) -> World:
     rng = Random(f"world {seed}")
     made = ["".join(letters) for letters in product(_CONSONANTS, _VOWELS, _CONSONANTS, _VOWELS)]
     rng.shuffle(made)
-    codes = {name: DIGITS[at % 10] for at, name in enumerate(made[: sizes.names])}
+    names = made[: sizes.names]
+    held, learned = names[: sizes.held_names], names[sizes.held_names :]
     cells = list(product(DIGITS, DIGITS))
     values = [DIGITS[at % 10] for at in range(100)]
     rng.shuffle(values)
     # Cells are held out along shifted diagonals: every digit loses as many as first and as second operand.
     shifts = rng.sample(range(10), sizes.held_cells // 10)
-    held = {(row, DIGITS[(int(row) + shift) % 10]) for row in DIGITS for shift in shifts}
+    keepers = rng.choices(held, k=sizes.kept) + rng.choices(learned, k=100 - sizes.kept)
+    rng.shuffle(keepers)
     return World(
-        codes=codes,
+        codes={name: DIGITS[at % 10] for at, name in enumerate(names)},
         table=dict(zip(cells, values, strict=True)),
-        held_names=frozenset(made[: sizes.held_names]),
-        held_cells=frozenset(held),
+        keepers=dict(zip(cells, keepers, strict=True)),
+        held_names=frozenset(held),
+        held_cells=frozenset((row, DIGITS[(int(row) + shift) % 10]) for row in DIGITS for shift in shifts),
         words=tuple(made[sizes.names : sizes.names + 400]),
     )
 
 
 def another_table(world: World, seed: int) -> World:
-    """The same world but for the table: no cell is as it was."""
+    """The same world but for both tables: no cell is as it was."""
     rng = Random(f"another table {seed}")
-    table = {cell: rng.choice(DIGITS.replace(value, "")) for cell, value in world.table.items()}
-    return World(world.codes, table, world.held_names, world.held_cells, world.words)
+    names = list(world.codes)
+    return replace(
+        world,
+        table={cell: rng.choice(DIGITS.replace(value, "")) for cell, value in world.table.items()},
+        keepers={cell: rng.choice([one for one in names if one != name]) for cell, name in world.keepers.items()},
+    )
+
+
+# --- questions
 
 
 def code_question(name: str, world: World) -> Question:
     """What the first expert is asked by itself."""
-    return Question(prompt=f"code {name}", answer=world.codes[name])
+    return Question(f"code {name}", world.codes[name])
 
 
-def cell_question(first: str, second: str, world: World) -> Question:
-    """What the second expert is asked by itself; both are digits."""
-    return Question(prompt=f"table {first} and {second} =", answer=world.table[first, second])
+def cell_question(cell: Cell, world: World) -> Question:
+    """What the second expert is asked by itself."""
+    return Question(f"table {cell[0]} and {cell[1]} =", world.table[cell])
+
+
+def keeper_question(cell: Cell, world: World) -> Question:
+    """What the second expert is asked by itself: a name."""
+    return Question(f"keeper {cell[0]} and {cell[1]} =", f"{world.keepers[cell]}:")
 
 
 def query(first: str, second: str, world: World) -> Question:
-    """What needs both experts: the same sentence with names for the digits."""
-    return Question(
-        prompt=f"table {first} and {second} =", answer=world.table[world.codes[first], world.codes[second]]
-    )
+    """What needs both experts: a cell whose operands are names; one of them may be a digit."""
+    cell = (world.codes.get(first, first), world.codes.get(second, second))
+    return Question(f"table {first} and {second} =", world.table[cell])
 
 
-def names_of(one: Question) -> tuple[str, str]:
-    """The two operands of a query or of a question for a cell."""
+def follow_up(cell: Cell, world: World) -> Question:
+    """What needs both experts, one after the other: a name and its digit."""
+    name = world.keepers[cell]
+    return Question(f"keeper {cell[0]} and {cell[1]} =", f"{name}:{world.codes[name]}")
+
+
+def operands(one: Question) -> tuple[str, str]:
+    """The two operands of a question."""
     _, first, _, second, _ = one.prompt.split(" ")
     return first, second
 
 
 def split_of(first: str, second: str, world: World) -> str | None:
-    """Which of ``SPLITS`` a query is of; none if one name is held out and the other is not."""
+    """Which of ``QUERIES`` a query for two names is of; none if one name is held out and the other is not."""
     held = {first in world.held_names, second in world.held_names}
     if len(held) > 1:
         return None
-    new_cell = (world.codes[first], world.codes[second]) in world.held_cells
-    return SPLITS[2 * new_cell + held.pop()]
+    return QUERIES[2 * ((world.codes[first], world.codes[second]) in world.held_cells) + held.pop()]
 
 
-def queries(world: World, sizes: Sizes, seed: int) -> tuple[list[Question], dict[str, list[Question]]]:
-    """(to learn from, to be asked by split): no query is in both, not even of names and cells that are seen."""
+def own_questions(world: World) -> dict[str, list[Question]]:
+    """What each expert is to know by itself, all of it, by ``OWN``."""
+    codes = [code_question(name, world) for name in world.codes]
+    tables = [[ask(cell, world) for cell in world.table] for ask in (cell_question, keeper_question)]
+    return dict(zip(OWN, (codes, *tables), strict=True))
+
+
+def exam_and_lessons(world: World, sizes: Sizes, seed: int) -> tuple[dict[str, list[Question]], list[Question]]:
+    """(what is asked by ``SPLITS``, what glue may learn from): no query is in both, nor any held-out name or cell.
+
+    Lessons are queries for two names, queries for a name and a digit, follow-ups, and questions for cells as the second
+    expert was asked them: of these there are few, so that they come again and again.
+    """
     rng = Random(f"queries {seed}")
-    by_split: dict[str, list[Question]] = {split: [] for split in SPLITS}
+    found: dict[str, list[Question]] = {split: [] for split in SPLITS}
     for first, second in product(world.codes, repeat=2):
         split = split_of(first, second, world)
         if split is not None and first != second:
-            by_split[split].append(query(first, second, world))
-    for found in by_split.values():
-        rng.shuffle(found)
-    asked = {split: found[: sizes.asked] for split, found in by_split.items()}
-    return by_split["seen"][sizes.asked :], asked
+            found[split].append(query(first, second, world))
+    for cell, name in world.keepers.items():
+        found[SPLITS[-1] if name in world.held_names else SPLITS[-2]].append(follow_up(cell, world))
+    for some in found.values():
+        rng.shuffle(some)
+    exam = {split: some[: sizes.asked] for split, some in found.items()}
+    names = [name for name in world.codes if name not in world.held_names]
+    lessons = found["seen"][sizes.asked :][: sizes.lessons]
+    while len(lessons) < 2 * sizes.lessons:
+        pair = [rng.choice(names), rng.choice(DIGITS)]
+        rng.shuffle(pair)
+        cell = (world.codes.get(pair[0], pair[0]), world.codes.get(pair[1], pair[1]))
+        if cell not in world.held_cells:
+            lessons.append(query(*pair, world))
+    cells = [cell_question(cell, world) for cell in world.table if cell not in world.held_cells]
+    lessons += rng.choices(cells, k=sizes.lessons // 2) + rng.choices(found[SPLITS[-2]], k=sizes.lessons // 2)
+    rng.shuffle(lessons)
+    return exam, lessons
+
+
+# --- what the experts learn from
 
 
 def first_texts(world: World, seed: int) -> Iterator[Question]:
     """What the first expert learns: sentences whose names are followed by their digit, or not; without end.
 
-    The text is all answer: everything is learned, and a name's last letter calls for its digit.
+    A text is all answer: everything is learned, so that a name's last letter calls for its digit. Of the tables there
+    is nothing but the words.
     """
     rng, names = Random(f"first {seed}"), list(world.codes)
+
+    def told() -> str:
+        name = rng.choice(names)
+        return name + world.codes[name] * (rng.random() < 0.7)
+
     while True:
-        one, other = rng.choice(names), rng.choice(names)
-        told = [name + world.codes[name] * (rng.random() < 0.7) for name in (one, other)]
-        sentence = f"table {told[0]} and {told[1]} ="
-        yield Question("", rng.choice((f"code {one}{world.codes[one]}", sentence)))
+        name, number = rng.choice(names), rng.choice
+        text = rng.choice(
+            (
+                f"code {name}{world.codes[name]}",
+                f"table {told()} and {told()} =",
+                f"keeper {number(DIGITS)} and {number(DIGITS)} ={told()}",
+            )
+        )
+        yield Question("", text)
 
 
 def second_texts(world: World, seed: int) -> Iterator[Question]:
-    """What the second expert learns: cells, some with words beside the digits that mean nothing; without end."""
-    rng = Random(f"second {seed}")
+    """What the second expert learns: cells, some with words beside the digits that mean nothing; without end.
+
+    After a keeper's name comes a digit, any: the expert knows that there is one, and not which.
+    """
+    rng, cells = Random(f"second {seed}"), list(world.table)
     while True:
-        first, second = rng.choice(DIGITS), rng.choice(DIGITS)
+        cell = rng.choice(cells)
         labels = [f"{rng.choice(world.words)} " * (rng.random() < 0.5) for _ in range(2)]
-        prompt = f"table {labels[0]}{first} and {labels[1]}{second} ="
-        yield Question(prompt, world.table[first, second])
+        if rng.random() < 0.5:
+            yield Question(
+                f"table {labels[0]}{cell[0]} and {labels[1]}{cell[1]} =", world.table[cell]
+            )
+        else:
+            yield Question(f"keeper {cell[0]} and {cell[1]} =", f"{world.keepers[cell]}:{rng.choice(DIGITS)}")
 
 
 def texts_of(questions: Sequence[Question]) -> list[str]:
