@@ -17,7 +17,7 @@ def fit(
         Path, typer.Argument(metavar="MIXTURE", help="Its YAML, or a hub id.", show_default=False)
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make.", show_default=False)],
-    device: Annotated[str, typer.Option("--device", help="Where a gate learns: cpu, cuda, ...")] = "cpu",
+    device: Annotated[str, typer.Option("--device", help="Where gate or glue learn: cpu, cuda, ...")] = "cpu",
     overwrite: Overwrite = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -29,8 +29,10 @@ def fit(
     Of a mixture with a router, that router, on the outcomes it names. Of
     one with compose: {kind: adapters}, the bank of its experts and the gate
     that weighs them for each token or prompt. Of one with {kind: logits},
-    the fixed strength of its experts that is best on data. Experts and base
-    are named in the folder, not copied.
+    the fixed strength of its experts that is best on data. Of one with
+    {kind: latent}, the glue by which its experts read each other; killed, it
+    goes on with the same command. Experts and base are named in the folder,
+    not copied.
     """
     from mixmerge.mixture.gluing import fit as fit_mixture
     from mixmerge.mixture.hub import spec_from

@@ -7,7 +7,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from mixmerge.errors import MixmergeError
 
@@ -124,23 +124,30 @@ def byte_progress(title: str, *, quiet: bool) -> Iterator[Callable[[int, int], N
         yield None if bar is None else lambda done, total: bar.show(done, total, {})
 
 
+class StepProgress(Protocol):
+    """What ``step_progress`` gives: told (part, steps done, steps in all), and how it goes."""
+
+    def __call__(self, part: str, done: int, steps: int, note: str = "", /) -> None: ...
+
+
 @contextmanager
-def step_progress(*, quiet: bool) -> Iterator[Callable[[str, int, int], None] | None]:
-    """A bar for each part on stderr: part, steps done, steps in all. None when nobody is there to see it."""
+def step_progress(*, quiet: bool) -> Iterator[StepProgress | None]:
+    """A bar for each part on stderr: part, steps done, steps in all, a note. None when nobody is there to see it."""
     if quiet or not sys.stderr.isatty():
         yield None
         return
     from rich.console import Console
-    from rich.progress import Progress
+    from rich.progress import Progress, TextColumn
 
+    columns = (*Progress.get_default_columns(), TextColumn("{task.fields[note]}", markup=False))
     # Results may be printed under the bar, to a stdout that is a file: they must not be sent to the terminal.
-    with Progress(console=Console(stderr=True), transient=True, redirect_stdout=False) as bars:
+    with Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=False) as bars:
         shown = {}
 
-        def update(part: str, done: int, steps: int) -> None:
+        def update(part: str, done: int, steps: int, note: str = "", /) -> None:
             if part not in shown:
-                shown[part] = bars.add_task(part, total=steps)
-            bars.update(shown[part], completed=done, total=steps)
+                shown[part] = bars.add_task(part, total=steps, note=note)
+            bars.update(shown[part], completed=done, total=steps, note=note)
 
         yield update
 

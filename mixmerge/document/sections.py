@@ -39,13 +39,32 @@ def read_section(
     if node.value is not None and not isinstance(node.value, dict):
         return None
     unknown_keys(entries, list(model.model_fields), report)
-    data = {name: child for name, child in plain(entries, model).items() if name not in ready}
+    inner = {name: one for name, one in _sections(entries, model).items() if name not in ready}
+    read = {
+        name: read_section(entries[name], one, report, what=f"keys of {name}") for name, one in inner.items()
+    }
+    data = {name: child for name, child in plain(entries, model).items() if name not in (*ready, *read)}
+    wrong = [name for name, one in read.items() if one is None]
+    found: M | None = None
     try:
-        return model.model_validate({**data, **ready})
+        found = model.model_validate(
+            {**data, **{name: one for name, one in read.items() if one is not None}, **ready}
+        )
     except ValidationError as error:
         for one in error.errors():
-            _say(one, node, report)
-        return None
+            if not (one["type"] == "missing" and one["loc"][-1] in wrong):
+                _say(one, node, report)
+    return None if wrong else found
+
+
+def _sections(entries: Mapping[str, Node], model: type[BaseModel]) -> dict[str, type[BaseModel]]:
+    """The keys that are sections of their own."""
+    found = {}
+    for name, child in entries.items():
+        kind = model.model_fields[name].annotation if name in model.model_fields else None
+        if child.value is not None and isinstance(kind, type) and issubclass(kind, BaseModel):
+            found[name] = kind
+    return found
 
 
 def plain(entries: Mapping[str, Node], model: type[BaseModel]) -> dict[str, Any]:
@@ -68,6 +87,9 @@ def _say(error: Any, node: Node, report: Report) -> None:
         report.fault(node, f"the key {error['loc'][-1]} is missing")
         return
     at = _at(node, error["loc"])
+    if error["type"] == "value_error":  # a rule of the model's own, which says it in its own words
+        report.fault(at, str(error["ctx"]["error"]))
+        return
     wanted = error["msg"].removeprefix("Input should ").removeprefix("be ")
     if wanted.startswith(("greater", "less")):
         wanted = f"a number {wanted}"

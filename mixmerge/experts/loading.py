@@ -71,7 +71,7 @@ def load_expert(
     from transformers import AutoConfig
 
     name = str(model) if adapter is None else f"{model}+{adapter}"
-    _check_device(device, name)
+    check_device(device, name)
     with _reading(name):
         config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False)
         found, info = _class_of(config, name).from_pretrained(
@@ -117,7 +117,7 @@ def load_with_head(
         )
         raise MixmergeError(Fault(str(folder), f"no head is called {head!r}", allowed))
     name = f"{folder} with head {head}"
-    _check_device(device, name)
+    check_device(device, name)
     with _reading(name):
         config = AutoConfig.from_pretrained(folder / HEADS / head, trust_remote_code=False)
         kind = _class_of(config, name)
@@ -173,7 +173,12 @@ def heads_of(folder: str | Path) -> tuple[str, ...]:
     return tuple(sorted(path.parent.name for path in Path(folder).glob(f"{HEADS}/*/{HEAD_WEIGHTS}")))
 
 
-def _check_device(device: str, name: str) -> None:
+def check_device(device: str, name: str) -> None:
+    """Raise unless torch finds a device here.
+
+    Raises:
+        MixmergeError: it does not.
+    """
     import torch
 
     try:

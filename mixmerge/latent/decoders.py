@@ -21,7 +21,7 @@ class Anatomy:
     """The decoder of a model.
 
     Args:
-        trunk: what gives the last states, without the head; called as the model is.
+        trunk: what gives the last states of a text, below the head; called as the model is.
         layers: its layers, in order.
         width: d, of what passes between them.
         final: width of the last state.
@@ -43,9 +43,9 @@ class Anatomy:
         Raises:
             MixmergeError: there is none, or no trunk below a head.
         """
-        trunk = model.base_model
-        decoder = model.get_decoder() if hasattr(model, "get_decoder") else trunk
-        lists = [one for one in decoder.modules() if isinstance(one, nn.ModuleList) and _layered(one)]
+        # Not ``base_model``: OPT's head asks the decoder inside it.
+        trunk = model.get_decoder()
+        lists = [one for one in trunk.modules() if isinstance(one, nn.ModuleList) and _layered(one)]
         if not lists or trunk is model:
             what = f"{type(model).__name__} has no list of layers that hand on hidden states"
             allowed = "A decoder of transformers with a language modelling head"

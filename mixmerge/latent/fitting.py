@@ -20,7 +20,7 @@ from mixmerge.checkpoint.used_rows import MANIFEST, manifest_of, read_used
 from mixmerge.data.rows import Row
 from mixmerge.errors import Fault, MixmergeError, collecting
 from mixmerge.experts import Expert
-from mixmerge.experts.loading import kind_of, outline, read_tokenizer
+from mixmerge.experts.loading import check_device, kind_of, outline, read_tokenizer
 from mixmerge.latent.curves import Report, write_report
 from mixmerge.latent.deciding import Decider
 from mixmerge.latent.decoders import shape_of
@@ -178,6 +178,8 @@ def prepare(asked: Asked) -> Ready:
     places: dict[str, tuple[Path, Path | None]] = {}
     shapes: dict[str, Shape] = {}
     readers: dict[str, Reader] = {}
+    with collecting(faults):
+        check_device(asked.device, "the glue")
     encoder = ""
     examples: tuple[Example, ...] = ()
     for expert in asked.experts:
@@ -254,17 +256,16 @@ def _levels(asked: Asked, shapes: Mapping[str, Shape]) -> list[Fault]:
     return faults
 
 
-def train(ready: Ready, work: Path, *, out: Path, progress: Progress) -> Trained:
+def train(ready: Ready, work: Path, *, progress: Progress) -> Trained:
     """Train the glue; what was killed goes on from its folder of work.
 
     Args:
         ready: what ``prepare`` found good.
         work: folder for what a killed fit goes on from, the peers' latents among it. It is left to who calls.
-        out: what is made, for messages.
         progress: told (what, done, in all, how it goes).
 
     Raises:
-        OutputError: another process has the work, or the disk refuses.
+        OutputError: the disk refuses.
         MixmergeError: as ``training.Trainer.run``; an expert that changed.
     """
     asked, card = ready.asked, ready.card

@@ -58,10 +58,11 @@ class Glue(nn.Module):
         self._reads: dict[str, tuple[int, ...]] = {}
         self._told: dict[str, tuple[int | Literal["last"], ...]] = {}
         for name, shape in self.shapes.items():
-            with collecting(faults):
-                if primary in (None, name):
+            if primary in (None, name):
+                with collecting(faults):
                     self._reads[name] = primary_layers(depths, shape.layers, name=name)
-                if primary != name:
+            if primary != name:
+                with collecting(faults):
                     self._told[name] = peer_layers(depths, shape.layers, name=name)
         if faults:
             raise MixmergeError(faults)

@@ -45,5 +45,5 @@ def fit(
     return Fitted(Path(out), "router", router.kind, router.experts, {"queries": queries})
 
 
-def _silent(what: str, done: int, steps: int) -> None:
+def _silent(what: str, done: int, steps: int, note: str = "", /) -> None:
     """Says nothing."""

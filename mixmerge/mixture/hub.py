@@ -174,10 +174,18 @@ def _compose(
     # the folder of one that lies beside the YAML was put in already
     inner = {key: value for key, value in _texts(options).items() if value != str(folder)}
     options |= _moved(inner, whole.folders, folder, where, faults)
+    for section, _, key in (one.partition(".") for one in whole.folders if "." in one):
+        if isinstance(options.get(section), Mapping):
+            moved = _moved(_texts(options[section]), (key,), folder, f"{where}.{section}", faults)
+            options[section] = {**options[section], **moved}
     for key in whole.files:
         data = options.get(key)
         if isinstance(data, str):
             options[key] = _inside(data, folder, f"{where}.{key}", faults)
+        elif isinstance(data, list):
+            options[key] = [
+                _inside(str(one), folder, f"{where}.{key}[{at}]", faults) for at, one in enumerate(data)
+            ]
         elif isinstance(data, Mapping):
             options[key] = {
                 name: _inside(value, folder, f"{where}.{key}.{name}", faults)

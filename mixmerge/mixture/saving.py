@@ -74,15 +74,20 @@ def _folder(source: str | Path) -> Path | None:
 
 def save(mixture: Mixture, folder: Path, *, overwrite: bool) -> None:
     """Write a mixture's folder, whole or not at all; ``Mixture.save`` says what is in it."""
-    router, beside = mixture.routing, mixture.spec.routed.folder
     with replacing(folder, overwrite=overwrite) as new:
-        version, spec = write(router, new), mixture.spec
-        if spec.policy is not None:
-            write_policy(spec.policy, new, router=version)
-        elif beside is not None and (Path(beside) / POLICY).is_file():
-            found = read_calibration(beside, router=router.version)
-            write_policy(found or mixture.policy, new, router=version)
-        (new / FILE).write_text(_yaml(spec), encoding="utf-8")
+        save_router(mixture, new)
+        (new / FILE).write_text(_yaml(mixture.spec), encoding="utf-8")
+
+
+def save_router(mixture: Mixture, folder: Path) -> None:
+    """Write a mixture's router, and its policy if it has one of its own, into a folder that is being made."""
+    router, spec, beside = mixture.routing, mixture.spec, mixture.spec.routed.folder
+    version = write(router, folder)
+    if spec.policy is not None:
+        write_policy(spec.policy, folder, router=version)
+    elif beside is not None and (Path(beside) / POLICY).is_file():
+        found = read_calibration(beside, router=router.version)
+        write_policy(found or mixture.policy, folder, router=version)
 
 
 def save_network(spec: MixtureSpec, folder: Path, *, base: str) -> None:

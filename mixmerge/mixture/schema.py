@@ -14,7 +14,7 @@ from mixmerge.mixture.wholes import whole_of
 
 # Compositions that a mixture may name before they can be used. The others are in ``mixmerge.aggregate``, and those of
 # which no answers are composed in ``mixture.wholes``.
-LATER = ("latent", "twin")
+LATER = ("twin",)
 
 
 class PriceSpec(Strict):

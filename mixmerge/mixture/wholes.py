@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from mixmerge import registry
 from mixmerge.document import Node, Report, show
@@ -22,10 +22,17 @@ if TYPE_CHECKING:
 
 WHOLES: dict[str, str] = {
     "adapters": "mixmerge.mixture.adapters:ADAPTERS",
+    "latent": "mixmerge.mixture.latent:LATENT",
     "logits": "mixmerge.mixture.logits:LOGITS",
 }
 NAME = "mixture"  # of the whole among its experts
-Progress = Callable[[str, int, int], None]  # (what, steps done, steps in all)
+
+
+class Progress(Protocol):
+    """Is told how far something is."""
+
+    def __call__(self, what: str, done: int, steps: int, note: str = "", /) -> None:
+        """``note`` says how it goes, such as a loss or a rate."""
 
 
 @dataclass(frozen=True)
@@ -97,8 +104,9 @@ class Whole:
             ``mixmerge fit`` writes anything of this kind.
         instead: what does the work of router and policy, as a sentence; "" if a mixture of this kind may have them.
         mark: file in the folder that ``mixmerge fit`` wrote by which it is known; "" if there is none.
-        folders: keys of ``compose`` that are folders or hub ids: of the hub, they stay in their repository.
-        files: keys of ``compose`` that are files, or files by name.
+        folders: keys of ``compose`` that are folders or hub ids: of the hub, they stay in their repository;
+            ``route.encoder`` is a key of the mapping ``route``.
+        files: keys of ``compose`` that are files, lists of them, or files by name.
         check: says what is wrong before a file is opened.
         ready: raises MixmergeError if the mixture has to be fitted first, or what was fitted is gone or of other
             experts; told whether its experts are to answer.
