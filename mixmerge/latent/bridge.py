@@ -102,7 +102,8 @@ class Bridge(nn.Module):
         return self.nothing[None, :, None].expand(rows, -1, -1, -1)
 
     def _split(self, shared: Tensor) -> Tensor:
-        return shared.view(*shared.shape[:2], self.heads, -1).transpose(1, 2)
+        rows, count, width = shared.shape
+        return shared.view(rows, count, self.heads, width // self.heads).transpose(1, 2)
 
 
 def _known(entry: Entry | None) -> Entry:

@@ -363,7 +363,7 @@ def table(experts: Mapping[str, Tiny]) -> Callable[..., Table]:
             draw = torch.Generator().manual_seed(5)
             with torch.no_grad():
                 for _, one in sorted(glue.named_parameters()):
-                    one.add_(0.5 * torch.randn(one.shape, generator=draw))
+                    one.add_(0.15 * torch.randn(one.shape, generator=draw))
         return Table(glue, experts)
 
     return make
