@@ -6,6 +6,7 @@ import copy
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -367,3 +368,17 @@ def table(experts: Mapping[str, Tiny]) -> Callable[..., Table]:
         return Table(glue, experts)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def homes(experts: Mapping[str, Tiny], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of some of the experts, as a user has them."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    root, found = tmp_path_factory.mktemp("homes"), {}
+    for name in ("llama", "gpt_neox", "opt"):
+        found[name] = root / name
+        experts[name].model.save_pretrained(found[name])
+        experts[name].tokenizer.save_pretrained(found[name])
+    return found
