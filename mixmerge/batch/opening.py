@@ -89,6 +89,9 @@ def _on_cluster(
     there = [_placed(one) for one in unit]
     base = str(_parts(there[0]).base.absolute()) if there[0].engine == "dynamic" else None
     places = {place for one in there for place in (one.model, one.adapter, base) if place is not None}
+    if there[0].engine == "latent":
+        told = there[0].options["experts"].values()
+        places |= {str(one[key]) for one in told for key in ("model", "adapter") if key in one}
     if there[0].engine == "fusion":
         options = there[0].options
         places = {*folders_of(there[0].model, options), *([options["maps"]] if "maps" in options else ())}
@@ -105,6 +108,14 @@ def _placed(one: Expert) -> Expert:
     """With paths from the root; the adapter of a network or a fusion is the name of an expert, or of a task."""
     if one.engine in ("dynamic", "tasks", "fusion"):
         return replace(one, model=_absolute(one.model))
+    if one.engine == "latent":
+        experts = {
+            name: {
+                key: _absolute(value) if key in ("model", "adapter") else value for key, value in told.items()
+            }
+            for name, told in one.options["experts"].items()
+        }
+        return replace(one, model=_absolute(one.model), options={**one.options, "experts": experts})
     return replace(one, model=_absolute(one.model), adapter=one.adapter and _absolute(one.adapter))
 
 
@@ -132,6 +143,8 @@ def size_of(unit: Sequence[Expert]) -> int:
     places: Sequence[str] = [first.model, *(one.adapter for one in unit if one.adapter is not None)]
     if first.engine == "fusion":
         places = folders_of(first.model, first.options)
+    if first.engine == "latent":
+        places = _read_along(unit)
     return sum(_weights(Path(place).expanduser(), wanted) for place in places)
 
 
@@ -146,7 +159,17 @@ def token_bytes(unit: Sequence[Expert]) -> int:
     folder = Path(first.model).expanduser()
     if first.engine == "dynamic" and is_dynamic(folder):
         folder = _parts(first).base
+    if first.engine == "latent":
+        return sum(_token_bytes(Path(place).expanduser(), first.options) for place in _read_along(unit))
     return _token_bytes(folder, first.options)
+
+
+def _read_along(unit: Sequence[Expert]) -> list[str]:
+    """The models that are in memory when these experts of an interaction are loaded."""
+    options = unit[0].options
+    experts = options["experts"]
+    names = [options["expert"]] if "expert" in options else list(experts)
+    return [str(experts[name]["model"]) for name in names]
 
 
 def _token_bytes(folder: Path, options: Mapping[str, Any]) -> int:
@@ -160,7 +183,9 @@ def _token_bytes(folder: Path, options: Mapping[str, Any]) -> int:
     width = config.get("hidden_size") or config.get("n_embd")
     if not (isinstance(layers, int) and isinstance(heads, int) and isinstance(width, int) and heads):
         return 0
-    dtype = _DTYPES.get(str(options.get("dtype") or config.get("dtype") or config.get("torch_dtype")), "F32")
+    wanted = str(options.get("dtype", "auto"))
+    stored = str(config.get("dtype") or config.get("torch_dtype"))
+    dtype = _DTYPES.get(stored if wanted == "auto" else wanted, "F32")
     shared = config.get("num_key_value_heads") or heads
     return 2 * layers * shared * (config.get("head_dim") or width // heads) * DTYPE_BYTES[dtype]
 

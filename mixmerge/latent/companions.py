@@ -20,6 +20,7 @@ from mixmerge.latent.store import Store
 from mixmerge.registry import choices
 
 Prompt = str | tuple[Message, ...]
+_REMEMBERED = 1024  # prompts
 Depths = tuple[int | Literal["last"], ...]
 
 
@@ -53,6 +54,9 @@ class Companion:
         self.name, self.model, self.adapter, self.revision = name, model, adapter, revision
         self.hash, self.depths = hash, depths
         self.dtype, self.device, self.too_long = dtype, device, too_long
+        self._readings: dict[
+            Prompt, Reading
+        ] = {}  # a prompt is looked at when it is checked, and when it is answered
 
     def load(self) -> Loaded:
         """Into memory.
@@ -97,7 +101,12 @@ class Companion:
         Raises:
             MixmergeError: it has no room for it, and does not cut; as ``reader``.
         """
-        return self.reader.prompt(prompt, too_long=self.too_long)
+        found = self._readings.get(prompt)
+        if found is None:
+            if len(self._readings) >= _REMEMBERED:
+                self._readings.clear()
+            found = self._readings[prompt] = self.reader.prompt(prompt, too_long=self.too_long)
+        return found
 
     def key(self, store: Store, reading: Reading) -> str:
         """What its latents of a prompt are kept under. ``auto`` is one type, that of the weights in its files."""

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from mixmerge.engines.decoding import accepted
+from mixmerge.latent.closing import Growth
 from mixmerge.latent.decoders import Anatomy, reading
 from mixmerge.latent.glue import Glue
-from mixmerge.latent.closing import Growth
 from mixmerge.latent.offsets import Reader
 from mixmerge.latent.records import NEVER, Memory, Reading
 

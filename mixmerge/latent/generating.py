@@ -16,6 +16,8 @@ from mixmerge.latent.interaction import Interaction
 from mixmerge.latent.offsets import Reader
 from mixmerge.latent.records import Memory, Mode, Reading, View
 
+NOTHING = "(nothing)"  # what is looked at where no peer is, in explanations
+
 
 @dataclass(frozen=True)
 class Told:
@@ -72,6 +74,10 @@ class ScoredRows:
         with self._primary.running(view):
             yield
 
+    def logits(self, given: Mapping[str, Any], logits: Tensor) -> Tensor:
+        """The primary's own."""
+        return logits
+
     def keep(self, rows: Sequence[int]) -> None:
         """They all go through at once: none leaves before."""
 
@@ -115,12 +121,23 @@ class LatentRows:
         self._begun, self._left = False, list(range(len(rows)))
         self._said = [reader.saying() for _ in rows]
         self._spoken = 0
+        asked = any(row.explain for row in rows)
+        self._watched = torch.zeros(self._gates.shape) if asked else None
         self._handed = [row.reading.prompt_bytes for row in rows]
 
     @contextmanager
     def running(self, given: Mapping[str, Any]) -> Iterator[None]:
-        with self._primary.running(self._view(given["input_ids"])):
+        view = self._view(given["input_ids"])
+        if self._watched is not None:
+            view.watch = torch.zeros_like(self._gates)
+        with self._primary.running(view):
             yield
+        if self._watched is not None and view.watch is not None:
+            self._watched[self._left] += view.watch.cpu()
+
+    def logits(self, given: Mapping[str, Any], logits: Tensor) -> Tensor:
+        """The primary's own."""
+        return logits
 
     def keep(self, rows: Sequence[int]) -> None:
         kept = list(rows)
@@ -134,7 +151,14 @@ class LatentRows:
         self._handed = [self._handed[at] for at in kept]
 
     def weights(self, row: int) -> Mapping[str, Any] | None:
-        return None
+        """Shares of the row's attention, of all tokens and levels: to nothing, and to each peer."""
+        told = self._rows[row]
+        if self._watched is None or not told.explain:
+            return None
+        names = [NOTHING, *(peer for peer, _ in told.reads)]
+        looked = self._watched[row][: len(names)]
+        shares = (looked / looked.sum().clamp(min=1e-30)).tolist()
+        return {"experts": names, "layers": {}, "mean": dict(zip(names, shares, strict=True))}
 
     def _view(self, ids: Tensor) -> View:
         """For the tokens that go through now: the prompts, or one more token of each row."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -364,21 +364,92 @@ def table(experts: Mapping[str, Tiny]) -> Callable[..., Table]:
             draw = torch.Generator().manual_seed(5)
             with torch.no_grad():
                 for _, one in sorted(glue.named_parameters()):
-                    one.add_(0.15 * torch.randn(one.shape, generator=draw))
+                    one.add_(0.5 * torch.randn(one.shape, generator=draw))
         return Table(glue, experts)
 
     return make
 
 
-@pytest.fixture(scope="session")
-def homes(experts: Mapping[str, Tiny], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Folders of some of the experts, as a user has them."""
-    from transformers.utils import logging
+@dataclass(frozen=True)
+class Fitted:
+    """A folder with glue, and where its experts are.
 
-    logging.disable_progress_bar()
-    root, found = tmp_path_factory.mktemp("homes"), {}
-    for name in ("llama", "gpt_neox", "opt"):
-        found[name] = root / name
-        experts[name].model.save_pretrained(found[name])
-        experts[name].tokenizer.save_pretrained(found[name])
-    return found
+    Args:
+        folder: of the glue.
+        experts: as engines take them.
+    """
+
+    folder: Path
+    experts: Mapping[str, Mapping[str, str]]
+
+    def engine(self, **options: Any) -> Any:
+        from mixmerge.latent.engine import LatentEngine
+
+        return LatentEngine(str(self.folder), experts=self.experts, **options)
+
+
+@dataclass
+class Trio:
+    """Three experts, ``a``, ``b`` and ``c``, and glue between them."""
+
+    root: Path
+    experts: dict[str, Path] = field(default_factory=dict)
+
+    def fitted(
+        self,
+        name: str,
+        *,
+        mode: str = "prompt",
+        chunk: int = 3,
+        depths: Any = 2,
+        route: Mapping[str, Any] | None = None,
+        too_long: str = "refuse",
+        scale: float = 0.3,
+        experts: Mapping[str, Path] | None = None,
+    ) -> Fitted:
+        """Glue with random values; with ``scale`` 0 as it is before training."""
+        import torch
+
+        from mixmerge.engines.loading import load_model
+        from mixmerge.experts import Expert
+        from mixmerge.latent.decoders import shape_of
+        from mixmerge.latent.files import LatentCard, expert_hash, save_latent
+        from mixmerge.latent.options import BridgeOptions
+        from mixmerge.latent.settings import RouteOptions
+
+        places = dict(experts or self.experts)
+        shapes = tuple(
+            shape_of(
+                load_model(str(place), None, "auto", "cpu", one).model,
+                name=one,
+                hash=expert_hash(Expert(one, str(place))),
+            )
+            for one, place in places.items()
+        )
+        told = None if route is None else RouteOptions.model_validate(route)
+        card = LatentCard(shapes, mode, chunk, depths, BridgeOptions(width=16, heads=2), told, too_long, 64)  # type: ignore[arg-type]
+        glue, router = card.blank(seed=3)
+        draw = torch.Generator().manual_seed(11)
+        with torch.no_grad():
+            for key, one in glue.named_parameters():
+                if key.endswith("write"):
+                    one.copy_(torch.randn(one.shape, generator=draw) * scale)
+        folder = self.root / name
+        folder.mkdir(exist_ok=True)
+        save_latent(folder, card, glue, router)
+        return Fitted(folder, {one: {"model": str(place)} for one, place in places.items()})
+
+
+@pytest.fixture(scope="session")
+def trio(tokenizers: Mapping[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Trio:
+    """On disk: ``b`` reads letter by letter, so that it has least room."""
+    made = Trio(tmp_path_factory.mktemp("trio"))
+    for name, family, tokenizer in (
+        ("a", "llama", "gpt_2"),
+        ("b", "gpt_neox", "characters"),
+        ("c", "gpt2", "metaspace"),
+    ):
+        made.experts[name] = made.root / name
+        _model(family).save_pretrained(made.experts[name])
+        tokenizers[tokenizer].save_pretrained(made.experts[name])
+    return made
