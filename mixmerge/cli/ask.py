@@ -108,10 +108,17 @@ def explained(answer: Answer) -> None:
         lines.append(f"policy {decision['policy']}: {decision['reason'].get('rule', '')}")
         scores = ", ".join(f"{name} {score:.3g}" for name, score in decision["scores"].items())
         lines += [f"expected scores: {scores}"] if scores else []
-    lines += [f"{name}: {value}" for name, value in answer.reason.items() if name != "weights"]
+    lines += [f"{name}: {_plain(value)}" for name, value in answer.reason.items() if name != "weights"]
     print("\n".join(lines), file=sys.stderr)
     if "weights" in answer.reason:
         show_weights(answer.reason["weights"])
+
+
+def _plain(value: Any) -> str:
+    """A reason in words; shares by name with three digits."""
+    if isinstance(value, Mapping) and all(isinstance(one, float) for one in value.values()):
+        return ", ".join(f"{name} {one:.3g}" for name, one in value.items())
+    return str(value)
 
 
 def show_weights(weights: Mapping[str, Any]) -> None:
@@ -120,7 +127,8 @@ def show_weights(weights: Mapping[str, Any]) -> None:
     rows = [*list(found.items())[:_SHOWN], ("all", list(weights["mean"].values()))]
     shown = [(str(place), *(f"{value:.3f}" for value in values)) for place, values in rows if values]
     of = "layer" if "layers" in weights else "token"
-    table("weights of the experts", (of, *weights["experts"]), shown, to_stderr=True)
+    title = weights.get("title", "weights of the experts")
+    table(title, (of, *weights["experts"]), shown, to_stderr=True)
     if weights.get("covered", 1) < 1:
         share = f"{100 * weights['covered']:.1f} % of the base's probability"
         print(f"the small models know tokens that have {share}", file=sys.stderr)

@@ -158,7 +158,8 @@ class LatentRows:
         names = [NOTHING, *(peer for peer, _ in told.reads)]
         looked = self._watched[row][: len(names)]
         shares = (looked / looked.sum().clamp(min=1e-30)).tolist()
-        return {"experts": names, "layers": {}, "mean": dict(zip(names, shares, strict=True))}
+        mean = dict(zip(names, shares, strict=True))
+        return {"title": "share of the attention", "experts": names, "layers": {}, "mean": mean}
 
     def _view(self, ids: Tensor) -> View:
         """For the tokens that go through now: the prompts, or one more token of each row."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mixmerge.aggregate.latent import LatentAnswer
@@ -13,6 +12,7 @@ from mixmerge.checkpoint.identity import canonical_hash
 from mixmerge.decision.records import Decision, Pick, Query
 from mixmerge.errors import Fault, MixmergeError
 from mixmerge.experts import Expert, ExpertSet
+from mixmerge.mixture.latent import LatentOptions
 from mixmerge.mixture.schema import MixtureSpec
 from mixmerge.outcomes.table import Price
 
@@ -34,9 +34,9 @@ def setup_of_latent(mixture: Mixture, defaults: Defaults) -> Setup:
     from mixmerge.latent.files import load_latent
 
     spec = mixture.spec
-    folder = folder_of(spec)
-    card = load_latent(folder)
-    route, decides = _glues(folder, card, spec) if spec.router is None else _mixtures(mixture)
+    told = LatentOptions.model_validate(spec.compose.options)
+    card = load_latent(str(told.folder))
+    route, decides = _glues(told, card) if spec.router is None else _mixtures(mixture)
     about = {
         "glue": card.hash,
         "decides": decides,
@@ -53,35 +53,20 @@ def setup_of_latent(mixture: Mixture, defaults: Defaults) -> Setup:
     )
 
 
-def folder_of(spec: MixtureSpec) -> str:
-    """Where the glue is.
-
-    Raises:
-        MixmergeError: it is not fitted yet.
-    """
-    folder = spec.compose.options.get("folder")
-    if folder is None:
-        what = "the glue between its experts is not fitted yet"
-        raise MixmergeError(
-            Fault("compose", what, "A folder that mixmerge fit made", "mixmerge fit MIXTURE.yaml OUT")
-        )
-    return str(folder)
-
-
 def latent_experts(spec: MixtureSpec, card: LatentCard) -> ExpertSet:
     """The experts as engines need them: each a unit of its own in ``prompt`` mode, else all one unit."""
+    told = LatentOptions.model_validate(spec.compose.options)
     places = {name: _place(spec, name) for name in spec.experts}
-    told = {key: value for key in ("dtype",) if (value := spec.compose.options.get(key)) is not None}
     made = []
     for name, one in spec.experts.items():
         alone = {"expert": name} if card.mode == "prompt" else {}
         made.append(
             Expert(
                 name,
-                folder_of(spec),
+                str(told.folder),
                 adapter=None if alone else name,
                 engine="latent",
-                options={**alone, "experts": places, **told},
+                options={**alone, "experts": places, "dtype": told.dtype},
                 price=None if one.price is None else Price(one.price.input, one.price.output, one.price.size),
                 pinned=one.pinned,
             )
@@ -96,7 +81,7 @@ def _place(spec: MixtureSpec, name: str) -> dict[str, Any]:
     return {"model": str(one.base), "adapter": one.adapter}
 
 
-def _glues(folder: str, card: LatentCard, spec: MixtureSpec) -> tuple[Route, dict[str, Any]]:
+def _glues(told: LatentOptions, card: LatentCard) -> tuple[Route, dict[str, Any]]:
     """Decisions of the router that was fitted with the glue, which is loaded when it is asked; as ``_mixtures``."""
     held: list[Routing] = []
 
@@ -104,10 +89,10 @@ def _glues(folder: str, card: LatentCard, spec: MixtureSpec) -> tuple[Route, dic
         from mixmerge.latent.files import load_routing
 
         if not held:
-            found = load_routing(Path(folder), card, encoder=spec.compose.options.get("encoder"))
-            if found is None:
+            found = load_routing(str(told.folder), card, encoder=told.encoder)
+            if found is None:  # of a mixture that was not looked at before
                 what = "the glue was fitted with a router of the mixture's own, and there is none"
-                raise MixmergeError(Fault("router", what, "The router it was fitted with"))
+                raise MixmergeError(Fault("router", what, run="Add router"))
             held.append(found)
         routed = held[0]([query.text for query in queries])
         return [_decided(query, one, card) for query, one in zip(queries, routed, strict=True)]

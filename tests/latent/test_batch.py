@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 import shutil
+import signal
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -13,8 +17,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 from mixmerge.aggregate import Ask, Question, Said, Settled
 from mixmerge.aggregate.latent import LatentAnswer
@@ -24,11 +30,13 @@ from mixmerge.batch.placing import Device, place
 from mixmerge.batch.plan import Group
 from mixmerge.batch.records import Answer, Item
 from mixmerge.batch.setup import Conditions, Defaults, Listed, Setup
+from mixmerge.cli import app
 from mixmerge.decision.policies import Policy
 from mixmerge.decision.records import Decision, Pick, Query
 from mixmerge.engines.base import Capability
 from mixmerge.engines.echo import EchoEngine
 from mixmerge.engines.records import Generation, Request
+from mixmerge.errors import MixmergeError
 from mixmerge.experts import Expert, ExpertSet
 from mixmerge.mixture import Mixture, MixtureSpec
 from mixmerge.mixture.latent_setup import setup_of_latent
@@ -384,3 +392,197 @@ def test_latents_that_are_lost_are_made_again(made: Callable[..., Setup], tmp_pa
         with Job(Listed(items()), setup, work, conditions) as job:
             job.remove()
         assert not work.exists()
+
+
+# --- commands
+
+
+@pytest.fixture
+def mixed(trio: Any, tmp_path: Path) -> Callable[..., Path]:
+    """``mixed(mode, **route)``: the YAML of a fitted mixture, and twelve requests beside it."""
+
+    def make(mode: str = "prompt", **route: Any) -> Path:
+        told = {"kind": "learned", "k": 2, "hidden": [8], "features": 64, **route}
+        fitted = trio.fitted(f"routed-{mode}", mode=mode, route=told)
+        told_yaml = {
+            "experts": {name: dict(one) for name, one in fitted.experts.items()},
+            "compose": {"kind": "latent", "folder": str(fitted.folder)},
+            "generate": {"max_new_tokens": 6},
+        }
+        (tmp_path / "mix.yaml").write_text(yaml.safe_dump(told_yaml, sort_keys=False))
+        lines = [{"id": f"q{at}", "prompt": text} for at, text in enumerate(PROMPTS)]
+        lines += [{"id": "named", "prompt": PROMPTS[0], "model": "b"}]
+        (tmp_path / "in.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
+        return tmp_path / "mix.yaml"
+
+    return make
+
+
+def command(*arguments: object, code: int = 0) -> Any:
+    result = CliRunner().invoke(app, [str(one) for one in arguments])
+    assert result.exit_code == code, (result.stdout, result.stderr, result.exception)
+    return result
+
+
+@pytest.mark.parametrize("mode", ["prompt", "lockstep"])
+def test_one_question(mixed: Callable[..., Path], mode: str) -> None:
+    mixture = mixed(mode)
+    shown = command("ask", mixture, "one two", "--explain")
+    told = json.loads(command("ask", mixture, "one two", "--explain", "--json").stdout)
+    assert shown.stdout.strip() == told["answer"].strip()
+    primary = told["expert"]
+    picks = told["decision"]["picks"]
+    assert (len(picks), picks[0]["expert"]) == (2, primary)
+    assert told["reason"]["gates"] == pytest.approx({one["expert"]: one["weight"] for one in picks})
+    assert list(told["reason"]["weights"]["mean"]) == ["(nothing)", picks[1]["expert"]]
+    assert f"answers and reads {picks[1]['expert']}" in shown.stderr
+    assert "share of the attention" in shown.stderr
+    alone = json.loads(command("ask", mixture, "one two", "--expert", "c", "--json").stdout)
+    assert (alone["expert"], alone["calls"]) == ("c", 1)
+    pieces = list(Mixture.load(mixture).stream("one two"))
+    assert "".join(one.text for one in pieces) == told["answer"]
+    assert len(pieces) > 2, "word by word"
+    (answer,) = Mixture.load(mixture).answer(["one two"])
+    assert answer.text == told["answer"]
+
+
+def batched(mixture: Path, out: str, *more: object) -> list[Any]:
+    return ["batch", mixture, "-i", mixture.parent / "in.jsonl", "-o", mixture.parent / out, *more]
+
+
+def test_a_file_of_requests(mixed: Callable[..., Path]) -> None:
+    mixture = mixed()
+    planned = json.loads(command(*batched(mixture, "out.jsonl", "--plan", "--json")).stdout)
+    report = json.loads(command(*batched(mixture, "out.jsonl", "--json", "--explain")).stdout)
+    assert planned["loads"] == sum(one["times"] for one in report["loads"])
+    assert planned["calls"] == sum(one["answers"] for one in report["experts"])
+    found = [json.loads(line) for line in (mixture.parent / "out.jsonl").read_text().splitlines()]
+    assert [one["error"] for one in found] == [None] * 9
+    assert found[0]["reason"]["gates"]
+    assert not (mixture.parent / ".out.jsonl.job").exists()
+    one = json.loads(command("ask", mixture, PROMPTS[0], "--json").stdout)
+    assert one["answer"] == found[0]["answer"]
+
+
+@pytest.mark.slow
+def test_a_job_that_is_killed_goes_on(mixed: Callable[..., Path]) -> None:
+    """After SIGKILL at its first, third, ... batch, with its latents there or lost, it writes the same."""
+    mixture = mixed()
+    more = ("--batch-tokens", 60, "--memory", 0.001)
+    command(*batched(mixture, "whole.jsonl", *more))
+    wanted = (mixture.parent / "whole.jsonl").read_bytes()
+    hits = 0
+    for at, batches in enumerate((1, 3, 5, 7)):
+        name = f"out{at}.jsonl"
+        work = mixture.parent / f".{name}.job"
+        if killed(batched(mixture, name, *more), work / "journal.jsonl", batches):
+            hits += 1
+            if at % 2:
+                shutil.rmtree(work / "latents", ignore_errors=True)
+            command(*batched(mixture, name, *more))
+        assert (mixture.parent / name).read_bytes() == wanted
+        assert not work.exists()
+    assert hits > 1, "the job was over before it could be killed"
+
+
+def killed(arguments: Sequence[object], journal: Path, batches: int) -> bool:
+    """Run a command in a process of its own, and kill it when so many batches have ended; False if it was over."""
+    child = os.fork()
+    if child == 0:
+        with Path(os.devnull).open("w") as nothing:
+            os.dup2(nothing.fileno(), 1)
+            os.dup2(nothing.fileno(), 2)
+        try:
+            CliRunner().invoke(app, [str(one) for one in arguments])
+        finally:
+            os._exit(0)
+    while os.waitpid(child, os.WNOHANG) == (0, 0):
+        if journal.exists() and journal.read_bytes().count(b'"data": {"end"') >= batches:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            return True
+        time.sleep(0.001)
+    return False
+
+
+def test_a_mixture_of_the_hub_stays_in_its_repository(
+    mixed: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    mixture = yaml.safe_load(mixed().read_text())
+    repository = tmp_path / "hub" / "models--org--mix"
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    folder = repository / "snapshots" / commit
+    folder.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    for name, one in mixture["experts"].items():
+        shutil.copytree(one["model"], folder / name)
+        one["model"] = name
+    for file in Path(mixture["compose"]["folder"]).iterdir():
+        shutil.copy(file, folder)
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    here = command("ask", tmp_path / "mix.yaml", "one two").stdout
+    (folder / "mixture.yaml").write_text(
+        yaml.safe_dump({**mixture, "compose": {"kind": "latent", "folder": "."}})
+    )
+    assert command("ask", "org/mix", "one two").stdout == here
+    for outside in (str(tmp_path), "../../..", "~"):
+        told = {**mixture, "compose": {"kind": "latent", "folder": outside}}
+        (folder / "mixture.yaml").write_text(yaml.safe_dump(told))
+        with pytest.raises(MixmergeError, match="repository"):
+            Mixture.load("org/mix")
+
+
+# --- memory
+
+ONE_AT_A_TIME = """
+from pathlib import Path
+from mixmerge.engines.records import Request
+from mixmerge.latent.engine import LatentEngine
+folder, expert, reads = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+import transformers.models.llama.modeling_llama, safetensors.torch, transformers.models.auto.modeling_auto
+engine = LatentEngine(folder, experts=json.loads(sys.argv[4]), expert=expert, dtype="bfloat16")
+"""
+ASKED = """
+request = Request("r", "the quick brown fox jumps over", 8, reads=tuple(map(tuple, reads)))
+text = engine.generate([request])[0].text
+told = {"text": text}
+"""
+
+
+@pytest.mark.slow
+def test_memory_is_that_of_the_largest_expert(
+    trio: Any, tmp_path: Path, peak_of: Callable[..., dict[str, Any]]
+) -> None:
+    """Peers of 50 and 40 MB beside a primary of 5 MB: their sum is never there."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    experts = {}
+    for name, width, layers in (("a", 256, 2), ("b", 512, 6), ("c", 768, 2)):
+        config = LlamaConfig(
+            vocab_size=512, hidden_size=width, num_hidden_layers=layers, num_attention_heads=8,
+            num_key_value_heads=8, intermediate_size=4 * width, max_position_embeddings=128,
+        )  # fmt: skip
+        LlamaForCausalLM(config).save_pretrained(tmp_path / name)
+        AutoTokenizer.from_pretrained(trio.experts["a"]).save_pretrained(tmp_path / name)
+        experts[name] = tmp_path / name
+    made = trio.fitted("sized", experts=experts)
+    arguments = (str(made.folder), json.dumps({name: dict(one) for name, one in made.experts.items()}))
+    sizes = {
+        name: sum(file.stat().st_size for file in place.glob("*.safetensors")) // 2
+        for name, place in experts.items()
+    }
+
+    def used(expert: str, reads: Any) -> int:
+        found = peak_of(ONE_AT_A_TIME, ASKED, arguments[0], expert, json.dumps(reads), arguments[1])
+        return int(found["peak"] - found["before"])
+
+    largest = used("b", [])
+    assert largest > sizes["b"] > 30_000_000
+    reading = used("a", [("b", 0.3), ("c", 0.3)])
+    assert reading < largest + 10_000_000
+    assert sizes["c"] > 30_000_000, "another one beside the largest would have been seen"
