@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from latent_support.world import Sizes, World, first_texts, second_texts, texts_of
+from latent_support.world import World, first_texts, second_texts, texts_of
+from mixmerge.evaluate import Question
 
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>")
 _IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -99,45 +100,46 @@ def neox(vocabulary: int) -> Any:
     )
 
 
-def train(model: Any, tokenizer: Any, texts: Any, family: str, steps: int, seed: int) -> None:
+def train(model: Any, tokenizer: Any, texts: Iterator[Question], family: str, steps: int, seed: int) -> None:
     """Train every weight of a model on endless texts, by the zoo's loop."""
     from mixmerge.zoo.families import FAMILIES
     from mixmerge.zoo.training import Pool, batches, train_base
 
     pool = Pool(list(islice(texts, 32 * steps)), 1.0)
     data = batches([pool], tokenizer, seed=seed)
-    train_base(
-        model.train(), [(steps, data)], targets=FAMILIES[family].targets, report=lambda done, of: None
-    )
+    train_base(model.train(), [(steps, data)], targets=FAMILIES[family].targets, report=lambda done, of: None)
     model.eval()
 
 
 def make_first(world: World, seed: int, steps: int, out: Path) -> None:
     """The expert that knows the codes; without steps, the same without any training."""
-    _make(letters, llama, first_texts, "llama", world, seed, steps, out)
+    make_expert(llama, first_texts(world, seed), "llama", seed, steps, out)
 
 
 def make_second(world: World, seed: int, steps: int, out: Path) -> None:
-    """The expert that knows the table."""
-    _make(pieces, neox, second_texts, "neox", world, seed, steps, out)
+    """The expert that knows the tables."""
+    make_expert(neox, second_texts(world, seed), "neox", seed, steps, out)
 
 
-def _make(
-    tokenizers: Callable[[Sequence[str]], Any],
-    models: Callable[[int], Any],
-    texts: Callable[[World, int], Any],
-    family: str,
-    world: World,
-    seed: int,
-    steps: int,
-    out: Path,
+def make_expert(
+    model_of: Callable[[int], Any], texts: Iterator[Question], family: str, seed: int, steps: int, out: Path
 ) -> None:
+    """A tokenizer from the first texts, and a model trained on the rest.
+
+    Args:
+        model_of: an untrained model for so many tokens.
+        texts: endless.
+        family: of the zoo: ``llama``, which reads letters, or ``neox``, which reads pieces.
+        seed: of the weights and of the order.
+        steps: of 32 texts.
+        out: folder to write.
+    """
     import torch
 
     torch.manual_seed(seed)
-    tokenizer = tokenizers(texts_of(list(islice(texts(world, seed), 4000))))
-    model = models(len(tokenizer))
+    tokenizer = (letters if family == "llama" else pieces)(texts_of(list(islice(texts, 4000))))
+    model = model_of(len(tokenizer))
     if steps:
-        train(model, tokenizer, texts(world, seed + 1), family, steps, seed)
+        train(model, tokenizer, texts, family, steps, seed)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)

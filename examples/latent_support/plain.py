@@ -8,16 +8,25 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from latent_support.experts import FIRST, SECOND
-from latent_support.suite import LONGEST, Suite, judged, right, score
-from latent_support.world import DIGITS, OWN, code_question, operands
 from merging_support.stages import stage, write_json
 
+from latent_support.experts import FIRST, SECOND
+from latent_support.suite import LONGEST, Suite, judged, right, router, score
+from latent_support.world import DIGITS, OWN, code_question, operands
 from mixmerge.evaluate import Question, answers, load
 
 OUTCOMES = 400  # lessons that the router learns from; most of them neither expert can answer
 TARGETS = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
 RATE = 4e-3  # the highest learning rate of the adapter
+LONGER = 3  # times the steps of the glue: by then it has learned most of what it can
+PLAIN = (
+    "relay by text",
+    f"{FIRST} alone",
+    f"{SECOND} alone",
+    "routing",
+    "vote",
+    "LoRA on the primary",
+)
 Given = dict[str, list[str]]  # split -> of each question the answer
 
 
@@ -27,15 +36,21 @@ def run_plain(suite: Suite, *, lora: Callable[[], int]) -> None:
     Args:
         lora: says how many parameters the adapter may have at least.
     """
-    stage(suite.folder, "outcomes.jsonl", dict(suite.made_from), partial(_outcomes, suite))
     _row(suite, f"{FIRST} alone", lambda: _alone(suite, suite.expert(FIRST)))
     _row(suite, f"{SECOND} alone", lambda: _alone(suite, suite.expert(SECOND)))
     _row(suite, "routing", lambda: score(suite, _mixture(suite, {"kind": "argmax"}, "answer")))
     _row(suite, "vote", lambda: score(suite, _mixture(suite, {"kind": "top_k", "k": 2}, "vote")))
     _row(suite, "relay by text", lambda: _relay(suite), control=False)
-    told = {"lora": RATE, **suite.made_from}
+    told = {"lora": [RATE, LONGER], **suite.made_from}
     stage(suite.folder, "lora", told, lambda out: _train_lora(suite, lora(), out))
-    _row(suite, "LoRA on the primary", lambda: _alone(suite, f"{suite.expert(SECOND)}+{suite.folder / 'lora'}"))
+    _row(
+        suite, "LoRA on the primary", lambda: _alone(suite, f"{suite.expert(SECOND)}+{suite.folder / 'lora'}")
+    )
+
+
+def make_outcomes(suite: Suite) -> None:
+    """What routers learn from."""
+    stage(suite.folder, "outcomes.jsonl", dict(suite.made_from), partial(_outcomes, suite))
 
 
 def _row(suite: Suite, name: str, given: Callable[[], Given], *, control: bool = True) -> None:
@@ -43,13 +58,14 @@ def _row(suite: Suite, name: str, given: Callable[[], Given], *, control: bool =
         found = given()
         write_json(out, {"name": name, "control": control, "right": judged(suite, found), "given": found})
 
-    stage(suite.folder, f"results/{name.replace(' ', '-')}.json", {"row": name, **suite.made_from}, write)
+    told = {"row": name, "longer": LONGER, **suite.made_from}
+    stage(suite.folder, f"results/{name.replace(' ', '-')}.json", told, write)
 
 
 def _mixture(suite: Suite, policy: Mapping[str, Any], compose: str) -> dict[str, Any]:
     return {
         "experts": {name: {"model": suite.expert(name)} for name in (FIRST, SECOND)},
-        "router": {"kind": "ridge", "outcomes": str(suite.folder / "outcomes.jsonl")},
+        "router": router(suite),
         "policy": dict(policy),
         "compose": {"kind": compose},
         "generate": {"max_new_tokens": LONGEST},
@@ -118,7 +134,7 @@ def _relay(suite: Suite) -> Given:
 
 def _train_lora(suite: Suite, parameters: int, out: Path) -> None:
     """An adapter on every matrix of the second expert's layers, of the least rank with so many parameters: AdamW on the
-    lessons of the glue, as many of them."""
+    lessons of the glue."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -134,7 +150,7 @@ def _train_lora(suite: Suite, parameters: int, out: Path) -> None:
     model = get_peft_model(model, config)
     trained = [one for one in model.parameters() if one.requires_grad]
     adam = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.01)
-    steps = suite.steps.glue
+    steps = LONGER * suite.steps.glue
     rows: list[Question] = list(suite.lessons)
     data = batches([Pool(rows, 1.0)], tokenizer, seed=suite.seed)
     model.train()

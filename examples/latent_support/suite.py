@@ -11,6 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from merging_support.stages import stage
+
 from latent_support.experts import FIRST, SECOND, make_first, make_second
 from latent_support.world import (
     OWN,
@@ -21,8 +23,6 @@ from latent_support.world import (
     make,
     own_questions,
 )
-from merging_support.stages import stage
-
 from mixmerge.evaluate import Question
 
 UNTRAINED, OTHER = "untrained", "other-table"  # experts of controls
@@ -72,7 +72,8 @@ def open_suite(work: Path, seed: int, sizes: Sizes, steps: Steps) -> Suite:
     world = make(sizes, seed)
     exam, lessons = exam_and_lessons(world, sizes, seed)
     own = own_questions(world)
-    told = {"sizes": vars(sizes), "seed": seed, "steps": vars(steps)}
+    told = {"sizes": vars(sizes), "seed": seed}
+    trained = {**told, "steps": [steps.first, steps.second]}
     parts = {
         FIRST: partial(make_first, world, seed, steps.first),
         SECOND: partial(make_second, world, seed, steps.second),
@@ -80,11 +81,16 @@ def open_suite(work: Path, seed: int, sizes: Sizes, steps: Steps) -> Suite:
         OTHER: partial(make_second, another_table(world, seed), seed + 1, steps.second),
     }
     for name, make_it in parts.items():
-        stage(folder, f"experts/{name}", told, make_it)
+        stage(folder, f"experts/{name}", trained, make_it)
     learned = [*lessons, *(one for one in own[OWN[0]] if one.prompt.split()[1] not in world.held_names)]
     for name, some in (("lessons", lessons), ("lessons-and-codes", learned)):
         stage(folder, f"{name}.jsonl", told, partial(write_rows, some))
-    return Suite(folder, seed, steps, world, {**exam, **own}, lessons, told)
+    return Suite(folder, seed, steps, world, {**exam, **own}, lessons, {**trained, **vars(steps)})
+
+
+def router(suite: Suite) -> dict[str, Any]:
+    """What a mixture says of its router: it learns from outcomes."""
+    return {"kind": "ridge", "outcomes": str(suite.folder / "outcomes.jsonl")}
 
 
 def write_rows(questions: Sequence[Question], out: Path) -> None:

@@ -96,7 +96,9 @@ def another_table(world: World, seed: int) -> World:
     return replace(
         world,
         table={cell: rng.choice(DIGITS.replace(value, "")) for cell, value in world.table.items()},
-        keepers={cell: rng.choice([one for one in names if one != name]) for cell, name in world.keepers.items()},
+        keepers={
+            cell: rng.choice([one for one in names if one != name]) for cell, name in world.keepers.items()
+        },
     )
 
 
@@ -151,7 +153,9 @@ def own_questions(world: World) -> dict[str, list[Question]]:
     return dict(zip(OWN, (codes, *tables), strict=True))
 
 
-def exam_and_lessons(world: World, sizes: Sizes, seed: int) -> tuple[dict[str, list[Question]], list[Question]]:
+def exam_and_lessons(
+    world: World, sizes: Sizes, seed: int
+) -> tuple[dict[str, list[Question]], list[Question]]:
     """(what is asked by ``SPLITS``, what glue may learn from): no query is in both, nor any held-out name or cell.
 
     Lessons are queries for two names, queries for a name and a digit, follow-ups, and questions for cells as the second
@@ -219,9 +223,7 @@ def second_texts(world: World, seed: int) -> Iterator[Question]:
         cell = rng.choice(cells)
         labels = [f"{rng.choice(world.words)} " * (rng.random() < 0.5) for _ in range(2)]
         if rng.random() < 0.5:
-            yield Question(
-                f"table {labels[0]}{cell[0]} and {labels[1]}{cell[1]} =", world.table[cell]
-            )
+            yield Question(f"table {labels[0]}{cell[0]} and {labels[1]}{cell[1]} =", world.table[cell])
         else:
             yield Question(f"keeper {cell[0]} and {cell[1]} =", f"{world.keepers[cell]}:{rng.choice(DIGITS)}")
 
