@@ -244,7 +244,7 @@ class _Addition:
 
     def _grown(self, gate: Gate, bank: Any, parts: Parts, rows: Sequence[Row]) -> Gate:
         from mixmerge.bank.fitting import with_expert
-        from mixmerge.dynamic.loading import TextEncoder
+        from mixmerge.experts.encoding import TextEncoder
         from mixmerge.experts.loading import load_expert
 
         def tell(what: str, done: int, steps: int, loss: float | None) -> None:
