@@ -42,7 +42,7 @@ class Sizes:
     """Of what is timed: batches of so many ``rows``, each with its prompts and rounds."""
 
     rows: tuple[int, ...] = (1, 16)
-    prompts: tuple[int, ...] = (128, 32)
+    prompts: tuple[int, ...] = (64, 16)
     rounds: tuple[int, ...] = (9, 4)
     tokens: int = 32
     width: int = 256
