@@ -136,9 +136,8 @@ class Table:
         """Texts of about so many tokens of the primary."""
         draw = random.Random(1)
         reader = self.readers[PRIMARY]
-        return [
-            reader.tokenizer.decode(reader.prompt(draw.choice(self.texts)).ids[:tokens]) for _ in range(count)
-        ]
+        texts = [draw.choice(self.texts)[: 10 * tokens] for _ in range(count)]
+        return [reader.tokenizer.decode(reader.prompt(one).ids[:tokens]) for one in texts]
 
     def decoder(self, way: str, prompts: Sequence[str], tokens: int) -> Decoder:
         """A batch at its start, and what is read beside."""
