@@ -14,8 +14,6 @@ from torch.nn.functional import dropout, layer_norm, linear, softplus
 from mixmerge.latent.options import BridgeOptions
 from mixmerge.latent.sight import Sight
 
-_REACH = 8.0  # bytes that count as one step of ALiBi's distances
-
 
 class Entry(nn.Module):
     """An expert's states in the shared space: a LayerNorm, and a projection from d to s."""
@@ -63,7 +61,7 @@ class Bridge(nn.Module):
             starts = options.start == "write"
             self.write = nn.Parameter(torch.zeros(reads, shared)) if starts else _matrix(reads, shared, draw)
             self.gate = nn.Parameter(torch.tensor(1.0 if starts else 0.0))
-            self.slopes = nn.Parameter(_slopes(self.heads))
+            self.slopes = nn.Parameter(_slopes(self.heads, options.reach))
             head = shared // self.heads
             self.nothing = nn.Parameter(_normal((self.heads, head), draw)) if options.null else None
         if told is not None:
@@ -123,10 +121,10 @@ def _matrix(rows: int, columns: int, draw: Generator) -> nn.Parameter:
     return nn.Parameter(_normal((rows, columns), draw) / math.sqrt(columns))
 
 
-def _slopes(heads: int) -> Tensor:
-    """What softplus makes ALiBi's slopes of, a byte: 2^(-8 (h + 1) / H) for every ``_REACH`` bytes.
+def _slopes(heads: int, reach: float) -> Tensor:
+    """What softplus makes ALiBi's slopes of, a byte: 2^(-8 (h + 1) / H) for every ``reach`` bytes.
 
     Source: Press et al., Train Short, Test Long (arXiv 2108.12409), section 3.
     """
-    wanted = torch.exp2(-8.0 * torch.arange(1, heads + 1) / heads) / _REACH
-    return torch.log(torch.expm1(wanted))
+    wanted = torch.exp2(-8.0 * torch.arange(1, heads + 1) / heads) / reach
+    return wanted + torch.log(-torch.expm1(-wanted))  # of a large one log(e^x - 1) would overflow

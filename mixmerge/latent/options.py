@@ -16,6 +16,9 @@ class BridgeOptions(BaseModel):
         start: what is zero before training, so that the primary is itself: the matrix that writes back, or the tanh
             gate before it. Exactly one of them: with both at zero neither would ever get a gradient.
         dropout: of what a token has read, in training; 0 to below 1.
+        reach: bytes that count as one step of ALiBi's distances before training, above 0. The nearest head's attention
+            falls by e^(-2^(-8/H)) in so many bytes, the farthest one's by e^(-1/256). Below 1 a token reads little but
+            what stands where it stands, which is what generalises where a peer has a word's meaning at its last letter.
         null: give every token an empty latent to look at, so that it may read nothing.
     """
 
@@ -25,6 +28,7 @@ class BridgeOptions(BaseModel):
     heads: int = Field(default=8, ge=1)
     start: Literal["write", "gate"] = "write"
     dropout: float = Field(default=0.0, ge=0, lt=1)
+    reach: float = Field(default=8.0, gt=0)
     null: bool = True
 
     @model_validator(mode="after")
