@@ -225,7 +225,10 @@ class Trainer:
         each row's answer cost goes to ``charged``."""
         told = self._predict(primary, places, rows, first, leaves[0])
         each = answer_losses(told.logits, told.wanted)
-        costs = [float(one) for one in torch.stack([part.sum() for part in each.detach().split(told.counts)])]
+        costs = [
+            float(one)
+            for one in torch.stack([part.sum() for part in torch.split(each.detach(), list(told.counts))])
+        ]
         charged[list(places)] = torch.tensor(costs)
         loss = each.sum()
         nothing = torch.zeros((), device=loss.device)
