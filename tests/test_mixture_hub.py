@@ -234,6 +234,27 @@ def test_what_is_here_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert not any(map(is_hub_id, ("./mix", "../mix", "/mix", "org/mix.yaml", {}, "org/a mix", "")))
 
 
+def test_a_fusion_names_nothing_outside_its_repository(put: Put, tmp_path: Path) -> None:
+    """Its models lie in the repository or on the hub, and so does what it would be fitted on."""
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "answer": "b"}\n')
+    model = {"config.json": b"{}"}
+    files = {f"{folder}/{name}": content for folder in ("large", "small") for name, content in model.items()}
+    files |= {"rows.jsonl": b"", "outcomes.jsonl": b""}
+    compose = {"kind": "logits", "base": "large", "reference": "small", "mode": "static"}
+    experts = {"large": {"model": "large"}, "small": {"model": "./small"}, "tuned": {"model": "org/tuned"}}
+    folder = put("org/fusion", {"experts": experts, "compose": {**compose, "data": "rows.jsonl"}}, files)
+    loaded = Mixture.load("org/fusion").spec
+    assert loaded.experts["large"].model == str(folder / "large")
+    assert loaded.compose.options["data"] == str(folder / "rows.jsonl")
+    wrong = {**experts, "tuned": {"adapter": "../../tuned", "base": "/small"}}
+    put("org/wrong", {"experts": wrong, "compose": {**compose, "data": "../../../rows.jsonl"}}, files)
+    assert sorted(fault.split(":")[1].strip() for fault in faults("org/wrong")) == [
+        *("compose.data", "experts.tuned.adapter", "experts.tuned.base")
+    ]
+    put("org/fitted", {"experts": experts, "compose": {**compose, "folder": "/fitted"}}, files)
+    assert "org/fitted: compose.folder: '/fitted' is no path in the repository" in faults("org/fitted")[0]
+
+
 # --- commands
 
 

@@ -33,10 +33,11 @@ class Entry(nn.Module):
 class Bridge(nn.Module):
     """Of one expert at one level. Products are in the type of the states, whatever the parameters are in.
 
-    Source: Mixture of Thoughts (arXiv 2509.21164), section 1.1 of the specification's notes; gating as in Flamingo.
+    Source: Mixture of Thoughts (arXiv 2509.21164), figure 3, as reviews and summaries tell it; the gate is Flamingo's
+    (arXiv 2204.14198), section 2.2.
 
-    Deviations: the primary's own states are not among what it reads; an empty latent is; what is written starts at
-    exactly 0; no private layers for peers.
+    Deviations: projections of queries, keys and values are each expert's own; the primary's own states are not among
+    what it reads; an empty latent is; what is written starts at exactly 0; no private layers for peers.
 
     Args:
         reads: width of the expert's states at its depth as a primary; None: it is never one.
@@ -74,7 +75,7 @@ class Bridge(nn.Module):
         shared = _known(entry)(states)
         kind = states.dtype
         key, value = linear(shared, self.key.to(kind)), linear(shared, self.value.to(kind))
-        return self._split(key), self._split(value)
+        return self._split(key).contiguous(), self._split(value).contiguous()  # each token reads all of them
 
     def read(self, states: Tensor, keys: Tensor, values: Tensor, sight: Sight) -> Tensor:
         """What a primary's states ``(B, T, d)`` are to be added to: ``(B, T, d)``, all 0 before training.

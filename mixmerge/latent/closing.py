@@ -31,6 +31,7 @@ class Cutter:
 
     def __init__(self, backend: Any) -> None:
         self._backend = backend
+        self.unbounded()
         self._splits = self._words("ab cd, ef. 12") > 1
         joined = [run for run in (_LOWER, _UPPER) if self._words(run) < 2]
         self._waits = (
@@ -40,6 +41,13 @@ class Cutter:
         start, rest = self._ids(_ANCHOR), self._ids("ab")
         # A tokenizer that puts a space before every text would put one before every segment.
         self._anchor: list[int] | None = None if self._ids(f"{_ANCHOR}ab") == start + rest else start
+
+    def unbounded(self) -> None:
+        """See to it that no text is padded or cut, as a tokenizer's file or its last caller may have asked for."""
+        if self._backend.padding is not None:
+            self._backend.no_padding()
+        if self._backend.truncation is not None:
+            self._backend.no_truncation()
 
     def close(self, text: str) -> tuple[list[int], int]:
         """Tokens of what is closed at the start of an open text, and its characters; none where nothing is.
@@ -106,6 +114,7 @@ class Growth:
 
     def add(self, text: str) -> tuple[list[int], list[int]]:
         """Newly closed tokens once the answer is ``text`` (all of it so far), and ``ends`` of each in bytes of it."""
+        self._cutter.unbounded()
         ids: list[int] = []
         ends: list[int] = []
         for character in text[self._read :]:

@@ -34,7 +34,7 @@ class Anatomy:
 
     @classmethod
     def of(cls, model: Any, *, name: str = "") -> Anatomy:
-        """By shape: the longest list of modules in the decoder whose members take hidden states.
+        """By shape: the longest list of modules in the decoder whose members take hidden states, in no other such list.
 
         Args:
             model: of transformers.
@@ -45,7 +45,7 @@ class Anatomy:
         """
         # Not ``base_model``: OPT's head asks the decoder inside it.
         trunk = model.get_decoder()
-        lists = [one for one in trunk.modules() if isinstance(one, nn.ModuleList) and _layered(one)]
+        lists = _lists(trunk)
         if not lists or trunk is model:
             what = f"{type(model).__name__} has no list of layers that hand on hidden states"
             allowed = "A decoder of transformers with a language modelling head"
@@ -102,6 +102,16 @@ def writing(model: Any, changes: Mapping[int, Callable[[Tensor], Tensor]]) -> It
         for depth, change in changes.items():
             _hook(stack, anatomy, depth, change)
         yield
+
+
+def _lists(trunk: nn.Module) -> list[nn.ModuleList]:
+    """Lists of layers; a layer's own, such as its experts, are left out."""
+    found: dict[str, nn.ModuleList] = {}
+    for name, one in trunk.named_modules():  # what is outside comes first
+        inside = any(name.startswith(f"{outer}.") for outer in found)
+        if isinstance(one, nn.ModuleList) and not inside and _layered(one):
+            found[name] = one
+    return list(found.values())
 
 
 def _layered(modules: nn.ModuleList) -> bool:

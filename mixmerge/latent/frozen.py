@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from mixmerge.engines.shortage import within_memory
 from mixmerge.errors import Fault, MixmergeError
 from mixmerge.experts.loading import LoadedExpert, load_expert
 from mixmerge.latent.peers import latents
@@ -20,6 +22,7 @@ from mixmerge.latent.records import Latents, Reading
 from mixmerge.latent.store import Store
 
 _AT_ONCE = 32  # readings that are handed to a peer together
+_KEPT = 2**28  # bytes of latents that stay in memory
 _SAMPLES = 16  # values of a tensor that are looked at one by one
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 Depth = int | Literal["last"]
@@ -71,7 +74,12 @@ class Frozen:
         """An expert in evaluation mode, none of whose parameters wants a gradient."""
         if name not in self._loaded:
             model, adapter = self._places[name]
-            found = load_expert(model, adapter=adapter, device=self._device, dtype=self._dtype)
+            found = within_memory(
+                partial(load_expert, model, adapter=adapter, device=self._device, dtype=self._dtype),
+                where=f"expert {name}",
+                what="out of memory while it was loaded",
+                run="Try precision: bfloat16, or a fixed primary: then peers are loaded one at a time",
+            )
             self._loaded[name] = found
             self._digests[name] = weights_digest(found.model)
         return self._loaded[name]
@@ -124,6 +132,8 @@ class Remembered:
         depths: Mapping[str, Sequence[Depth]],
     ) -> None:
         self._frozen, self._store, self._hashes, self._depths = frozen, store, hashes, depths
+        self._near: dict[tuple[str, Reading], Latents] = {}  # what was used last is at the end
+        self._nbytes = 0
 
     def prepare(self, expert: str, readings: Sequence[Reading], say: Callable[[int, int], None]) -> None:
         """Make what is not there yet.
@@ -138,21 +148,34 @@ class Remembered:
             group = unique[start : start + _AT_ONCE]
             lacking = [at for at, one in enumerate(group) if self._stored(expert, one) is None]
             if lacking:
-                made = latents(self._frozen[expert], group, self._depths[expert])
+                made = within_memory(
+                    partial(latents, self._frozen[expert], group, self._depths[expert]),
+                    where=f"expert {expert}",
+                    what="out of memory while it read the rows",
+                    run="Try precision: bfloat16, or shorter rows",
+                )
                 for at in lacking:
                     self._store.put(self._key(expert, group[at]), made[at])
             say(min(start + _AT_ONCE, len(unique)), len(unique))
 
     def of(self, expert: str, readings: Sequence[Reading], device: torch.device) -> list[Latents]:
         """Of each reading its latents, on a device."""
-        found = []
-        for reading in readings:
+        return [_moved(self._found(expert, reading), device) for reading in readings]
+
+    def _found(self, expert: str, reading: Reading) -> Latents:
+        one = self._near.pop((expert, reading), None)
+        if one is None:
             one = self._stored(expert, reading)
             if one is None:  # there was no room on the disk for it
                 (one,) = latents(self._frozen[expert], [reading], self._depths[expert])
                 self._store.put(self._key(expert, reading), one)
-            found.append(_moved(one, device))
-        return found
+                one = _moved(one, torch.device("cpu"))
+            self._nbytes += one.nbytes
+        self._near[expert, reading] = one
+        while self._nbytes > _KEPT and len(self._near) > 1:
+            first = next(iter(self._near))
+            self._nbytes -= self._near.pop(first).nbytes
+        return one
 
     def _key(self, expert: str, reading: Reading) -> str:
         return self._store.key(self._hashes[expert], reading, self._depths[expert], self._frozen.dtype)

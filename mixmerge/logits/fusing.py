@@ -13,13 +13,15 @@ import torch
 from torch import Tensor
 
 from mixmerge.errors import Fault, MixmergeError
-from mixmerge.logits.matching import EVALUATIONS, Found, match_grid, match_joint, match_one
+from mixmerge.logits.matching import Found, match_grid, match_joint, match_one
 from mixmerge.logits.shifts import divergences, fused, nucleus, shift
 from mixmerge.logits.vocabulary import Shared
 from mixmerge.registry import choices
 
 Mode = Literal["static", "one", "joint", "grid"]
-_ROWS = 64  # that are matched at once: the sums of a row do not depend on the others
+# Rows that are matched at once: on a CPU as many as fit into its caches. The sums of a row do not depend on the others.
+_ROWS = 64
+_CACHED = 200_000  # logits
 
 
 @dataclass(frozen=True)
@@ -124,8 +126,16 @@ def fuse(
     shifts = [shift(one, reference, clip=settings.clip) for one in experts]
     covered = base.new_ones(len(base))
     return _shifted(
-        cut, shifts, lambda: [divergences(one, reference) for one in experts], covered, settings, alphas
+        cut, shifts, lambda: _wanted(experts, reference, shifts, settings), covered, settings, alphas
     )
+
+
+def _wanted(
+    experts: Sequence[Tensor], reference: Tensor, shifts: Sequence[Tensor], settings: Settings
+) -> list[tuple[Tensor, Tensor]]:
+    """Of each expert how far it is from the reference; a clipped shift does not tell."""
+    known = shifts if settings.clip is None else [None] * len(experts)
+    return [divergences(one, reference, change) for one, change in zip(experts, known, strict=True)]
 
 
 def match(
@@ -137,8 +147,8 @@ def match(
     if settings.mode == "grid":
         return match_grid(logp, shifts, forward, backward, points=settings.points)
     if settings.mode == "joint":
-        return match_joint(logp, shifts, forward, backward, damping=settings.damping, evaluations=EVALUATIONS)
-    return match_one(logp, shifts, forward, backward, evaluations=EVALUATIONS)
+        return match_joint(logp, shifts, forward, backward, damping=settings.damping)
+    return match_one(logp, shifts, forward, backward)
 
 
 def fuse_rows(
@@ -162,8 +172,9 @@ def fuse_rows(
         settings, alphas: as of ``fuse``.
     """
     made: list[Fused] = []
-    for start in range(0, len(base), _ROWS):
-        some = slice(start, start + _ROWS)
+    step = max(1, min(_ROWS, _CACHED // base.shape[-1])) if base.device.type == "cpu" else _ROWS
+    for start in range(0, len(base), step):
+        some = slice(start, start + step)
         rows = base[some], reference[some].float(), [one[some].float() for one in experts]
         found = (
             fuse(*rows, settings, alphas) if shared is None else _on_shared(*rows, shared, settings, alphas)
@@ -192,12 +203,9 @@ def _on_shared(
     )  # (N, C)
     covered = base.softmax(dim=-1)[:, columns].sum(dim=-1)
     cut = base if settings.top_p_base is None else nucleus(base, settings.top_p_base)
-    shifts = [
-        torch.zeros_like(base).index_copy_(1, columns, shift(one, plain, clip=settings.clip)) for one in tuned
-    ]
-    return _shifted(
-        cut, shifts, lambda: [divergences(one, plain) for one in tuned], covered, settings, alphas
-    )
+    small = [shift(one, plain, clip=settings.clip) for one in tuned]
+    shifts = [torch.zeros_like(base).index_copy_(1, columns, one) for one in small]
+    return _shifted(cut, shifts, lambda: _wanted(tuned, plain, small, settings), covered, settings, alphas)
 
 
 def _shifted(

@@ -18,7 +18,8 @@ from torch import Tensor
 
 LARGEST = 2.0  # of a matched alpha
 START = 1.0  # proxy tuning's alpha
-EVALUATIONS = 4
+EVALUATIONS = 3
+JOINTLY = 2  # of each expert by itself, and then of all together
 _TINY = 1e-12
 
 
@@ -52,28 +53,31 @@ class Path:
 
     Args:
         logp: ``(N, V)`` log-probabilities of the base; minus infinity for what is cut.
-        delta: ``(N, V)`` the shift, finite.
+        delta: ``(N, V)`` the shift, finite and of mean 0 under the base.
     """
 
     def __init__(self, logp: Tensor, delta: Tensor) -> None:
-        self._logp = logp
-        self._delta = centred(logp, delta)
+        self._logp, self._delta = logp, delta
 
     def at(self, alpha: Tensor) -> Moments:
-        """At ``(N,)`` alphas, by one pass: the sums of w, w D and w D^2 with w = exp(log P + alpha D)."""
+        """At ``(N,)`` alphas, by one softmax: the means of D and D^2 under P~, and what it was divided by."""
         logits = torch.addcmul(self._logp, self._delta, alpha[:, None])
-        top = logits.amax(dim=-1)
-        weights = logits.sub_(top[:, None]).exp_()
-        total = weights.sum(dim=-1)
-        mean = weights.mul_(self._delta).sum(dim=-1) / total
-        square = weights.mul_(self._delta).sum(dim=-1) / total
-        log_z = top + total.log()  # and mu(0) is 0
+        weights, log_z = _tilted(logits)  # and mu(0) is 0
+        mean = weights.mul_(self._delta).sum(dim=-1)
+        square = weights.mul_(self._delta).sum(dim=-1)
         return Moments(alpha * mean - log_z, log_z, alpha * (square - mean * mean).clamp(min=0), mean)
 
 
-def centred(logp: Tensor, delta: Tensor) -> Tensor:
-    """``(N, V)``: the shift less its mean under P. The same P~, and small divergences are no difference of large."""
-    return delta - (logp.exp() * delta).sum(dim=-1, keepdim=True)
+def centred(logp: Tensor, deltas: Sequence[Tensor]) -> list[Tensor]:
+    """The ``(N, V)`` shifts less their means under P: the same P~, and small divergences are no difference of large."""
+    share = logp.exp()
+    return [one - (share * one).sum(dim=-1, keepdim=True) for one in deltas]
+
+
+def _tilted(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """P~ ``(N, V)`` and log Z ``(N,)``: the likeliest token's logit is its log-probability plus log Z."""
+    weights = torch.softmax(logits, dim=-1)
+    return weights, logits.amax(dim=-1) - weights.amax(dim=-1).log()
 
 
 def solve(path: Path, forward: Tensor, backward: Tensor, *, evaluations: int = EVALUATIONS) -> Found:
@@ -130,7 +134,7 @@ def match_one(
     Deviations: Gauss-Newton where the paper tries up to 20 values (``match_grid``). Of equal experts the first.
     """
     wanted, rest = _means(forward, backward)
-    found = [solve(Path(logp, one), *wanted, evaluations=evaluations) for one in deltas]
+    found = [solve(Path(logp, one), *wanted, evaluations=evaluations) for one in centred(logp, deltas)]
     values = torch.stack([one.value for one in found], dim=1)  # (N, T)
     least, which = values.min(dim=1)
     chosen = torch.cat([one.alphas for one in found], dim=1)
@@ -145,7 +149,7 @@ def match_grid(
     wanted, rest = _means(forward, backward)
     alphas = torch.zeros(len(logp), len(deltas), dtype=logp.dtype, device=logp.device)
     least = torch.full_like(wanted[0], torch.inf)
-    for at, delta in enumerate(deltas):
+    for at, delta in enumerate(centred(logp, deltas)):
         path = Path(logp, delta)
         for alpha in torch.linspace(0, LARGEST, points).tolist():
             there = path.at(torch.full_like(least, alpha))
@@ -165,7 +169,7 @@ def match_joint(
     backward: Tensor,
     *,
     damping: float = 1.0,
-    evaluations: int = EVALUATIONS,
+    evaluations: int = JOINTLY,
 ) -> Found:
     """All experts shift each row together: the published objective, without its restriction to one of them.
 
@@ -182,15 +186,16 @@ def match_joint(
     Args:
         logp, deltas, forward, backward: as ``match_one`` takes them.
         damping: nats squared, above 0; the larger, the nearer to alpha*.
-        evaluations: of each expert alone, and then of all together.
+        evaluations: of each expert alone, and then of all together; 2 or more.
     """
+    if len(deltas) == 1:
+        return match_one(logp, deltas, forward, backward)
+    deltas = centred(logp, deltas)
     pairs = zip(deltas, forward.unbind(1), backward.unbind(1), strict=True)
     alone = [solve(Path(logp, one), *wanted, evaluations=evaluations) for one, *wanted in pairs]
     anchor = torch.cat([one.alphas for one in alone], dim=1)  # (N, T)
-    if len(alone) == 1:
-        return Found(anchor, alone[0].value, evaluations)
     wanted, rest = _means(forward, backward)
-    search = _Joint([centred(logp, one) for one in deltas], logp, anchor, wanted, damping)
+    search = _Joint(deltas, logp, anchor, wanted, damping)
     return search.run(evaluations, rest)
 
 
@@ -238,7 +243,7 @@ class _Joint:
             step = torch.linalg.solve(damped, slope)
             alphas = (best - step).clamp(0, LARGEST)
         matched = least - self._damping * ((best - self._anchor) ** 2).sum(dim=1)
-        return Found(best, matched + rest, evaluations)
+        return Found(best, matched + rest, 2 * evaluations)
 
 
 def moments(logp: Tensor, deltas: Sequence[Tensor], alphas: Tensor) -> Moments:
@@ -252,12 +257,7 @@ def moments(logp: Tensor, deltas: Sequence[Tensor], alphas: Tensor) -> Moments:
     push = torch.zeros_like(logp)
     for at, one in enumerate(deltas):
         push.addcmul_(one, alphas[:, at : at + 1])
-    logits = logp + push
-    top = logits.amax(dim=-1)
-    weights = logits.sub_(top[:, None]).exp_()
-    total = weights.sum(dim=-1)
-    weights /= total[:, None]
-    log_z = top + total.log()
+    weights, log_z = _tilted(logp + push)
     means = torch.stack([(weights * one).sum(dim=-1) for one in deltas], dim=1)  # (N, T)
     pushed = weights.mul_(push)
     mean_push = pushed.sum(dim=-1)
@@ -270,7 +270,7 @@ def objective(
     logp: Tensor, deltas: Sequence[Tensor], alphas: Tensor, forward: Tensor, backward: Tensor
 ) -> Tensor:
     """``(N,)``: the published sum of squares at ``(N, T)`` alphas; ``forward`` and ``backward`` as in ``match_one``."""
-    there = moments(logp, [centred(logp, one) for one in deltas], alphas)
+    there = moments(logp, centred(logp, deltas), alphas)
     ahead, behind = there.forward[:, None] - forward, there.backward[:, None] - backward
     return (ahead**2 + behind**2).sum(dim=1)
 

@@ -65,13 +65,16 @@ def fused(base: Tensor, shifts: Sequence[Tensor], alphas: Tensor) -> Tensor:
     return made
 
 
-def divergences(expert: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+def divergences(expert: Tensor, reference: Tensor, change: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """KL(Q_t || Q) and KL(Q || Q_t), both ``(N,)``, of ``(N, V)`` logits.
 
     Tokens where either is not finite are left out, as ``shift`` leaves them.
+
+    Args:
+        expert, reference: as of ``shift``.
+        change: what ``shift`` gives without a clip, where it is known.
     """
-    tuned, plain = torch.log_softmax(expert, dim=-1), torch.log_softmax(reference, dim=-1)
-    change = (tuned - plain).nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
-    forward = (tuned.exp() * change).sum(dim=-1)
-    backward = -(plain.exp() * change).sum(dim=-1)
+    known = shift(expert, reference) if change is None else change
+    forward = torch.softmax(expert, dim=-1).mul_(known).sum(dim=-1)
+    backward = torch.softmax(reference, dim=-1).mul_(known).sum(dim=-1).neg_()
     return forward.clamp_(min=0), backward.clamp_(min=0)

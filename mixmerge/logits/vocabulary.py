@@ -130,8 +130,8 @@ def _intersection(
     if None not in ends and ends[1] < other_columns and ends[0] < base_columns:
         pairs[ends[0]] = ends[1]
     ids = sorted(pairs)
-    if not ids:
-        what = "its vocabulary has no token in common with the base's"
+    if all(mine[at][0] for at in ids):
+        what = "its vocabulary has no token of text in common with the base's"
         raise MixmergeError(Fault(where, what, "A small model of the base's family"))
     starts, pieces = [0], list[int]()
     for at in range(max(mine) + 1):

@@ -6,6 +6,7 @@ which names the rows. Experts are not in it or changed.
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -122,7 +123,7 @@ def _decided_by(mixture: Mixture) -> str:
 
 
 class _Decisions:
-    """What a mixture's own router and policy decide; the weights of the picks are the gates.
+    """What a mixture's own router and policy decide; the weights of the picks are the gates, as shares of 1.
 
     Args:
         mixture: with a router.
@@ -141,11 +142,12 @@ class _Decisions:
             raise MixmergeError(Fault(_WHERE, what, run="Give the policy a fallback, or leave them out"))
         found = []
         for one in decisions:
-            weights: dict[str, float] = {}
+            weights = {str(one.primary): 0.0}
             for pick in one.picks:
-                weights[pick.expert] = weights.get(pick.expert, 0.0) + pick.weight
-            total = sum(weights.values())
-            found.append(Routed(str(one.primary), {name: w / total for name, w in weights.items()}, {}))
+                weights[pick.expert] = weights.get(pick.expert, 0.0) + max(0.0, pick.weight)
+            total = math.fsum(weights.values())
+            gates = {name: w / total if total > 0 else 1 / len(weights) for name, w in weights.items()}
+            found.append(Routed(str(one.primary), gates, {}))
         if all(len(one.gates) == 1 for one in found):
             what = "the policy picks one expert for every row, so nobody is read"
             raise MixmergeError(

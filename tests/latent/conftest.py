@@ -364,10 +364,24 @@ def table(experts: Mapping[str, Tiny]) -> Callable[..., Table]:
             draw = torch.Generator().manual_seed(5)
             with torch.no_grad():
                 for _, one in sorted(glue.named_parameters()):
-                    one.add_(0.5 * torch.randn(one.shape, generator=draw))
+                    one.add_(0.15 * torch.randn(one.shape, generator=draw))
         return Table(glue, experts)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def homes(experts: Mapping[str, Tiny], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of some of the experts, as a user has them."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    root, found = tmp_path_factory.mktemp("homes"), {}
+    for name in ("llama", "gpt_neox", "opt"):
+        found[name] = root / name
+        experts[name].model.save_pretrained(found[name])
+        experts[name].tokenizer.save_pretrained(found[name])
+    return found
 
 
 @dataclass(frozen=True)

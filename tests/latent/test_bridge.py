@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor
 
@@ -114,6 +116,33 @@ def test_who_sees_nothing_reads_nothing() -> None:
         .eq(0)
         .all()
     )
+
+
+@settings(max_examples=60)
+@given(
+    ends=st.lists(st.integers(0, 30), min_size=1, max_size=8),
+    seen=st.lists(st.tuples(st.integers(0, 40), st.integers(0, 10)), min_size=1, max_size=4),
+)
+def test_what_ends_later_than_a_token_may_look_is_nothing_to_it(
+    ends: list[int], seen: list[tuple[int, int]]
+) -> None:
+    draw = torch.Generator().manual_seed(len(ends))
+    query = torch.randn(1, 2, len(seen), 4, generator=draw)
+    keys, values, others = (torch.randn(1, 2, 1 + len(ends), 4, generator=draw) for _ in range(3))
+    peer = [NOBODY, *(1 + at % 2 for at in range(len(ends)))]
+    stand, upto = [one for one, _ in seen], [max(0, one - less) for one, less in seen]
+    for at, limit in enumerate(upto):
+        later = torch.tensor([False, *(end > limit for end in ends)])[None, None, :, None]
+        found = [
+            seen_by(memory_of(one, other, [0, *ends], peer), stand, upto=upto, null=True).attend(
+                query, one, other, torch.tensor([0.1, 0.0])
+            )
+            for one, other in (
+                (keys, values),
+                (torch.where(later, 9.0 * others, keys), torch.where(later, others, values)),
+            )
+        ]
+        assert torch.equal(found[0][:, :, at], found[1][:, :, at])
 
 
 def test_equal_gates_are_no_gates() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -76,6 +77,13 @@ def test_no_hook_is_left_after_an_error(experts: Mapping[str, Any]) -> None:
 def test_what_is_no_decoder_with_a_head_is_refused(experts: Mapping[str, Any]) -> None:
     with pytest.raises(MixmergeError, match=r"expert a: LlamaModel has no list of layers"):
         Anatomy.of(experts["llama"].model.model, name="a")
+
+
+def test_a_list_inside_a_layer_is_not_the_layers(experts: Mapping[str, Any]) -> None:
+    model = copy.deepcopy(experts["llama"].model)
+    layers = model.model.layers
+    layers[0].experts = torch.nn.ModuleList(copy.deepcopy(layers[1]) for _ in range(5))
+    assert Anatomy.of(model).layers is layers
 
 
 def test_uniform_depths_are_shares_of_either_experts_layers() -> None:

@@ -167,6 +167,19 @@ def test_an_answer_is_cut_as_the_tokenizer_cuts_a_whole_text(
     assert sizes(text) - ends[-1] <= 1
 
 
+def test_a_tokenizer_that_was_asked_to_pad_and_cut_reads_the_same(tokenizers: Mapping[str, Any]) -> None:
+    text = "The lazy dog, we're here; they'll say it isn't 12345.\n"
+    for name in NAMES:
+        wanted = Reader(tokenizers[name], name=name, context=None).growth().add(text)
+        for length in (2, 400):
+            tokenizers[name](text, padding="max_length", truncation=True, max_length=length)
+            reader = Reader(tokenizers[name], name=name, context=None)
+            growth = reader.growth()
+            tokenizers[name](text, padding="max_length", truncation=True, max_length=length)
+            assert growth.add(text) == wanted
+        tokenizers[name](text)
+
+
 def test_a_text_without_spaces_is_read_in_parts(readers: Mapping[str, Reader]) -> None:
     ids, ends = readers["llama_2"].growth().add("你好" * LONGEST)
     assert ends[0] == 3 * (LONGEST + 1)

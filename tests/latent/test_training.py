@@ -16,10 +16,12 @@ from hypothesis import strategies as st
 
 from mixmerge.checkpoint.identity import digest
 from mixmerge.data.rows import Row
+from mixmerge.engines.records import Scoring
 from mixmerge.errors import MixmergeError
 from mixmerge.experts import Expert
 from mixmerge.latent.curves import Point, thinned
 from mixmerge.latent.deciding import Decided
+from mixmerge.latent.engine import LatentEngine
 from mixmerge.latent.files import values_of
 from mixmerge.latent.fitting import Asked, Trained, prepare, train
 from mixmerge.latent.frozen import Frozen, Remembered, weights_digest
@@ -84,7 +86,7 @@ def test_the_loss_falls_and_the_experts_stay(
     asked: Callable[..., Asked], homes: Mapping[str, Path], tmp_path: Path
 ) -> None:
     files = [path for folder in homes.values() for path in sorted(folder.iterdir())]
-    before = digest(files)
+    before, drawn = digest(files), torch.get_rng_state()
     told: list[tuple[str, int, int, str]] = []
     long = QUICK.model_copy(update={"steps": 24, "evaluate_every": 6})
     made = train(
@@ -103,11 +105,14 @@ def test_the_loss_falls_and_the_experts_stay(
     assert report.rows + report.held_out == len(ROWS)
     assert report.rows_per_second > 0
     assert digest(files) == before
+    assert torch.equal(torch.get_rng_state(), drawn), "nobody else's numbers are drawn"
+    assert not made.glue.training
     whats = {what for what, _, _, _ in told}
     assert whats == {"latents of gpt_neox", "latents of opt", "learning", "held out"}
     assert "rows/s" in next(note for what, _, _, note in told if what == "learning")
 
 
+@pytest.mark.slow
 def test_a_killed_fit_goes_on_to_the_same_values(asked: Callable[..., Asked], tmp_path: Path) -> None:
     job = asked(route=RouteOptions(k=2, hidden=[8], features=32))
     whole = fitted(job, tmp_path / "whole")
@@ -234,6 +239,61 @@ def test_the_primary_is_itself_before_it_learns(asked: Callable[..., Asked], tmp
         reading = ready.texts.primary("llama", 5)
         assert one.wanted.tolist() == list(reading.ids[reading.answer_from :])
         assert one.wanted[-1] == 2, "it learns to end"
+
+
+@pytest.mark.parametrize("mode", ["prompt", "chunked", "lockstep"])
+def test_training_sees_what_answering_sees(
+    asked: Callable[..., Asked], homes: Mapping[str, Path], tmp_path: Path, mode: str
+) -> None:
+    """The likelihood that was learned is that of the engine."""
+    job = asked(mode=mode, chunk=2)
+    made = fitted(job, tmp_path / "work")
+    (tmp_path / "glue").mkdir()
+    made.write(tmp_path / "glue")
+    _, held = hold_out([one.digest for one in ROWS], QUICK.holdout, 0)
+    engine = LatentEngine(
+        str(tmp_path / "glue"),
+        experts={name: {"model": str(folder)} for name, folder in homes.items()},
+        expert="llama" if mode == "prompt" else None,
+        dtype="float32",
+    )
+    reads = (("gpt_neox", 1 / 3), ("opt", 1 / 3))
+    adapter = None if mode == "prompt" else "llama"
+    scorings = [
+        Scoring(str(row), ROWS[row].prompt, str(ROWS[row].answer), adapter=adapter, reads=reads)
+        for row in held
+    ]
+    with engine:
+        found = engine.loglikelihood(scorings)
+    total = 0.0
+    for row, one in zip(held, found, strict=True):
+        reading = made.ready.texts.primary("llama", row)
+        assert len(one.logprobs) == len(reading.ids) - reading.answer_from - 1, "all but the end"
+        total -= one.total
+    learned = _sum_without_ends(made, held, tmp_path / "work")
+    assert total == pytest.approx(learned, abs=1e-3)
+
+
+def _sum_without_ends(made: Trained, rows: list[int], work: Path) -> float:
+    """Nats of the answers but their end tokens, as training passes them."""
+    ready = made.ready
+    frozen = Frozen(ready.places, device="cpu", dtype="float32")
+    hashes = {one.name: one.hash for one in ready.card.experts}
+    depths = {name: made.glue.peer_depths(name) for name in ("gpt_neox", "opt")}
+    remembered = Remembered(frozen, Store(work / "latents"), hashes=hashes, depths=depths)
+    passes = Passes(
+        frozen,
+        remembered,
+        made.glue,
+        ready.texts,
+        mode=ready.card.mode,
+        chunk=ready.card.chunk,
+        checkpointing=False,
+    )
+    with torch.no_grad():
+        told = passes.predict("llama", rows, [("gpt_neox", "opt")] * len(rows), None)
+    logs = told.logits.log_softmax(-1).gather(-1, told.wanted[:, None])[:, 0]
+    return -float(sum(part[:-1].sum() for part in logs.split(list(told.counts))))
 
 
 def test_an_expert_that_changes_in_memory_is_noticed(homes: Mapping[str, Path]) -> None:

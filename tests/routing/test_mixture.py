@@ -348,9 +348,9 @@ def test_what_is_not_there_is_refused(tmp_path: Path, outcomes: Path) -> None:
     router = f"{{kind: best_single, outcomes: {outcomes}}}"
     assert len(faults(written(tmp_path, "{kind: knn, outcomes: nowhere.jsonl}"))) == 1
     assert "is no fitted router" in faults(written(tmp_path, f"{{folder: {tmp_path}}}"))[0]
-    voting = Mixture.load(written(tmp_path, router, policy="compose: {kind: latent}"))
+    voting = Mixture.load(written(tmp_path, router, policy="compose: {kind: twin}"))
     assert voting.route(["a question"])[0].primary
-    with pytest.raises(MixmergeError, match="latent is not available in this version"):
+    with pytest.raises(MixmergeError, match="twin is not available in this version"):
         voting.answer(["a question"])
     budget = Mixture.load(written(tmp_path, router, policy="policy: {kind: budget, budget: 1e-3}"))
     with pytest.raises(MixmergeError, match="a budget needs the trade"):
