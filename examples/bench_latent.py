@@ -42,7 +42,7 @@ class Sizes:
     """Of what is timed: batches of so many ``rows``, each with its prompts and rounds."""
 
     rows: tuple[int, ...] = (1, 16)
-    prompts: tuple[int, ...] = (128, 32)
+    prompts: tuple[int, ...] = (64, 16)
     rounds: tuple[int, ...] = (9, 4)
     tokens: int = 32
     width: int = 256
@@ -143,6 +143,7 @@ def main(
     rows: Annotated[
         int, typer.Option(min=0, help="Time batches of so many rows, and nothing else; 0: all.")
     ] = 0,
+    times: Annotated[bool, typer.Option(help="Time anything; without, memory and sizes alone.")] = True,
     threads: Annotated[int, typer.Option(min=1, help="Of torch.")] = 1,
 ) -> None:
     """Measure, and print each figure beside its bar."""
@@ -168,7 +169,7 @@ def main(
             f"{' and '.join(map(str, sizes.prompts))}; float32, {threads} thread(s), processor time.\n"
         )
         for size, prompt, count in zip(sizes.rows, sizes.prompts, sizes.rounds, strict=True):
-            if rows in (0, size):
+            if times and rows in (0, size):
                 found = latent.timed(
                     table, rows=size, prompt=prompt, tokens=sizes.tokens, rounds=rounds or count
                 )
@@ -178,7 +179,8 @@ def main(
         prompt = sizes.prompts[0]
         show(console, BRIDGES, work(table.work(prompt), prompt))
         show(console, MEMORY, memory(table, table.prompts(1, prompt)[0]))
-    show(console, FUSION, fused(small=small))
+    if times:
+        show(console, FUSION, fused(small=small))
 
 
 def fused(*, small: bool) -> list[Sequence[str]]:

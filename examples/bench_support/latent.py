@@ -136,9 +136,8 @@ class Table:
         """Texts of about so many tokens of the primary."""
         draw = random.Random(1)
         reader = self.readers[PRIMARY]
-        return [
-            reader.tokenizer.decode(reader.prompt(draw.choice(self.texts)).ids[:tokens]) for _ in range(count)
-        ]
+        texts = [draw.choice(self.texts)[: 10 * tokens] for _ in range(count)]
+        return [reader.tokenizer.decode(reader.prompt(one).ids[:tokens]) for one in texts]
 
     def decoder(self, way: str, prompts: Sequence[str], tokens: int) -> Decoder:
         """A batch at its start, and what is read beside."""
@@ -213,7 +212,7 @@ def weights_of(model: Any) -> int:
     return sum(one.numel() for name, one in model.named_parameters() if one.dim() > 1)
 
 
-def timed(table: Table, ways: Sequence[str], *, rows: int, prompt: int, tokens: int, rounds: int) -> Times:
+def timed(table: Table, *, rows: int, prompt: int, tokens: int, rounds: int) -> Times:
     """Each way once a round, in an order that is drawn; prompts are read before the clock starts."""
     prompts = table.prompts(rows, prompt)
     found: dict[str, list[float]] = {way: [] for way in NAMES}
@@ -222,13 +221,14 @@ def timed(table: Table, ways: Sequence[str], *, rows: int, prompt: int, tokens: 
         order = list(NAMES)
         draw.shuffle(order)
         for way in order:
-            decoder = table.decoder(way, prompts, tokens + 1)
+            steps = tokens if number else 1  # the first round touches all weights, and does not count
+            decoder = table.decoder(way, prompts, steps + 1)
             decoder.step()
             began = time.process_time()
-            for _ in range(tokens):
+            for _ in range(steps):
                 decoder.step()
-            if number:  # the first round warms caches
-                found[way].append(1000 * (time.process_time() - began) / tokens)
+            if number:
+                found[way].append(1000 * (time.process_time() - began) / steps)
     return Times({way: tuple(each) for way, each in found.items()})
 
 

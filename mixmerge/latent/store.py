@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import os
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -21,6 +22,8 @@ from mixmerge.latent.records import Latents, Reading
 
 LIMIT = 16 * 2**30
 _SUFFIX = ".latents"
+_UNFINISHED = ".new-"
+_ABANDONED = 3600.0  # seconds after which nobody writes a file any more
 _DIGEST = 32  # bytes behind the tensors, of all before them
 _AT_ONCE = 256  # texts that are read before they are written
 
@@ -81,7 +84,7 @@ class Store:
         data = _packed(latents)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            handle, new = tempfile.mkstemp(prefix=".", dir=path.parent)
+            handle, new = tempfile.mkstemp(prefix=_UNFINISHED, dir=path.parent)
             try:
                 with os.fdopen(handle, "wb") as file:
                     file.write(data)
@@ -144,6 +147,10 @@ class Store:
         """Remove what was not used for longest, down to nine tenths of the limit, so that it is not done each time."""
         if self._total is not None and self._total <= self.limit:
             return
+        for one in self.folder.glob(f"*/{_UNFINISHED}*"):  # of a process that was killed
+            with contextlib.suppress(OSError):
+                if time.time() - one.stat().st_mtime > _ABANDONED:
+                    one.unlink()
         files = []
         for one in self.folder.glob(f"*/*{_SUFFIX}"):
             with contextlib.suppress(OSError):

@@ -10,7 +10,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from mixmerge.latent.deciding import Decided, Decider, learning
 from mixmerge.latent.files import put_values, values_of
 from mixmerge.latent.glue import Glue
 from mixmerge.latent.losses import Parts, answer_losses, balance, choice, consistency, entropy
-from mixmerge.latent.passes import Passes
+from mixmerge.latent.passes import Passes, Predicted
 from mixmerge.latent.resuming import (
     Saved,
     optimiser_state,
@@ -32,6 +32,7 @@ from mixmerge.latent.resuming import (
     read_state,
     write_state,
 )
+from mixmerge.latent.router import Routes
 from mixmerge.latent.settings import TrainOptions
 from mixmerge.latent.texts import Texts
 
@@ -189,7 +190,8 @@ class Trainer:
             second = None
             if first.routes is not None and weights.consistency:
                 second = self._decider.decide(rows, draw=draw, primary=first.primary)
-            leaves = [_leaf(one, self._task.device) for one in (first, second) if one is not None]
+            both = [one for one in (first, second) if one is not None]
+            leaves = [_leaf(one, self._task.device) for one in both]
             tokens = sum(self._tokens(first.primary[at], row) for at, row in enumerate(rows))
             lm, agreement = 0.0, 0.0
             charged = torch.zeros(len(rows))  # nats of each answer
@@ -201,7 +203,9 @@ class Trainer:
                 agreement += float(part[1].detach()) / tokens
             point = Point(done.step + 1, lm)
             if first.routes is not None:
-                point = self._route(first, second, leaves, lm, agreement, charged)
+                spread, even = self._route(first.routes, [one.gates for one in both], leaves, charged)
+                agreed = None if second is None else agreement
+                point = replace(point, entropy=spread, balance=even, consistency=agreed)
         self._check(point)
         self._update()
         done.rows += len(rows)
@@ -243,24 +247,16 @@ class Trainer:
 
     def _predict(
         self, primary: int, places: Sequence[int], rows: Sequence[int], decided: Decided, gates: Tensor
-    ) -> Any:
+    ) -> Predicted:
         names = [[self._name(one) for one in decided.peers(place)] for place in places]
         columns = decided.columns(places, gates)
         return self._passes.predict(self._name(primary), [rows[place] for place in places], names, columns)
 
     def _route(
-        self,
-        first: Decided,
-        second: Decided | None,
-        leaves: Sequence[Tensor],
-        lm: float,
-        agreement: float,
-        charged: Tensor,
-    ) -> Point:
-        """The way back through the router: of the answers' loss by gates and by who answers, and of its own terms."""
-        routes = first.routes
-        if routes is None:
-            raise MixmergeError(Fault(_WHERE, "there is no router"))
+        self, routes: Routes, gates: Sequence[Tensor], leaves: Sequence[Tensor], charged: Tensor
+    ) -> tuple[float, float]:
+        """The way back through the router: of the answers' loss by gates and by who answers, and of its own terms, which
+        are given."""
         spread, even = entropy(routes.scores), balance(routes.scores, routes.active)
         own = Parts(torch.zeros(()), spread, even).total(self._options.weights)
         noise = self._decider.noise
@@ -269,18 +265,12 @@ class Trainer:
             own = own + self._options.weights.lm * drawn
         ends: list[Tensor] = [own]
         grads: list[Tensor | None] = [None]
-        for one, leaf in zip((first, second), leaves, strict=False):
-            if one is not None and leaf.grad is not None:
-                ends.append(one.gates)
-                grads.append(leaf.grad.to(one.gates))
+        for one, leaf in zip(gates, leaves, strict=True):
+            if leaf.grad is not None:
+                ends.append(one)
+                grads.append(leaf.grad.to(one))
         torch.autograd.backward(ends, grads)  # type: ignore[arg-type]
-        return Point(
-            self._done.step + 1,
-            lm,
-            float(spread.detach()),
-            float(even.detach()),
-            agreement if second is not None else None,
-        )
+        return float(spread.detach()), float(even.detach())
 
     def _update(self) -> None:
         options, step = self._options, self._done.step

@@ -334,3 +334,19 @@ def test_prompts_are_in_no_log_and_no_message(
         assert SECRET not in where
         assert "zebra" not in where
     assert caplog.records, "something is logged at this level"
+
+
+def test_what_is_streamed_is_generated_once(case: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mixmerge.engines.echo import EchoEngine
+
+    asked: list[int] = []
+    generate = EchoEngine.generate
+
+    def counted(self: EchoEngine, requests: Any) -> Any:
+        asked.append(len(requests))
+        return generate(self, requests)
+
+    monkeypatch.setattr(EchoEngine, "generate", counted)
+    made = case({"one": {"model": "one", "engine": "echo"}}, ["nothing"], name="once")
+    assert run("ask", made.mixture, "say it once").stdout == "say it once\n"
+    assert asked == [1]

@@ -141,8 +141,15 @@ def test_what_was_not_used_for_longest_goes(made: Any, tmp_path: Path) -> None:
     left = [at for at in range(4) if bounded.get(keys[at], readings[2]) is not None]
     assert left == [0, 3]
     assert sum(path.stat().st_size for path in tmp_path.rglob("*.latents")) <= size
+    dead, alive = (tmp_path / keys[4][:2] / f".new-{name}" for name in ("dead", "alive"))
+    for path in (dead, alive):
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"half of it")
+    os.utime(dead, (0, 0))
     # one that is larger than all of it is kept until the next comes
     tiny = Store(tmp_path, limit=1)
     tiny.put(keys[4], wanted[0])
     assert tiny.get(keys[4], readings[0]) is not None
     assert tiny.get(keys[3], readings[2]) is None
+    assert not dead.exists()
+    assert alive.exists()

@@ -99,6 +99,17 @@ def test_a_cut_base_and_texts_read_whole(roles: Any) -> None:
         assert scored.logprobs == pytest.approx(greedy.logprobs, abs=1e-3)
 
 
+def test_the_least_context_counts(roles: Any, clone: Callable[[Path], Path]) -> None:
+    short = clone(roles.reference)
+    config = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 16}))
+    engine = FusionEngine(str(roles.base), reference=str(short), experts={"full": str(roles.full)})
+    (fault,) = engine.check([Request("r", TEXT * 2, 2)])
+    assert "reads less than 16" in str(fault)
+    given = engine.generate([Request("r", "a b", 40)])[0]
+    assert given.tokens_in + given.tokens_out <= 16
+
+
 # --- other vocabularies
 
 
