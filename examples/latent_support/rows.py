@@ -58,7 +58,11 @@ ROWS = (
     Row("latent, (0, last), near, own router", route=ROUTER),
     Row("latent, (0, last), near, lockstep, own router", mode="lockstep", route=ROUTER),
     Row("latent, (0, last), near, learned routing", route=LEARNED),
-    Row("latent, learned routing, no auxiliary losses", route=LEARNED, weights={"entropy": 0.0, "balance": 0.0}),
+    Row(
+        "latent, learned routing, no auxiliary losses",
+        route=LEARNED,
+        weights={"entropy": 0.0, "balance": 0.0},
+    ),
     Row("a peer that never learned", first=UNTRAINED, control=True),
     Row("a primary with another table", second=OTHER, control=True),
 )

@@ -255,8 +255,8 @@ class Trainer:
     def _route(
         self, routes: Routes, gates: Sequence[Tensor], leaves: Sequence[Tensor], charged: Tensor
     ) -> tuple[float, float]:
-        """The way back through the router: of the answers' loss by gates and by who answers, and of its own terms, which
-        are given."""
+        """The way back through the router: of the answers' loss by gates and by who answers; and of its own terms,
+        which are given."""
         spread, even = entropy(routes.scores), balance(routes.scores, routes.active)
         own = Parts(torch.zeros(()), spread, even).total(self._options.weights)
         noise = self._decider.noise
