@@ -31,7 +31,7 @@ from latent_support.controls import run_controls
 from latent_support.page import report_text, write_table
 from latent_support.plain import PLAIN, make_outcomes, run_plain
 from latent_support.real import real_text, run_real
-from latent_support.rows import ONCE, ROWS, SHUFFLED_OF, UNMASKED_OF, glue_parameters, run_row
+from latent_support.rows import FIXED, ONCE, ROWS, SHUFFLED_OF, UNMASKED_OF, glue_parameters, run_row
 from latent_support.suite import Steps, open_suite
 from latent_support.world import Sizes
 from merging_support.page import put
@@ -86,7 +86,8 @@ def report(
 ) -> None:
     """The tables from the scores that are there, and table.json in the folder."""
     order = [*PLAIN, *(row.name for row in ROWS)]
-    found = {"codebook": report_text(work, order, Sizes()), "real": real_text(work)}
+    routed = [row.name for row in ROWS if row.route != FIXED]
+    found = {"codebook": report_text(work, order, Sizes(), routed=routed), "real": real_text(work)}
     write_table(work)
     for name, text in found.items():
         print(f"## {name}\n\n{text}")

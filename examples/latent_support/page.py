@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,8 +78,15 @@ def interval(one: Scored, split: str, sizes: Sizes, less: Scored | None = None) 
     return float(low), float(high)
 
 
-def report_text(work: Path, order: Sequence[str], sizes: Sizes) -> str:
-    """Markdown: the table, and the bar for every row with glue."""
+def report_text(work: Path, order: Sequence[str], sizes: Sizes, *, routed: Collection[str] = ()) -> str:
+    """Markdown: the table, and the bar for every row with glue.
+
+    Args:
+        work: folder of the seeds.
+        order: of the rows; others follow.
+        sizes: of the worlds.
+        routed: rows in which either expert may answer; in others the first one's own task is not asked.
+    """
     rows = {one.name: one for one in scored(work)}
     if not rows:
         return "not run yet\n"
@@ -105,25 +112,26 @@ def report_text(work: Path, order: Sequence[str], sizes: Sizes) -> str:
                 f"{split} {np.mean([r[split] for r in one.more.values()]):.1%}" for split in SPLITS
             )
             lines += ["", f"{one.name}, with the answer in front of the peers as while it learns: {seen}."]
-    return "\n".join([*lines, "", *bars(rows, sizes)]) + "\n"
+    return "\n".join([*lines, "", *bars(rows, sizes, routed)]) + "\n"
 
 
-def bars(rows: dict[str, Scored], sizes: Sizes) -> list[str]:
+def bars(rows: dict[str, Scored], sizes: Sizes, routed: Collection[str]) -> list[str]:
     """Whether each row with glue meets the bar, and beside it what routing alone does."""
     controls = [one for one in rows.values() if one.control]
     if not controls:
         return []
     best = max(controls, key=lambda one: one.mean(NEW))
     lines = [f"Best control on queries whose names and cells are new: {best.name}, {best.mean(NEW):.1%}.", ""]
-    for one in rows.values():
-        if one.control or "latent" not in one.name:
+    for one in sorted(rows.values(), key=lambda row: row.name):
+        if one.control or "latent" not in one.name or len(one.right) < len(best.right):
             continue
         ahead = one.mean(NEW) - best.mean(NEW)
         low, high = interval(one, NEW, sizes, best)
         met = "met" if ahead >= BAR else "NOT met"
         routing = f", routing alone {rows['routing'].mean(NEW):.1%}" if "routing" in rows else ""
-        own = ", ".join(f"{task} {100 * (one.mean(task) - 1):+.1f}" for task in OWN)
-        kept = "kept" if all(one.mean(task) >= 1 - LOSS for task in OWN) else "NOT all kept"
+        tasks = OWN if one.name in routed else OWN[1:]
+        own = ", ".join(f"{task} {100 * (one.mean(task) - 1):+.1f}" for task in tasks)
+        kept = "kept" if all(one.mean(task) >= 1 - LOSS for task in tasks) else "NOT all kept"
         lines.append(
             f"- {one.name}: {100 * ahead:+.1f} points ({100 * low:+.0f} to {100 * high:+.0f}) over it{routing}: "
             f"{met}; own tasks {kept} ({own})"

@@ -12,10 +12,10 @@ from merging_support.stages import stage, write_json
 
 from latent_support.experts import FIRST, SECOND
 from latent_support.suite import LONGEST, Suite, judged, right, router, score
-from latent_support.world import DIGITS, OWN, code_question, operands
+from latent_support.world import DIGITS, OWN, operands
 from mixmerge.evaluate import Question, answers, load
 
-OUTCOMES = 400  # lessons that the router learns from; most of them neither expert can answer
+OUTCOMES = "of the experts' own questions"  # what routers learn from
 TARGETS = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
 RATE = 4e-3  # the highest learning rate of the adapter
 LONGER = 3  # times the steps of the glue: by then it has learned most of what it can
@@ -50,7 +50,7 @@ def run_plain(suite: Suite, *, lora: Callable[[], int]) -> None:
 
 def make_outcomes(suite: Suite) -> None:
     """What routers learn from."""
-    stage(suite.folder, "outcomes.jsonl", dict(suite.made_from), partial(_outcomes, suite))
+    stage(suite.folder, "outcomes.jsonl", {"rows": OUTCOMES, **suite.made_from}, partial(_outcomes, suite))
 
 
 def _row(suite: Suite, name: str, given: Callable[[], Given], *, control: bool = True) -> None:
@@ -58,7 +58,7 @@ def _row(suite: Suite, name: str, given: Callable[[], Given], *, control: bool =
         found = given()
         write_json(out, {"name": name, "control": control, "right": judged(suite, found), "given": found})
 
-    told = {"row": name, "longer": LONGER, **suite.made_from}
+    told = {"row": name, "longer": LONGER, "outcomes": OUTCOMES, **suite.made_from}
     stage(suite.folder, f"results/{name.replace(' ', '-')}.json", told, write)
 
 
@@ -81,24 +81,22 @@ def _alone(suite: Suite, model: str) -> Given:
 
 
 def _outcomes(suite: Suite, out: Path) -> None:
-    """What each expert makes of some lessons, and of the codes of names that are not held out."""
+    """Which of the experts' own questions each can answer, but for what is held out. Queries are not among them: both
+    experts fail there, and what nobody can do says nothing of who comes nearest."""
     import numpy as np
 
     from mixmerge.outcomes.table import OutcomeTable
 
     world = suite.world
-    rows = list({one.prompt: one for one in suite.lessons[:OUTCOMES]}.values())
-    rows += [code_question(name, world) for name in world.codes if name not in world.held_names]
+    codes, some, kept = (suite.exam[task] for task in OWN)
+    rows = [one for one in codes if one.prompt.split()[1] not in world.held_names]
+    rows += [one for one in some if operands(one) not in world.held_cells]
+    rows += [one for one in kept if one.answer.rstrip(":") not in world.held_names]
     prompts = [one.prompt for one in rows]
-    columns = [
-        [
-            float(right(text, one))
-            for text, one in zip(
-                answers(load(suite.expert(name)), prompts, max_new_tokens=LONGEST), rows, strict=True
-            )
-        ]
-        for name in (FIRST, SECOND)
-    ]
+    columns = []
+    for name in (FIRST, SECOND):
+        given = answers(load(suite.expert(name)), prompts, max_new_tokens=LONGEST)
+        columns.append([float(right(text, one)) for text, one in zip(given, rows, strict=True)])
     OutcomeTable(
         ids=tuple(map(str, range(len(rows)))),
         queries=tuple(prompts),

@@ -19,10 +19,10 @@ from latent_support.world import QUERIES, Sizes, World, code_question, make, spl
 from mixmerge.evaluate import Question, answers, load
 
 PRIMARY = "smollm2"
-SHOTS = "2 + 3 = 5\n4 + 5 = 9\n"  # without them it does not see that a sum is asked for
+SHOTS = "2 + 3 = 5\n"  # without it SmolLM2 does not see that a sum is asked for
 SUMS = "sums"  # its own task
 SIZES = Sizes(asked=60, lessons=400)
-STEPS = Steps(first=600, second=0, glue=300, batch=8)
+STEPS = Steps(first=600, second=0, glue=300, batch=12)
 BOTH = "latent, (0, last), near"
 
 
@@ -152,7 +152,7 @@ def _mixture(suite: Suite, base: Path) -> dict[str, Any]:
                 "steps": suite.steps.glue,
                 "batch_size": suite.steps.batch,
                 "rows_at_once": suite.steps.batch,
-                "learning_rate": 3e-3,
+                "learning_rate": 5e-4,
                 "holdout": 0.03,
                 "evaluate_every": max(1, suite.steps.glue // 4),
             },

@@ -5,11 +5,12 @@ Legend as in ``records``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mixmerge.latent.router import Encode, HashedText, LatentRouter, Routed, Routes, routed_text
 from mixmerge.latent.texts import Example
@@ -87,6 +88,11 @@ class Decider:
             starts = range(0, len(self._texts), _ROWS)
             self._features = torch.cat([encode(self._texts[at : at + _ROWS]).cpu() for at in starts])
 
+    @property
+    def noise(self) -> float:
+        """Of the router while it learns; 0 without one."""
+        return 0.0 if self.router is None else self.router.options.noise
+
     def decide(
         self,
         rows: Sequence[int],
@@ -124,3 +130,21 @@ class Decider:
             for name, gate in one.gates.items():
                 gates[at, place[name]] = gate
         return Decided(tuple(primary), tuple(active), gates)
+
+
+@contextmanager
+def learning(glue: nn.Module, decider: Decider, seed: int) -> Iterator[None]:
+    """Glue and router in training mode, what is drawn within by the seed; all is as before afterwards."""
+    parts = [one for one in (glue, decider.router) if one is not None]
+    devices = [
+        str(one) for one in {parameter.device for parameter in glue.parameters()} if one.type == "cuda"
+    ]
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        for one in parts:
+            one.train()
+        try:
+            yield
+        finally:
+            for one in parts:
+                one.eval()

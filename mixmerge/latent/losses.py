@@ -15,14 +15,35 @@ from mixmerge.latent.settings import LossWeights
 TEMPERATURE = 2.0  # of the distributions that two routings are compared by
 
 
-def answer_loss(logits: Tensor, wanted: Tensor) -> Tensor:
-    """Cross-entropy of the tokens of answers, summed over them, in nats.
+def answer_losses(logits: Tensor, wanted: Tensor) -> Tensor:
+    """Cross-entropy of the tokens of answers, ``(N,)`` nats.
 
     Args:
         logits: ``(N, V)``.
         wanted: ``(N,)``, whole numbers.
     """
-    return torch.nn.functional.cross_entropy(logits.float(), wanted, reduction="sum")
+    return torch.nn.functional.cross_entropy(logits.float(), wanted, reduction="none")
+
+
+def choice(scores: Tensor, primary: Tensor, losses: Tensor, *, noise: float) -> Tensor:
+    """Whose gradient is that of the expected loss by who answers: ``mean_b (L_b - mean of the others') log p_b``.
+
+    Who answers is drawn: the argmax of scores with Gumbel noise is expert e with ``p_e = softmax(s / noise)_e``. The
+    loss has no derivative by a draw, and the gates say how much is read and written, not who does it: without this term
+    nothing teaches a router who can answer. What other rows lose is taken off, which changes no expectation.
+
+    Source: Williams, Simple statistical gradient-following algorithms (1992): REINFORCE; the baseline is leave-one-out.
+
+    Args:
+        scores: ``(B, M)``, without noise.
+        primary: ``(B,)``, who was drawn.
+        losses: ``(B,)`` nats of each answer; no gradient flows through them.
+        noise: as drawn, above 0.
+    """
+    logs = (scores.float() / noise).log_softmax(-1).gather(1, primary[:, None])[:, 0]
+    losses = losses.detach().to(logs)
+    others = (losses.sum() - losses) / max(1, len(losses) - 1)
+    return ((losses - others) * logs).mean()
 
 
 def entropy(scores: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ Shapes: B rows, f features of a text, M experts, K active ones.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -26,16 +26,18 @@ class Routes:
     """What is decided for the rows of a step.
 
     Args:
-        scores: ``(B, M)``, without noise, with gradient.
+        scores: ``(B, M)`` of who is active and how much it counts, without noise, with gradient.
         active: ``(B, K)``, whole numbers, rising.
         primary: ``(B,)``, one of the active.
         gates: ``(B, M)``: of the active ones what adds up to 1, with gradient; 0 of all others.
+        answers: ``(B, M)``, scores of who answers, without noise, with gradient; None where that was decided before.
     """
 
     scores: Tensor
     active: Tensor
     primary: Tensor
     gates: Tensor
+    answers: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -89,32 +91,35 @@ class HashedText:
 class LatentRouter(nn.Module):
     """Scores of experts by a small network over frozen features of the prompt's text.
 
-    Source: Mixture of Thoughts (arXiv 2509.21164), as summarised by others: an MLP, the top K, the best of them the
-    primary, Gumbel noise and a straight-through choice while it learns. Its last layer starts at 0: all experts alike.
+    Source: Mixture of Thoughts (arXiv 2509.21164), as summarised by others: an MLP, the top K, Gumbel noise and a
+    straight-through choice while it learns. Its last layer starts at 0: all experts alike.
+
+    Deviation: who answers has scores of its own. With one score for both, a router that is sure of who answers has
+    nobody be read, and one that wants an expert read has it answer.
 
     Args:
         features: f.
         experts: M.
         options: its layers, k, noise and temperature.
-        primary: the expert that always answers; None: the best.
+        primary: the expert that always answers; None: the best, by the second M scores.
     """
 
     def __init__(
         self, features: int, experts: int, options: RouteOptions, *, primary: int | None = None
     ) -> None:
         super().__init__()
-        self.options, self.primary, self.features = options, primary, features
+        self.options, self.primary, self.features, self.experts = options, primary, features, experts
         widths = [features, *options.hidden]
         layers: list[nn.Module] = []
         for inner, outer in pairwise(widths):
             layers += [nn.Linear(inner, outer), nn.SiLU()]
-        last = nn.Linear(widths[-1], experts)
+        last = nn.Linear(widths[-1], experts if primary is not None else 2 * experts)
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
         self.layers = nn.Sequential(*layers, last)
 
     def scores(self, features: Tensor) -> Tensor:
-        """``(B, f)`` of length 1 to ``(B, M)``."""
+        """``(B, f)`` of length 1 to ``(B, M)``, or ``(B, 2 M)`` where it says who answers."""
         found: Tensor = self.layers(features * self.features**0.5)
         return found
 
@@ -128,15 +133,23 @@ class LatentRouter(nn.Module):
             draw: of the noise, on the CPU; None: there is none, as when it answers.
             primary: ``(B,)``, who answers, where that was decided before.
         """
-        scores = self.scores(features)
+        both = self.scores(features).float()
+        scores, answers = both[:, : self.experts], None
         if primary is None and self.primary is not None:
             primary = torch.full((len(scores),), self.primary, device=scores.device)
-        noise = None
-        if draw is not None:
-            noise = self.options.noise * gumbel(scores.shape, draw).to(scores.device)
-        return decide(
+        if primary is None:
+            answers = both[:, self.experts :]
+            primary = (answers.detach() + self._noise(answers, draw)).argmax(-1)  # ties: the first of them
+        noise = None if draw is None else self._noise(scores, draw)
+        routes = decide(
             scores, self.options.k, primary=primary, noise=noise, temperature=self.options.temperature
         )
+        return replace(routes, answers=answers)
+
+    def _noise(self, scores: Tensor, draw: torch.Generator | None) -> Tensor:
+        if draw is None:
+            return torch.zeros_like(scores)
+        return self.options.noise * gumbel(scores.shape, draw).to(scores.device)
 
 
 def gumbel(shape: Sequence[int], draw: torch.Generator) -> Tensor:
@@ -229,7 +242,7 @@ class Routing:
             routes.active.tolist(),
             routes.primary.tolist(),
             routes.gates.tolist(),
-            routes.scores.tolist(),
+            (routes.scores if routes.answers is None else routes.answers).tolist(),
             strict=True,
         ):
             weights = {self.experts[at]: gates[at] for at in active}

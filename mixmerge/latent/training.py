@@ -9,8 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,10 @@ from torch import Tensor, nn
 from mixmerge.engines.shortage import within_memory
 from mixmerge.errors import Fault, MixmergeError
 from mixmerge.latent.curves import Look, Point, Report
-from mixmerge.latent.deciding import Decided, Decider
+from mixmerge.latent.deciding import Decided, Decider, learning
 from mixmerge.latent.files import put_values, values_of
 from mixmerge.latent.glue import Glue
-from mixmerge.latent.losses import Parts, answer_loss, balance, consistency, entropy
+from mixmerge.latent.losses import Parts, answer_losses, balance, choice, consistency, entropy
 from mixmerge.latent.passes import Passes, Predicted
 from mixmerge.latent.resuming import (
     Saved,
@@ -186,7 +185,7 @@ class Trainer:
         rows = self._rows_of(done.step)
         draw = torch.Generator().manual_seed(_number(self._task.seed, "noise", done.step))
         self._adam.zero_grad()
-        with _learning(self._glue, self._decider, _number(self._task.seed, "dropout", done.step)):
+        with learning(self._glue, self._decider, _number(self._task.seed, "dropout", done.step)):
             first = self._decider.decide(rows, draw=draw)
             second = None
             if first.routes is not None and weights.consistency:
@@ -195,15 +194,16 @@ class Trainer:
             leaves = [_leaf(one, self._task.device) for one in both]
             tokens = sum(self._tokens(first.primary[at], row) for at, row in enumerate(rows))
             lm, agreement = 0.0, 0.0
+            charged = torch.zeros(len(rows))  # nats of each answer
             for primary, places in first.groups(options.rows_at_once):
-                part = self._group(primary, places, rows, first, second, leaves)
+                part = self._group(primary, places, rows, first, second, leaves, charged)
                 parts = Parts(part[0] / tokens, consistency=part[1] / tokens if second is not None else None)
                 parts.total(weights).backward()  # type: ignore[no-untyped-call]
                 lm += float(part[0].detach()) / tokens
                 agreement += float(part[1].detach()) / tokens
             point = Point(done.step + 1, lm)
             if first.routes is not None:
-                spread, even = self._route(first.routes, [one.gates for one in both], leaves)
+                spread, even = self._route(first.routes, [one.gates for one in both], leaves, charged)
                 agreed = None if second is None else agreement
                 point = replace(point, entropy=spread, balance=even, consistency=agreed)
         self._check(point)
@@ -223,10 +223,18 @@ class Trainer:
         first: Decided,
         second: Decided | None,
         leaves: Sequence[Tensor],
+        charged: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Sums over the tokens of rows with one primary: of their cross-entropy, of the routings' disagreement."""
+        """Sums over the tokens of rows with one primary: of their cross-entropy, of the routings' disagreement. What
+        each row's answer cost goes to ``charged``."""
         told = self._predict(primary, places, rows, first, leaves[0])
-        loss = answer_loss(told.logits, told.wanted)
+        each = answer_losses(told.logits, told.wanted)
+        costs = [
+            float(one)
+            for one in torch.stack([part.sum() for part in torch.split(each.detach(), list(told.counts))])
+        ]
+        charged[list(places)] = torch.tensor(costs)
+        loss = each.sum()
         nothing = torch.zeros((), device=loss.device)
         if second is None:
             return loss, nothing
@@ -245,11 +253,17 @@ class Trainer:
         return self._passes.predict(self._name(primary), [rows[place] for place in places], names, columns)
 
     def _route(
-        self, routes: Routes, gates: Sequence[Tensor], leaves: Sequence[Tensor]
+        self, routes: Routes, gates: Sequence[Tensor], leaves: Sequence[Tensor], charged: Tensor
     ) -> tuple[float, float]:
-        """The way back through the router: of the answers' loss by the gates, and of its own terms, which are given."""
+        """The way back through the router: of the answers' loss by gates and by who answers; and of its own terms,
+        which are given."""
         spread, even = entropy(routes.scores), balance(routes.scores, routes.active)
-        ends: list[Tensor] = [Parts(torch.zeros(()), spread, even).total(self._options.weights)]
+        own = Parts(torch.zeros(()), spread, even).total(self._options.weights)
+        noise = self._decider.noise
+        if routes.answers is not None and noise > 0:
+            drawn = choice(routes.answers, routes.primary, charged, noise=noise)
+            own = own + self._options.weights.lm * drawn
+        ends: list[Tensor] = [own]
         grads: list[Tensor | None] = [None]
         for one, leaf in zip(gates, leaves, strict=True):
             if leaf.grad is not None:
@@ -305,7 +319,7 @@ class Trainer:
                     told = self._passes.alone(self._name(primary), [held[place] for place in places])
                 else:
                     told = self._predict(primary, places, held, decided, decided.gates.to(self._task.device))
-                total += float(answer_loss(told.logits, told.wanted))
+                total += float(answer_losses(told.logits, told.wanted).sum())
         size = sum(len(examples[row].answer.encode()) for row in held)
         tokens = sum(self._tokens(decided.primary[at], row) for at, row in enumerate(held))
         return Look(self._done.step, total / size, total / tokens)
@@ -365,24 +379,6 @@ def _leaf(decided: Decided, device: str) -> Tensor:
     """Gates that gather the gradient of all groups, so that the way back through the router is gone once."""
     leaf = decided.gates.detach().to(device)
     return leaf.requires_grad_() if decided.routes is not None else leaf
-
-
-@contextmanager
-def _learning(glue: Glue, decider: Decider, seed: int) -> Iterator[None]:
-    """Glue and router in training mode, what is drawn within by the seed; all is as before afterwards."""
-    parts = [one for one in (glue, decider.router) if one is not None]
-    devices = [
-        str(one) for one in {parameter.device for parameter in glue.parameters()} if one.type == "cuda"
-    ]
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        for one in parts:
-            one.train()
-        try:
-            yield
-        finally:
-            for one in parts:
-                one.eval()
 
 
 def _not_finite(what: str) -> Fault:

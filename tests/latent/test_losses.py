@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mixmerge.latent.losses import Parts, answer_loss, balance, consistency, entropy
+from mixmerge.latent.losses import Parts, answer_losses, balance, choice, consistency, entropy
 from mixmerge.latent.settings import LossWeights
 
 HALF = math.log(3.0)  # the logit of 3 : 1
@@ -23,7 +23,7 @@ def scores_of(*rows: list[float]) -> Tensor:
 def test_cross_entropy_of_an_answer_by_hand() -> None:
     logits = torch.tensor([[0.0, 0.0], [HALF, 0.0]])
     # -log 1/2 of the first token, -log 1/4 of the second
-    assert answer_loss(logits, torch.tensor([0, 1])).item() == pytest.approx(math.log(2) + math.log(4))
+    assert answer_losses(logits, torch.tensor([0, 1])).tolist() == pytest.approx([math.log(2), math.log(4)])
 
 
 def test_entropy_by_hand() -> None:
@@ -87,3 +87,30 @@ def test_every_term_reaches_the_scores_or_the_predictions() -> None:
     first, second = scores_of([1.0, 0.0]), scores_of([0.0, 0.5])
     for grad in torch.autograd.grad(consistency(first, second), (first, second)):
         assert (grad != 0).all()
+
+
+def test_who_answers_badly_is_drawn_less() -> None:
+    scores = torch.zeros(2, 2, requires_grad=True)
+    surrogate = choice(scores, torch.tensor([0, 1]), torch.tensor([3.0, 1.0]), noise=1.0)
+    # leave-one-out: +2 and -2; d log p / d s is 1/2 for who was drawn, -1/2 for the other
+    assert surrogate.item() == pytest.approx((2 * math.log(0.5) - 2 * math.log(0.5)) / 2)
+    surrogate.backward()
+    assert scores.grad is not None
+    assert scores.grad.tolist() == [[0.5, -0.5], [0.5, -0.5]]
+    assert choice(scores, torch.tensor([0, 1]), torch.tensor([2.0, 2.0]), noise=1.0).item() == 0.0
+
+
+def test_the_choice_has_the_gradient_of_the_expected_loss() -> None:
+    """Over all pairs of draws, by their probabilities."""
+    scores = torch.tensor([[0.3, -0.2], [1.0, 0.4]], requires_grad=True)
+    losses = torch.tensor([[1.0, 2.0], [0.5, 3.0]])
+    chances = scores.softmax(-1)
+    (wanted,) = torch.autograd.grad((chances * losses).sum(-1).mean(), scores)
+    found = torch.zeros_like(scores)
+    for one in range(2):
+        for other in range(2):
+            drawn = torch.tensor([one, other])
+            told = losses.gather(1, drawn[:, None])[:, 0]
+            (part,) = torch.autograd.grad(choice(scores, drawn, told, noise=1.0), scores)
+            found += part * (scores.softmax(-1)[0, one] * scores.softmax(-1)[1, other]).detach()
+    torch.testing.assert_close(found, wanted)
