@@ -48,15 +48,15 @@ def fit(
     revision: Revision = None,
     trust_endpoints: TrustEndpoints = False,
 ) -> None:
-    """Fit what a mixture needs, as a folder that ask, batch and eval take.
+    """Fit what a mixture needs, as a folder that ask and batch take.
 
     Of a mixture with a router, that router, on the outcomes it names. Of
     one with compose: {kind: adapters}, the bank of its experts and the gate
-    that weighs them for each token or prompt. Of one with {kind: logits},
-    the fixed strength of its experts that is best on data. Of one with
-    {kind: latent}, the glue by which its experts read each other; killed, it
-    goes on with the same command. Experts and base are named in the folder,
-    not copied.
+    that weighs them for each token or prompt; eval takes it, too. Of one
+    with {kind: logits}, the fixed strength of its experts that is best on
+    data. Of one with {kind: latent}, the glue by which its experts read each
+    other; killed, it goes on with the same command. Experts and base are
+    named in the folder, not copied.
 
     With --add, OUT is the fitted network MIXTURE and one expert more: what
     the gate has learned of the others stays. Gates that weigh all their

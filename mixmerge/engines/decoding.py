@@ -118,6 +118,15 @@ def plain_text(tokenizer: Any, tokens: Sequence[int]) -> str:
     return str(tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
+def slides(model: Any) -> bool:
+    """Whether some of its layers see only the last so many tokens."""
+    config = model.config.get_text_config()
+    kinds = getattr(config, "layer_types", None) or ()
+    if kinds:
+        return any(kind != "full_attention" for kind in kinds)
+    return getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
+
+
 def left_padded(texts: Sequence[Sequence[int]], *, pad: int, device: Any) -> tuple[Tensor, Tensor]:
     """Tokens and mask, both ``(B, T)``: texts end where the rows end."""
     import torch

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mixmerge.checkpoint.locate import locate
-from mixmerge.dynamic.folders import is_dynamic, parts_of
+from mixmerge.dynamic.folders import MIXTURE, is_dynamic, parts_of
 from mixmerge.errors import Fault, MixmergeError, collecting
 from mixmerge.evaluate.flops import flops_per_token
 from mixmerge.evaluate.leaks import Made, read_made
@@ -111,8 +111,25 @@ def entries_of(models: Models, experts: Models, base: str | Path | None, faults:
     return entries
 
 
+def _refuse_mixture(model: str, name: str, where: str) -> None:
+    """What is judged is one model, and a network with a gate is one, too: of other mixtures, their answers are."""
+    folder = is_folder(model)
+    if folder:
+        place = Path(model).expanduser()
+        mixture = (
+            (place / MIXTURE).is_file() and not is_dynamic(place) and not (place / "config.json").is_file()
+        )
+    else:
+        mixture = model.lower().endswith((".yaml", ".yml"))
+    if mixture:
+        what = f"{model} is a mixture of several models, and eval judges one"
+        run = f"Run mixmerge batch {model} -i QUERIES.jsonl -o ANSWERS.jsonl, and score its answers"
+        raise MixmergeError(Fault(f"{where} {name}", what, "A model, or a network with a gate", run))
+
+
 def _entry(role: Role, name: str, model: str) -> Entry:
     where = {"merge": "model", "expert": "experts", "base": "base"}[role]
+    _refuse_mixture(model, name, where)
     ref = ModelRef(model) if is_folder(model) else ModelRef.parse(model, where=where)
     folder = locate(ref.path, ref.revision, where=where)
     adapter = None if ref.adapter is None else locate(ref.adapter, ref.adapter_revision, where=where)

@@ -124,15 +124,6 @@ class Follower:
         return told if len(self.rows) == rows else told.spread(self.rows, rows)
 
 
-def slides(model: Any) -> bool:
-    """Whether some of its layers see only the last so many tokens."""
-    config = model.config.get_text_config()
-    kinds = getattr(config, "layer_types", None) or ()
-    if kinds:
-        return any(kind != "full_attention" for kind in kinds)
-    return getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
-
-
 def _padded(some: Sequence[Sequence[int]], fill: int) -> Tensor:
     """``(b, t)`` int64, filled up on the right."""
     longest = max(1, *(len(one) for one in some)) if some else 1

@@ -224,7 +224,8 @@ class PrimaryEngine(TransformersEngine):
             glue: projects what it leaves.
             dtype: of the primary's states.
         """
-        from mixmerge.latent.following import Follower, slides
+        from mixmerge.engines.decoding import slides
+        from mixmerge.latent.following import Follower
 
         expert = self._expert()
         readings = [self.companion.reading(one) for one in prompts]

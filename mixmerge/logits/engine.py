@@ -7,11 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from mixmerge.engines.decoding import Beside, Decoder, Row, Told, plain_text
+from mixmerge.engines.decoding import Beside, Decoder, Row, Told, plain_text, slides
 from mixmerge.engines.loading import Dtype, Loaded
 from mixmerge.engines.local import TransformersEngine
 from mixmerge.engines.records import Chunk, Generation, Likelihood, Request, Scoring
-from mixmerge.errors import Fault, MixmergeError, OutOfMemoryError
+from mixmerge.errors import Fault, MixmergeError, OutOfMemoryError, collecting
 from mixmerge.logits.places import Place, Said
 from mixmerge.registry import choices
 
@@ -78,31 +78,37 @@ class FusionEngine(TransformersEngine):
 
         super().__init__(model, dtype=dtype, device=device, batch_tokens=batch_tokens, name=name)
         self._vocabulary, self._template, self._maps = vocabulary, template, maps
-        self.settings = Settings(mode, alpha, top_p_base, clip, damping)
-        self._fixed = self.settings.fixed(tuple(experts))
-        self._parts = {
-            base_name: Place(model, base_adapter),
-            reference_name: Place.of(reference),
-            **{one: Place.of(said) for one, said in experts.items()},
-        }
-        self._aliases = {**{one: one for one in self._parts}, **(adapters or {})}
-        self._refuse_names(base_name, reference_name, experts)
+        faults: list[Fault] = []
+        with collecting(faults):
+            self.settings = Settings(mode, alpha, top_p_base, clip, damping)
+            self._fixed = self.settings.fixed(tuple(experts))
+        self._parts = {base_name: Place(model, base_adapter)}
+        for one, said in ((reference_name, reference), *experts.items()):
+            with collecting(faults):
+                self._parts[one] = Place.of(said, where=f"engine {self.name}: {one}")
+        names = [base_name, reference_name, *experts]
+        self._aliases = {**{one: one for one in names}, **(adapters or {})}
+        faults += self._wrong(names)
+        if faults:
+            raise MixmergeError(faults)
         self._base, self._experts = base_name, tuple(experts)
         self._small = (reference_name, *experts)
         self._hosts = self._make_hosts()
         self._fusion: Fusion | None = None
 
-    def _refuse_names(self, base: str, reference: str, experts: Mapping[str, Said]) -> None:
+    def _wrong(self, names: Sequence[str]) -> list[Fault]:
+        """With the names of base, reference and experts, and with what is chosen by name."""
         where, faults = f"engine {self.name}", list[Fault]()
+        base, reference, *experts = names
         if not experts:
             faults.append(Fault(f"{where}: experts", "there is none that shifts the base", "One or more"))
-        if len(self._parts) != 2 + len(experts):
+        if len(set(names)) < len(names):
             what = f"base {base}, reference {reference} and experts {', '.join(experts)} share a name"
             faults.append(Fault(where, what, "Each its own"))
         faults += [
-            Fault(f"{where}: adapter {name}", f"is {part!r}", choices(part, list(self._parts)))
+            Fault(f"{where}: adapter {name}", f"is {part!r}", choices(part, list(names)))
             for name, part in self._aliases.items()
-            if part not in self._parts
+            if part not in names
         ]
         for key, value, known in (
             ("vocabulary", self._vocabulary, ("same", "intersection")),
@@ -110,8 +116,7 @@ class FusionEngine(TransformersEngine):
         ):
             if value not in known:
                 faults.append(Fault(f"{where}: {key}", f"is {value!r}", choices(value, list(known))))
-        if faults:
-            raise MixmergeError(faults)
+        return faults
 
     def _make_hosts(self) -> dict[str, TransformersEngine]:
         """An engine for each folder that is loaded, with the adapters over it."""
@@ -279,6 +284,10 @@ class FusionEngine(TransformersEngine):
         place = self._parts[name]
         loaded = self._hosts[place.model].whole
         found = self._map_of(name, base, loaded)
+        if found.longest > 1 and slides(loaded.model):
+            what = "has layers that see a window of tokens only, and spells some of the base's by several of its own"
+            allowed = "A small model of the base's tokenizer, or one whose layers see everything"
+            raise MixmergeError(Fault(f"engine {self.name}: {name}", what, allowed))
         if self._maps is not None:
             kept = load_map(Path(self._maps) / map_file(self._small.index(name)))
             check_map(kept, found, where=f"engine {self.name}: {name}")

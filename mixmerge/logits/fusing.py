@@ -14,14 +14,14 @@ from torch import Tensor
 
 from mixmerge.errors import Fault, MixmergeError
 from mixmerge.logits.matching import Found, match_grid, match_joint, match_one
-from mixmerge.logits.shifts import divergences, fused, nucleus, shift
+from mixmerge.logits.shifts import divergences, fused, nucleus, shifts_of
 from mixmerge.logits.vocabulary import Shared
 from mixmerge.registry import choices
 
 Mode = Literal["static", "one", "joint", "grid"]
-# Rows that are matched at once: on a CPU as many as fit into its caches. The sums of a row do not depend on the others.
+# Rows that are matched at once, so that memory does not grow with them; the sums of a row do not depend on the others.
 _ROWS = 64
-_CACHED = 200_000  # logits
+_LOGITS = 420_000  # on a CPU: more is fresh memory at every step
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def fuse(
         What does not depend on other rows, row by row; with all alphas 0 the base, bit for bit.
     """
     cut = base if settings.top_p_base is None else nucleus(base, settings.top_p_base)
-    shifts = [shift(one, reference, clip=settings.clip) for one in experts]
+    shifts = shifts_of(experts, reference, clip=settings.clip)
     covered = base.new_ones(len(base))
     return _shifted(
         cut, shifts, lambda: _wanted(experts, reference, shifts, settings), covered, settings, alphas
@@ -132,18 +132,15 @@ def fuse(
 
 def _wanted(
     experts: Sequence[Tensor], reference: Tensor, shifts: Sequence[Tensor], settings: Settings
-) -> list[tuple[Tensor, Tensor]]:
-    """Of each expert how far it is from the reference; a clipped shift does not tell."""
-    known = shifts if settings.clip is None else [None] * len(experts)
-    return [divergences(one, reference, change) for one, change in zip(experts, known, strict=True)]
+) -> tuple[Tensor, Tensor]:
+    """How far each expert is from the reference; a clipped shift does not tell."""
+    return divergences(experts, reference, shifts if settings.clip is None else None)
 
 
-def match(
-    base: Tensor, shifts: Sequence[Tensor], wanted: Sequence[tuple[Tensor, Tensor]], settings: Settings
-) -> Found:
-    """Strengths by the settings' mode, for ``(N, V)`` logits, T shifts and T pairs of divergences."""
+def match(base: Tensor, shifts: Sequence[Tensor], wanted: tuple[Tensor, Tensor], settings: Settings) -> Found:
+    """Strengths by the settings' mode, for ``(N, V)`` logits, T shifts and both ``(N, T)`` divergences."""
     logp = base.log_softmax(dim=-1)
-    forward, backward = (torch.stack([one[at] for one in wanted], dim=1) for at in (0, 1))
+    forward, backward = wanted
     if settings.mode == "grid":
         return match_grid(logp, shifts, forward, backward, points=settings.points)
     if settings.mode == "joint":
@@ -172,7 +169,7 @@ def fuse_rows(
         settings, alphas: as of ``fuse``.
     """
     made: list[Fused] = []
-    step = max(1, min(_ROWS, _CACHED // base.shape[-1])) if base.device.type == "cpu" else _ROWS
+    step = max(1, min(_ROWS, _LOGITS // base.shape[-1])) if base.device.type == "cpu" else _ROWS
     for start in range(0, len(base), step):
         some = slice(start, start + step)
         rows = base[some], reference[some].float(), [one[some].float() for one in experts]
@@ -203,7 +200,7 @@ def _on_shared(
     )  # (N, C)
     covered = base.softmax(dim=-1)[:, columns].sum(dim=-1)
     cut = base if settings.top_p_base is None else nucleus(base, settings.top_p_base)
-    small = [shift(one, plain, clip=settings.clip) for one in tuned]
+    small = shifts_of(tuned, plain, clip=settings.clip)
     shifts = [torch.zeros_like(base).index_copy_(1, columns, one) for one in small]
     return _shifted(cut, shifts, lambda: _wanted(tuned, plain, small, settings), covered, settings, alphas)
 
@@ -211,7 +208,7 @@ def _on_shared(
 def _shifted(
     base: Tensor,
     shifts: Sequence[Tensor],
-    wanted: Callable[[], list[tuple[Tensor, Tensor]]],
+    wanted: Callable[[], tuple[Tensor, Tensor]],
     covered: Tensor,
     settings: Settings,
     alphas: Sequence[float],

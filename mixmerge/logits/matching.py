@@ -21,6 +21,7 @@ START = 1.0  # proxy tuning's alpha
 EVALUATIONS = 3
 JOINTLY = 2  # of each expert by itself, and then of all together
 _TINY = 1e-12
+_CACHED = 210_000  # logits that are passed over at once on a CPU: what they take stays in its caches
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,17 @@ class Found:
 
 
 @dataclass(frozen=True)
-class Moments:
-    """P~ at some alpha: both divergences from P, and their gradients; ``(N,)`` and, of several experts, ``(N, T)``."""
+class Apart:
+    """KL(P~||P) and KL(P||P~) at some alpha, both ``(N,)``."""
 
     forward: Tensor
     backward: Tensor
+
+
+@dataclass(frozen=True)
+class Moments(Apart):
+    """With their gradients: ``(N,)`` and, of several experts, ``(N, T)``."""
+
     d_forward: Tensor
     d_backward: Tensor
 
@@ -61,17 +68,45 @@ class Path:
 
     def at(self, alpha: Tensor) -> Moments:
         """At ``(N,)`` alphas, by one softmax: the means of D and D^2 under P~, and what it was divided by."""
-        logits = torch.addcmul(self._logp, self._delta, alpha[:, None])
-        weights, log_z = _tilted(logits)  # and mu(0) is 0
-        mean = weights.mul_(self._delta).sum(dim=-1)
-        square = weights.mul_(self._delta).sum(dim=-1)
-        return Moments(alpha * mean - log_z, log_z, alpha * (square - mean * mean).clamp(min=0), mean)
+        log_z, mean, square = self._sums(alpha, 2)
+        variance = (square - mean * mean).clamp(min=0)
+        return Moments(alpha * mean - log_z, log_z, alpha * variance, mean)
+
+    def apart(self, alpha: Tensor) -> Apart:
+        """``at`` without the derivatives, in fewer passes."""
+        log_z, mean = self._sums(alpha, 1)
+        return Apart(alpha * mean - log_z, log_z)
+
+    def _sums(self, alpha: Tensor, powers: int) -> list[Tensor]:
+        """log Z, and the means under P~ of D and of its powers up to this one."""
+        found = []
+        for some in blocks(self._logp):
+            delta = self._delta[some]
+            weights, log_z = _tilted(torch.addcmul(self._logp[some], delta, alpha[some, None]))
+            # mu(0) is 0
+            found.append([log_z, *(weights.mul_(delta).sum(dim=-1) for _ in range(powers))])
+        return joined(found)
+
+
+def blocks(rows: Tensor) -> list[slice]:
+    """``(N, V)`` by rows that are passed over at once."""
+    count, width = rows.shape
+    step = max(1, _CACHED // width) if rows.device.type == "cpu" else max(1, count)
+    return [slice(at, at + step) for at in range(0, count, step)]
+
+
+def joined(found: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """What was found block by block, of all rows."""
+    return list(found[0]) if len(found) == 1 else [torch.cat(one) for one in zip(*found, strict=True)]
 
 
 def centred(logp: Tensor, deltas: Sequence[Tensor]) -> list[Tensor]:
     """The ``(N, V)`` shifts less their means under P: the same P~, and small divergences are no difference of large."""
-    share = logp.exp()
-    return [one - (share * one).sum(dim=-1, keepdim=True) for one in deltas]
+    found = []
+    for some in blocks(logp):
+        share = torch.softmax(logp[some], dim=-1)
+        found.append([one[some] - (share * one[some]).sum(dim=-1, keepdim=True) for one in deltas])
+    return joined(found)
 
 
 def _tilted(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -95,15 +130,15 @@ def solve(path: Path, forward: Tensor, backward: Tensor, *, evaluations: int = E
     low, high = torch.zeros_like(alpha), torch.full_like(alpha, LARGEST)
     best, least = alpha, torch.full_like(alpha, torch.inf)
     for turn in range(evaluations):
-        there = path.at(alpha)
-        ahead, behind = there.forward - forward, there.backward - backward
+        here = path.at(alpha) if turn < evaluations - 1 else path.apart(alpha)
+        ahead, behind = here.forward - forward, here.backward - backward
         value = ahead * ahead + behind * behind
         best = torch.where(value < least, alpha, best)
         least = torch.minimum(value, least)
-        if turn == evaluations - 1:
+        if not isinstance(here, Moments):
             break
-        slope = ahead * there.d_forward + behind * there.d_backward
-        curvature = there.d_forward * there.d_forward + there.d_backward * there.d_backward
+        slope = ahead * here.d_forward + behind * here.d_backward
+        curvature = here.d_forward * here.d_forward + here.d_backward * here.d_backward
         low, high = torch.where(slope < 0, alpha, low), torch.where(slope > 0, alpha, high)
         step = torch.where(curvature > _TINY, slope / curvature.clamp(min=_TINY), 0)
         wanted = (alpha - step).clamp(max=LARGEST)
@@ -152,7 +187,7 @@ def match_grid(
     for at, delta in enumerate(centred(logp, deltas)):
         path = Path(logp, delta)
         for alpha in torch.linspace(0, LARGEST, points).tolist():
-            there = path.at(torch.full_like(least, alpha))
+            there = path.apart(torch.full_like(least, alpha))
             value = (there.forward - wanted[0]) ** 2 + (there.backward - wanted[1]) ** 2
             better = value < least
             least = torch.where(better, value, least)
@@ -220,18 +255,17 @@ class _Joint:
         careful = torch.zeros_like(rest)  # beside the damping, where steps were too long
         hessian, slope = self._logp.new_zeros(len(rest), count, count), torch.zeros_like(best)
         for turn in range(evaluations):
-            there = moments(self._logp, self._deltas, alphas)
-            ahead, behind = there.forward - self._wanted[0], there.backward - self._wanted[1]
+            passed = moments if turn < evaluations - 1 else apart
+            here = passed(self._logp, self._deltas, alphas)
+            ahead, behind = here.forward - self._wanted[0], here.backward - self._wanted[1]
             away = alphas - self._anchor
             value = count * (ahead**2 + behind**2) + self._damping * (away**2).sum(dim=1)
             better = value < least
             best, least = torch.where(better[:, None], alphas, best), torch.where(better, value, least)
-            if turn == evaluations - 1:
+            if not isinstance(here, Moments):
                 break
             # A row of a masked place may be nan, and a solver refuses the batch for it.
-            gradients = torch.stack([there.d_forward, there.d_backward], dim=1).nan_to_num(
-                0, 0, 0
-            )  # (N, 2, T)
+            gradients = torch.stack([here.d_forward, here.d_backward], dim=1).nan_to_num(0, 0, 0)  # (N, 2, T)
             residuals = torch.stack([ahead, behind], dim=1)[:, None]  # (N, 1, 2)
             new_slope = count * (residuals.nan_to_num(0, 0, 0) @ gradients)[:, 0] + self._damping * away
             slope = torch.where(better[:, None], new_slope, slope)
@@ -254,23 +288,44 @@ def moments(logp: Tensor, deltas: Sequence[Tensor], alphas: Tensor) -> Moments:
         deltas: T of ``(N, V)``, of mean 0 under P.
         alphas: ``(N, T)``.
     """
-    push = torch.zeros_like(logp)
-    for at, one in enumerate(deltas):
-        push.addcmul_(one, alphas[:, at : at + 1])
-    weights, log_z = _tilted(logp + push)
-    means = torch.stack([(weights * one).sum(dim=-1) for one in deltas], dim=1)  # (N, T)
-    pushed = weights.mul_(push)
-    mean_push = pushed.sum(dim=-1)
-    products = torch.stack([(pushed * one).sum(dim=-1) for one in deltas], dim=1)
+    found = []
+    for some in blocks(logp):
+        weights, push, log_z = _pushed(logp, deltas, alphas, some)
+        means = torch.stack([(weights * one[some]).sum(dim=-1) for one in deltas], dim=1)  # (n, T)
+        pushed = weights.mul_(push)
+        products = torch.stack([(pushed * one[some]).sum(dim=-1) for one in deltas], dim=1)
+        found.append([log_z, pushed.sum(dim=-1), means, products])
+    log_z, mean_push, means, products = joined(found)
     covariance = products - means * mean_push[:, None]  # Cov(D) alpha
     return Moments(mean_push - log_z, log_z, covariance, means)
+
+
+def apart(logp: Tensor, deltas: Sequence[Tensor], alphas: Tensor) -> Apart:
+    """``moments`` without the gradients, in fewer passes."""
+    found = []
+    for some in blocks(logp):
+        weights, push, log_z = _pushed(logp, deltas, alphas, some)
+        found.append([log_z, weights.mul_(push).sum(dim=-1)])
+    log_z, mean_push = joined(found)
+    return Apart(mean_push - log_z, log_z)
+
+
+def _pushed(
+    logp: Tensor, deltas: Sequence[Tensor], alphas: Tensor, some: slice
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of some rows P~ and what all experts add to log P, both ``(n, V)``, and log Z ``(n,)``."""
+    push = deltas[0][some] * alphas[some, :1]
+    for at, one in enumerate(deltas[1:], 1):
+        push.addcmul_(one[some], alphas[some, at : at + 1])
+    weights, log_z = _tilted(logp[some] + push)
+    return weights, push, log_z
 
 
 def objective(
     logp: Tensor, deltas: Sequence[Tensor], alphas: Tensor, forward: Tensor, backward: Tensor
 ) -> Tensor:
     """``(N,)``: the published sum of squares at ``(N, T)`` alphas; ``forward`` and ``backward`` as in ``match_one``."""
-    there = moments(logp, centred(logp, deltas), alphas)
+    there = apart(logp, centred(logp, deltas), alphas)
     ahead, behind = there.forward[:, None] - forward, there.backward[:, None] - backward
     return (ahead**2 + behind**2).sum(dim=1)
 

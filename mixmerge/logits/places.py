@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from mixmerge.errors import Fault, MixmergeError
+
 Said = str | Mapping[str, str]  # a folder or hub id, or {"model": ..., "adapter": ...}
 
 
@@ -17,10 +19,22 @@ class Place:
     adapter: str | None = None
 
     @classmethod
-    def of(cls, said: Said) -> Place:
+    def of(cls, said: Said, *, where: str = "place") -> Place:
+        """What is said, read.
+
+        Raises:
+            MixmergeError: it is neither a text nor ``model`` and ``adapter``.
+        """
         if isinstance(said, str):
             return cls(said)
-        return cls(said["model"], said.get("adapter"))
+        keys = dict(said) if isinstance(said, Mapping) else {"": said}
+        if not {"model"} <= keys.keys() <= {"model", "adapter"} or not all(
+            isinstance(one, str) for one in keys.values()
+        ):
+            raise MixmergeError(
+                Fault(where, f"is {said!r}", "A folder or hub id, or {model: ..., adapter: ...}")
+            )
+        return cls(**keys)
 
     def as_dict(self) -> dict[str, str]:
         return {"model": self.model, **({"adapter": self.adapter} if self.adapter else {})}

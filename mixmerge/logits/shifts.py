@@ -24,10 +24,17 @@ def shift(expert: Tensor, reference: Tensor, *, clip: float | None = None) -> Te
     Deviations: of log-probabilities, not logits: after a softmax that is the same, and a clip has a meaning. Where
     either is not finite the shift is 0: nothing is known there.
     """
-    found = torch.log_softmax(expert, dim=-1).sub_(torch.log_softmax(reference, dim=-1))
-    if clip is None:
-        return found.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
-    return found.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0).clamp_(-clip, clip)
+    return shifts_of([expert], reference, clip=clip)[0]
+
+
+def shifts_of(experts: Sequence[Tensor], reference: Tensor, *, clip: float | None = None) -> list[Tensor]:
+    """``shift`` of each expert from one reference."""
+    known = torch.log_softmax(reference, dim=-1)
+    found = []
+    for one in experts:
+        change = torch.log_softmax(one, dim=-1).sub_(known).nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+        found.append(change if clip is None else change.clamp_(-clip, clip))
+    return found
 
 
 def nucleus(logits: Tensor, top_p: float) -> Tensor:
@@ -65,16 +72,21 @@ def fused(base: Tensor, shifts: Sequence[Tensor], alphas: Tensor) -> Tensor:
     return made
 
 
-def divergences(expert: Tensor, reference: Tensor, change: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """KL(Q_t || Q) and KL(Q || Q_t), both ``(N,)``, of ``(N, V)`` logits.
+def divergences(
+    experts: Sequence[Tensor], reference: Tensor, changes: Sequence[Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """KL(Q_t || Q) and KL(Q || Q_t), both ``(N, T)``, of ``(N, V)`` logits.
 
     Tokens where either is not finite are left out, as ``shift`` leaves them.
 
     Args:
-        expert, reference: as of ``shift``.
-        change: what ``shift`` gives without a clip, where it is known.
+        experts, reference: as of ``shifts_of``.
+        changes: what ``shifts_of`` gives without a clip, where it is known.
     """
-    known = shift(expert, reference) if change is None else change
-    forward = torch.softmax(expert, dim=-1).mul_(known).sum(dim=-1)
-    backward = torch.softmax(reference, dim=-1).mul_(known).sum(dim=-1).neg_()
-    return forward.clamp_(min=0), backward.clamp_(min=0)
+    known = shifts_of(experts, reference) if changes is None else changes
+    plain = torch.softmax(reference, dim=-1)
+    forward, backward = [], []
+    for one, change in zip(experts, known, strict=True):
+        forward.append(torch.softmax(one, dim=-1).mul_(change).sum(dim=-1))
+        backward.append((plain * change).sum(dim=-1).neg_())
+    return torch.stack(forward, dim=1).clamp_(min=0), torch.stack(backward, dim=1).clamp_(min=0)

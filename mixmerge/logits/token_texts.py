@@ -14,31 +14,55 @@ Text = tuple[bool, bytes]  # whether it is a special token, and its bytes
 
 def texts_of(tokenizer: Any) -> dict[int, Text]:
     """Of each token of a tokenizer of transformers: byte-level pieces, SentencePiece's, or plain text."""
-    special = {*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", {})}
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    special = {*tokenizer.all_special_ids, *(at for at, one in added.items() if one.special)}
     table = _byte_table() if _is_byte_level(tokenizer) else None
     return {
-        at: (True, text.encode("utf-8", "replace")) if at in special else (False, _bytes_of(text, table))
+        # Of what was added, such as runs of spaces, the text is written as it is.
+        at: (at in special, text.encode("utf-8", "replace"))
+        if at in special or at in added
+        else (False, _bytes_of(text, table))
         for text, at in tokenizer.get_vocab().items()
     }
 
 
-def spelled_by(tokenizer: Any, text: Text, known: Mapping[Text, int]) -> list[int]:
+def spelled_by(tokenizer: Any, text: Text, known: Mapping[Text, int], texts: Mapping[int, Text]) -> list[int]:
     """A token of another vocabulary in those of this tokenizer; none where it cannot be written.
+
+    As the tokenizer cuts it, if that has the same bytes: one that puts a space before every text says another word.
+    Else by the longest pieces from the left that do have them, and as it cuts it after all if there are none.
 
     Args:
         tokenizer: that spells.
         text: of the token.
         known: this tokenizer's tokens by their texts.
+        texts: of this tokenizer's tokens.
     """
     special, written = text
+    if special or not written:
+        return []
     try:
         words = written.decode("utf-8")
-    except UnicodeDecodeError:  # part of a character: byte by byte
-        single = [known.get((False, bytes([one]))) for one in written]
-        return [one for one in single if one is not None] if None not in single else []
-    if special or not words:
-        return []
-    return list(tokenizer(words, add_special_tokens=False)["input_ids"])
+    except UnicodeDecodeError:  # part of a character
+        return _pieces(written, known)
+    cut = list(tokenizer(words, add_special_tokens=False)["input_ids"])
+    if b"".join(texts[one][1] for one in cut if one in texts) == written:
+        return cut
+    return _pieces(written, known) or cut
+
+
+def _pieces(written: bytes, known: Mapping[Text, int]) -> list[int]:
+    """Bytes by the longest tokens from the left; none where some of them are of no token."""
+    found: list[int] = []
+    at = 0
+    while at < len(written):
+        ends = range(len(written), at, -1)
+        end = next((one for one in ends if (False, written[at:one]) in known), None)
+        if end is None:
+            return []
+        found.append(known[False, written[at:end]])
+        at = end
+    return found
 
 
 def _bytes_of(text: str, table: Mapping[str, int] | None) -> bytes:

@@ -31,8 +31,8 @@ class VocabMap:
         base, other: ``(C,)``: columns of tokens that both have, in the base's order.
         base_columns, other_columns: V and W.
         base_hash, other_hash: of the two tokenizers.
-        starts: ``(tokens of the base + 1,)``, where each one's spelling begins in ``pieces``; empty where the small
-            model reads the base's tokens as they are.
+        starts: ``(max(V, tokens of the base) + 1,)``, where each one's spelling begins in ``pieces``; empty where the
+            small model reads the base's tokens as they are.
         pieces: tokens of the small model that spell the base's, one after the other.
     """
 
@@ -134,8 +134,9 @@ def _intersection(
         what = "its vocabulary has no token of text in common with the base's"
         raise MixmergeError(Fault(where, what, "A small model of the base's family"))
     starts, pieces = [0], list[int]()
-    for at in range(max(mine) + 1):
-        spelling = [pairs[at]] if at in pairs else spelled_by(other, mine.get(at, (True, b"")), found)
+    for at in range(max(base_columns, max(mine) + 1)):  # columns without a token may be drawn, too
+        text = mine.get(at, (True, b""))
+        spelling = [pairs[at]] if at in pairs else spelled_by(other, text, found, others)
         pieces += [piece for piece in spelling if piece < other_columns] or [_unknown(other)]
         starts.append(len(pieces))
     columns = torch.tensor(ids), torch.tensor([pairs[at] for at in ids])

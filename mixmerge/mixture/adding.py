@@ -22,7 +22,7 @@ from mixmerge.mixture.gated import AdaptersOptions
 from mixmerge.mixture.gluing import silent
 from mixmerge.mixture.network import check_fitted
 from mixmerge.mixture.network_fitting import facts_of, history
-from mixmerge.mixture.saving import FILE, is_fitted, network_of_yaml, save_network, spec_of
+from mixmerge.mixture.saving import is_fitted, network_of_yaml, owned_in, save_network, spec_of
 from mixmerge.mixture.schema import MixtureSpec
 from mixmerge.mixture.wholes import Fitted, Progress
 
@@ -112,7 +112,7 @@ class _Addition:
         from mixmerge.bank.gate_files import save_gate
         from mixmerge.bank.publishing import check_free, making
 
-        owned = [FILE if is_fitted(out) else f"{FILE} with what was fitted"]
+        owned = owned_in(out)
         faults: list[Fault] = []
         parts = self._parts(faults)
         check_free(out, overwrite=overwrite, of=owned, inputs=[] if parts is None else [parts.folder])

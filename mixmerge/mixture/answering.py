@@ -23,7 +23,6 @@ from mixmerge.experts.identity import identities
 from mixmerge.mixture.fitting import outcomes_of
 from mixmerge.mixture.schema import LATER, ExpertSpec, MixtureSpec
 from mixmerge.mixture.wholes import whole_of
-from mixmerge.outcomes.table import Price
 from mixmerge.routers.base import UNSAVED, Router
 from mixmerge.routers.cascade_router import CascadeRouter
 
@@ -35,7 +34,7 @@ def expert_set(spec: MixtureSpec) -> ExpertSet:
     """The experts of a mixture, as engines need them."""
     made = []
     for name, one in spec.experts.items():
-        price = None if one.price is None else Price(one.price.input, one.price.output, one.price.size)
+        price = None if one.price is None else one.price.of_tokens()
         made.append(
             Expert(
                 name,
@@ -132,7 +131,8 @@ def _composition(mixture: Mixture) -> Composition:
             Fault(
                 "compose.kind",
                 f"{told.kind} is not available in this version",
-                "answer, vote, aggregate, ...",
+                "answer, vote, aggregate, latent, ...",
+                "Merge it, and name its folder as an expert: mixmerge merge RECIPE.yaml OUT",
             )
         )
     if told.kind == AUTO:

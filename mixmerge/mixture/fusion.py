@@ -15,7 +15,6 @@ from mixmerge.logits.places import Place
 from mixmerge.mixture.saving import anchored
 from mixmerge.mixture.schema import ExpertSpec, MixtureSpec
 from mixmerge.mixture.wholes import NAME, Asked, check_parts
-from mixmerge.outcomes.table import Price
 
 Alpha = Annotated[float, Field(ge=-8, le=8)]
 _ENGINES = ("transformers",)
@@ -99,7 +98,7 @@ def experts_of(spec: MixtureSpec) -> ExpertSet:
     base, options = base_of(spec), engine_options(spec)
     made = [Expert(NAME, base, engine="fusion", options=options)]
     for name, one in spec.experts.items():
-        price = None if one.price is None else Price(one.price.input, one.price.output, one.price.size)
+        price = None if one.price is None else one.price.of_tokens()
         made.append(Expert(name, base, adapter=name, engine="fusion", options=options, price=price))
     return ExpertSet(tuple(made))
 
@@ -132,6 +131,14 @@ def check_fusion(asked: Asked, report: Report) -> None:
     elif told.mode != "static":
         what = f"data picks a fixed alpha, and mode {told.mode} has none"
         report.fault(entries["data"], what, "mode: static", "Remove data, or say mode: static")
+    elif given(entries, "alpha") is not None:
+        report.fault(entries["alpha"], "has no effect: data picks it", run="Remove it, or remove data")
+    damping = given(entries, "damping")
+    if damping is not None and told.mode != "joint":
+        report.fault(damping, f"has no effect on mode {told.mode}", "mode: joint", "Remove it")
+    seed = given(entries, "seed")
+    if seed is not None and told.data is not None and told.samples is None:
+        report.fault(seed, "has no effect without samples", run="Remove it, or say samples")
 
 
 def _check_roles(asked: Asked, told: LogitsOptions, report: Report) -> None:

@@ -7,6 +7,7 @@ The folder has ``fusion.json`` with the score of every alpha and the hashes of e
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 from mixmerge import __version__
 from mixmerge.checkpoint.used_rows import MANIFEST
 from mixmerge.data.rows import Row, read_rows, sample_rows
-from mixmerge.engines.records import Request, Scoring
+from mixmerge.engines.records import Message, Request, Scoring
 from mixmerge.errors import CheckpointError, Fault, MixmergeError, collecting
 from mixmerge.experts.identity import identities
 from mixmerge.mixture.answering import expert_set
 from mixmerge.mixture.fusion import LogitsOptions, base_of, engine_options, options_of, shifting
-from mixmerge.mixture.saving import FILE, is_fitted, save_whole
+from mixmerge.mixture.saving import owned_in, save_whole
 from mixmerge.mixture.schema import GenerateSpec, MixtureSpec
 from mixmerge.mixture.wholes import Fitted, Fitting
 
@@ -44,7 +45,7 @@ def fit_fusion(spec: MixtureSpec, out: Path, how: Fitting) -> Fitted:
 
     told = options_of(spec)
     _refuse(told)
-    owned = [FILE if is_fitted(out) else f"{FILE} with what was fitted"]
+    owned = owned_in(out)
     check_free(out, overwrite=how.overwrite, of=owned)
     faults: list[Fault] = []
     rows: tuple[Row, ...] = ()
@@ -108,7 +109,9 @@ def _rows(told: LogitsOptions) -> tuple[Row, ...]:
 def _scores(
     engine: FusionEngine, told: LogitsOptions, rows: Sequence[Row], generate: GenerateSpec, how: Fitting
 ) -> dict[float, float]:
-    """Of each alpha: mean nats of an answer's token, or the share of answers that are said exactly."""
+    """Of each alpha: mean nats of an answer's token after its prompt as it is, or the share of answers that are said
+    exactly when they are asked for as ``mixmerge ask`` does, by the likeliest tokens.
+    """
     from mixmerge.logits.fusing import Settings
 
     found: dict[float, float] = {}
@@ -124,12 +127,18 @@ def _scores(
 def _loss(engine: FusionEngine, rows: Sequence[Row]) -> float:
     asked = [Scoring(str(at), row.prompt, str(row.answer)) for at, row in enumerate(rows)]
     given = engine.loglikelihood(asked)
-    return -sum(one.total for one in given) / sum(len(one.logprobs) for one in given)
+    found = -sum(one.total for one in given) / sum(len(one.logprobs) for one in given)
+    if not math.isfinite(found):
+        cut = sum(not math.isfinite(one.total) for one in given)
+        what = f"the answers of {cut:,} of {len(rows):,} rows have no probability at all, whatever the alpha"
+        run = "Say score: exact, or leave top_p_base out: it cuts tokens that are in the answers"
+        raise MixmergeError(Fault("compose.score", what, run=run))
+    return found
 
 
 def _exact(engine: FusionEngine, rows: Sequence[Row], generate: GenerateSpec) -> float:
     asked = [
-        Request(str(at), row.prompt, generate.max_new_tokens, stop=generate.stop)
+        Request(str(at), (Message("user", row.prompt),), generate.max_new_tokens, stop=generate.stop)
         for at, row in enumerate(rows)
     ]
     said = engine.generate(asked)

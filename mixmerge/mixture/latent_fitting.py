@@ -25,7 +25,7 @@ from mixmerge.latent.texts import Example
 from mixmerge.mixture.answering import expert_set, fingerprint_of
 from mixmerge.mixture.fitting import outcomes_of, same_experts, unfitted
 from mixmerge.mixture.latent import CHUNK, LatentOptions
-from mixmerge.mixture.saving import FILE, anchored, is_fitted, save_router, save_whole
+from mixmerge.mixture.saving import anchored, owned_in, save_router, save_whole
 from mixmerge.mixture.schema import MixtureSpec
 from mixmerge.mixture.wholes import Fitted, Fitting
 from mixmerge.mixture.wiring import Mixture
@@ -45,7 +45,7 @@ def fit_latent(spec: MixtureSpec, out: Path, how: Fitting) -> Fitted:
         what = f"the glue in {told.folder} is fitted already"
         raise MixmergeError(Fault("compose.folder", what, run="Name data and train to fit another"))
     # A YAML of this name alone, beside whatever else, is a person's own.
-    owned = [FILE if is_fitted(out) else f"{FILE} with what was fitted"]
+    owned = owned_in(out)
     check_free(out, overwrite=how.overwrite, of=owned)
     faults: list[Fault] = []
     rows = _rows(told, faults)

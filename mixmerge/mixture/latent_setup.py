@@ -14,7 +14,6 @@ from mixmerge.errors import Fault, MixmergeError
 from mixmerge.experts import Expert, ExpertSet
 from mixmerge.mixture.latent import LatentOptions
 from mixmerge.mixture.schema import MixtureSpec
-from mixmerge.outcomes.table import Price
 
 if TYPE_CHECKING:
     from mixmerge.latent.files import LatentCard
@@ -67,7 +66,7 @@ def latent_experts(spec: MixtureSpec, card: LatentCard) -> ExpertSet:
                 adapter=None if alone else name,
                 engine="latent",
                 options={**alone, "experts": places, "dtype": told.dtype},
-                price=None if one.price is None else Price(one.price.input, one.price.output, one.price.size),
+                price=None if one.price is None else one.price.of_tokens(),
                 pinned=one.pinned,
             )
         )

@@ -25,9 +25,15 @@ def check_models(spec: MixtureSpec, answers: bool) -> None:
     """Look for the models, where they are to answer, and for what was fitted.
 
     Raises:
-        MixmergeError: a folder that is not there; an expert that has changed since it was fitted.
+        MixmergeError: a folder that is not there; data of which no alpha was picked yet; an expert that has changed
+            since it was fitted.
     """
-    folder = options_of(spec).folder
+    told = options_of(spec)
+    folder = told.folder
+    if folder is None and told.data is not None:
+        what = f"the alpha that is best on {told.data} is not picked yet"
+        run = "Run mixmerge fit MIXTURE.yaml OUT, or say alpha in place of data"
+        raise MixmergeError(Fault("compose", what, "A folder that mixmerge fit made", run))
     experts = expert_set(spec)
     if answers:
         check_folders(experts)

@@ -16,7 +16,6 @@ from mixmerge.experts import Expert, ExpertSet, identity
 from mixmerge.mixture.gated import AdaptersOptions
 from mixmerge.mixture.schema import MixtureSpec
 from mixmerge.mixture.wholes import NAME
-from mixmerge.outcomes.table import Price
 
 if TYPE_CHECKING:
     from mixmerge.mixture.wiring import Mixture
@@ -55,7 +54,7 @@ def network_of(spec: MixtureSpec) -> ExpertSet:
     whole = Expert(NAME, str(told.folder), engine="dynamic", options=options)
     alone = []
     for name, one in spec.experts.items():
-        price = None if one.price is None else Price(one.price.input, one.price.output, one.price.size)
+        price = None if one.price is None else one.price.of_tokens()
         alone.append(
             Expert(name, str(told.folder), adapter=name, engine="dynamic", options=options, price=price)
         )

@@ -17,7 +17,7 @@ from mixmerge.checkpoint.used_rows import MANIFEST, manifest_of, read_used
 from mixmerge.data.rows import Row, read_rows, sample_rows
 from mixmerge.errors import Fault, MixmergeError
 from mixmerge.mixture.gated import AdaptersOptions, base_of
-from mixmerge.mixture.saving import FILE, is_fitted, save_network
+from mixmerge.mixture.saving import owned_in, save_network
 from mixmerge.mixture.schema import MixtureSpec
 from mixmerge.mixture.wholes import Fitted, Fitting
 
@@ -55,8 +55,7 @@ class _Network:
         from mixmerge.bank.gate_files import save_gate
         from mixmerge.bank.publishing import check_free, making
 
-        # A YAML of this name alone, beside whatever else, is a person's own.
-        told, owned = self._told, [FILE if is_fitted(out) else f"{FILE} with what was fitted"]
+        told, owned = self._told, owned_in(out)
         check_free(out, overwrite=self._overwrite, of=owned)
         faults: list[Fault] = []
         base, experts = self._places(faults)

@@ -32,6 +32,14 @@ def is_fitted(folder: str | Path) -> bool:
     return (place / FILE).is_file() and ((place / CARD).is_file() or is_marked(place))
 
 
+def owned_in(out: Path) -> list[str]:
+    """Files by which a folder is known as a mixture that was fitted, and may be replaced.
+
+    A YAML of this name alone, beside whatever else, is a person's own.
+    """
+    return [FILE if is_fitted(out) else f"{FILE} with what was fitted"]
+
+
 def spec_of(source: str | Path | Mapping[str, Any]) -> MixtureSpec:
     """What a YAML, a mapping of its shape or a fitted mixture's folder says.
 

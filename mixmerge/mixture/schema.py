@@ -11,6 +11,7 @@ from mixmerge.decision.policies import Policy
 from mixmerge.document.sections import Strict
 from mixmerge.errors import Fault, MixmergeError
 from mixmerge.mixture.wholes import whole_of
+from mixmerge.outcomes.table import Price
 
 # Compositions that a mixture may name before they can be used. The others are in ``mixmerge.aggregate``, and those of
 # which no answers are composed in ``mixture.wholes``.
@@ -23,6 +24,10 @@ class PriceSpec(Strict):
     input: float = Field(ge=0)
     output: float = Field(ge=0)
     size: float | None = Field(default=None, gt=0)
+
+    def of_tokens(self) -> Price:
+        """What outcomes and experts take."""
+        return Price(self.input, self.output, self.size)
 
 
 class ExpertSpec(Strict):

@@ -262,6 +262,37 @@ def test_wrong_arguments_are_refused_when_it_is_made(roles: Any) -> None:
         FusionEngine(str(roles.base), reference="x", experts={"a": "y"}).add_adapter("b", "z")
 
 
+def test_arguments_of_every_kind_are_refused_at_once(roles: Any) -> None:
+    with pytest.raises(MixmergeError) as error:
+        FusionEngine(
+            str(roles.base), reference={"modle": "x"}, experts={"a": {"model": "y", "adaptor": "z"}, "b": 3},
+            mode="two", template="mine", name="mix",
+        )  # fmt: skip
+    said = [str(one) for one in error.value.faults]
+    assert [one.split(": ")[0] for one in said] == ["mode", *["engine mix"] * 4]
+    assert "engine mix: reference: is {'modle': 'x'}. A folder or hub id, or {model: ..., adapter" in said[1]
+
+
+def test_a_small_model_with_a_window_that_spells(
+    roles: Any, foreign: dict[str, Path], tmp_path: Path
+) -> None:
+    """Tokens that are spelled by unequal numbers of others leave holes, which a window would count."""
+    from transformers import AutoTokenizer, MistralConfig, MistralForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(foreign["bytes reference"])
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    config = MistralConfig(vocab_size=len(tokenizer), intermediate_size=16, sliding_window=6, **sizes)
+    MistralForCausalLM(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    experts = {"full": str(foreign["bytes expert"])}
+    engine = FusionEngine(
+        str(roles.base), reference=str(tmp_path), experts=experts, vocabulary="intersection", name="mix"
+    )
+    with pytest.raises(MixmergeError, match="engine mix: reference: has layers that see a window of tokens"):
+        engine.load()
+    assert not any(host.loaded for host in engine._hosts.values())
+
+
 def test_memory_that_runs_out(roles: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from mixmerge.engines import local
     from mixmerge.errors import OutOfMemoryError

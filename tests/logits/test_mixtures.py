@@ -173,6 +173,9 @@ WRONG = {
     "base: big, reference: small, mode: static, alpha: 9": "less than or equal to 8",
     "base: big, reference: small, mode: static, alpha: {fulll: 1.0}": "Did you mean 'full'",
     "base: big, reference: small, mode: one, alpha: 0.5": "mode one finds it anew",
+    "base: big, reference: small, mode: static, damping: 2.0": "damping (line 6): has no effect on mode static",
+    "base: big, reference: small, mode: static, data: x.jsonl, alpha: 1": "has no effect: data picks it",
+    "base: big, reference: small, mode: static, data: x.jsonl, seed: 1": "has no effect without samples",
     "base: big, reference: small, mode: two": "expected 'static', 'one', 'joint' or 'grid'",
     "base: big, reference: small, top_p_base: 1.5": "a number less than or equal to 1",
     "base: big, reference: small, clip: 0": "a number greater than 0",
@@ -223,6 +226,36 @@ def test_experts_that_are_not_there(tmp_path: Path) -> None:
     done = run("ask", tmp_path / "mix.yaml", "hello")
     assert done.exit_code == 2
     assert done.stderr.count("no such folder") == 3
+
+
+def test_an_alpha_that_is_not_picked_yet(roles: Any, answers: Path, tmp_path: Path) -> None:
+    compose = f"compose: {{kind: logits, base: big, reference: small, mode: static, data: {answers}}}\n"
+    (tmp_path / "mix.yaml").write_text(roles.entries() + compose)
+    done = run("ask", tmp_path / "mix.yaml", "hello")
+    assert done.exit_code == 2
+    assert "is not picked yet" in done.stderr
+    assert "mixmerge fit MIXTURE.yaml OUT" in done.stderr
+
+
+def test_answers_that_the_base_was_cut_of_have_no_loss(roles: Any, answers: Path, tmp_path: Path) -> None:
+    told = f"base: big, reference: small, mode: static, data: {answers}, top_p_base: 0.01"
+    compose = f"compose: {{kind: logits, {told}}}\n"
+    (tmp_path / "mix.yaml").write_text(roles.entries() + compose)
+    done = run("fit", tmp_path / "mix.yaml", tmp_path / "fit", "-q")
+    assert done.exit_code == 2
+    assert "compose.score: the answers of 6 of 6 rows have no probability at all" in done.stderr
+    assert not (tmp_path / "fit").exists()
+
+
+def test_eval_refuses_what_is_no_single_model(mix: Path, answers: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "fit"
+    folder.mkdir()
+    (folder / "mixture.yaml").write_text(mix.read_text())
+    for place in (mix, folder):
+        done = run("eval", place, "--task", answers, "--metric", "exact")
+        assert done.exit_code == 2
+        assert f"{place} is a mixture of several models, and eval judges one" in done.stderr
+        assert f"mixmerge batch {place} -i" in done.stderr
 
 
 def test_best_alpha() -> None:

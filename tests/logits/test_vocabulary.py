@@ -102,6 +102,40 @@ def test_a_token_that_is_not_there_is_spelled(tokenizer: Any) -> None:
     assert torch.equal(shared.places[1], made.base)
 
 
+def test_a_spelling_has_the_bytes_of_the_token() -> None:
+    """A tokenizer that puts a space before every text would say another word in the middle of one."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    entries = {"<unk>": 0, "</s>": 1, "\u2581fo": 2, "fo": 3, "x": 4, "\u2581": 5, "\u2581\u2581": 6}
+    made = Tokenizer(
+        models.BPE(
+            {**entries, "f": 7, "o": 8},
+            [("f", "o"), ("\u2581", "fo"), ("\u2581", "\u2581")],
+            unk_token="<unk>",
+        )
+    )
+    made.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
+    made.decoder = decoders.Metaspace()
+    spaced = PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>", unk_token="<unk>")
+    base = words({"<unk>": 0, "</s>": 1, "fox": 2, " fox": 3, "fizz": 4, "x": 5})
+    found = mapped(base, spaced)
+    assert [found.spelled([at]) for at in (2, 3)] == [[3, 4], [2, 4]]
+    assert 0 in found.spelled([4])  # as it cuts it, for want of better
+    base.add_tokens(["  ", "   "])  # runs of spaces, as code models add them: no special tokens
+    found = mapped(base, spaced)
+    assert texts_of(base)[6] == (False, b"  ")
+    assert [found.spelled([at]) for at in (6, 7)] == [[6], [6, 5]]
+
+
+def test_a_column_without_a_token_can_be_drawn(tokenizer: Any) -> None:
+    other = words({"<unk>": 0, "</s>": 1, "a": 2})
+    made = mapped(tokenizer, other, columns=(len(tokenizer) + 8, 3))
+    assert made.spelled([len(tokenizer) + 7]) == [0]
+
+
 def test_vocabularies_that_differ_are_refused(tokenizer: Any) -> None:
     other = words({"<unk>": 0, "</s>": 1, "x": 2})
     with pytest.raises(MixmergeError) as error:
