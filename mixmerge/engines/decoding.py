@@ -260,7 +260,7 @@ def drawn(logits: Tensor, temperature: float, top_p: float, uniform: float) -> i
     Source: Holtzman et al., The Curious Case of Neural Text Degeneration (ICLR 2020), section 3.1 (nucleus).
 
     Args:
-        logits: any finite ones.
+        logits: finite, or minus infinity for what is never drawn.
         temperature: above 0.
         top_p: the smallest set of likeliest tokens that has this much probability is drawn from.
         uniform: in [0, 1).

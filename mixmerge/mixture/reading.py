@@ -41,6 +41,7 @@ from mixmerge.mixture.wholes import Asked, Whole, whole_of
 
 MIXTURE = Kind("mixture", needs="It needs experts and router")
 _KEYS = ["experts", "router", "policy", "compose", "generate"]
+_OF_WHOLES = {"fusion": "logits", "latent": "latent"}  # engines that are told all models by a composition
 _FORMS = "Either model, or adapter and base, or endpoint and model"
 
 
@@ -189,8 +190,12 @@ def _expert(node: Node, report: Report) -> ExpertSpec | None:
     what = _wrong_form(expert)
     if what:
         report.fault(node, what, _FORMS)
-    engines = list(registry.table("engine"))
-    if expert.engine is not None and expert.engine not in engines:
+    engines = [name for name in registry.table("engine") if name not in _OF_WHOLES]
+    if expert.engine in _OF_WHOLES:
+        kind = _OF_WHOLES[expert.engine]
+        what = f"{expert.engine} runs several experts as one, not one of them"
+        report.fault(entries["engine"], what, f"compose: {{kind: {kind}, ...}}", "Leave engine out")
+    elif expert.engine is not None and expert.engine not in engines:
         report.fault(
             entries["engine"],
             f"no engine is called {show(expert.engine)}",

@@ -220,6 +220,15 @@ def test_all_is_said_at_once(tmp_path: Path) -> None:
         assert words in done.stderr, words
 
 
+def test_the_engine_of_a_whole_is_none_of_an_expert(tmp_path: Path) -> None:
+    experts = "experts:\n  a: {model: x, engine: fusion, options: {experts: {b: y}}}\n  b: {model: x, engine: latent}\n"
+    (tmp_path / "mix.yaml").write_text(experts + "router: {kind: knn, outcomes: o.jsonl}\n")
+    done = run("batch", tmp_path / "mix.yaml", "-i", tmp_path / "in.jsonl", "--plan")
+    assert done.exit_code == 2
+    assert "fusion runs several experts as one, not one of them. compose: {kind: logits, ...}" in done.stderr
+    assert "latent runs several experts as one" in done.stderr
+
+
 def test_experts_that_are_not_there(tmp_path: Path) -> None:
     experts = "experts:\n" + "".join(f"  {one}: {{model: ./{one}}}\n" for one in ("big", "small", "full"))
     (tmp_path / "mix.yaml").write_text(experts + "compose: {kind: logits, base: big, reference: small}\n")
