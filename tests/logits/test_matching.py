@@ -214,6 +214,18 @@ def test_rows_and_order_of_experts_do_not_matter(mode: str) -> None:
     assert torch.equal(many.logits, whole.logits.repeat(10, 1))
 
 
+@pytest.mark.parametrize("mode", ["static", "one", "joint"])
+def test_rows_beyond_what_is_passed_over_at_once(mode: str) -> None:
+    base, reference, experts = case(9, 60_000)
+    settings = Settings(mode, top_p_base=0.99)
+    whole = fuse_rows(base, reference, experts, None, settings, (0.5, 1.0))
+    for row in (0, 4, 8):
+        some = [one[[row]] for one in experts]
+        alone = fuse_rows(base[[row]], reference[[row]], some, None, settings, (0.5, 1.0))
+        torch.testing.assert_close(alone.alphas[0], whole.alphas[row], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(alone.logits[0], whole.logits[row], atol=1e-4, rtol=1e-5)
+
+
 @given(seed=st.integers(0, 10_000), scale=st.floats(0.01, 4.0), width=st.integers(2, 30))
 def test_both_divergences_grow_with_alpha(seed: int, scale: float, width: int) -> None:
     base, reference, (expert, _) = case(2, width, seed)
