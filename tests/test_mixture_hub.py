@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from mixmerge.cli import app
 from mixmerge.errors import CheckpointError, MixmergeError
 from mixmerge.mixture import Mixture
-from mixmerge.mixture.hub import is_hub_id
+from mixmerge.mixture.hub import is_hub_id, spec_from
 from mixmerge.outcomes.table import OutcomeTable
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -243,7 +243,7 @@ def test_a_fusion_names_nothing_outside_its_repository(put: Put, tmp_path: Path)
     compose = {"kind": "logits", "base": "large", "reference": "small", "mode": "static"}
     experts = {"large": {"model": "large"}, "small": {"model": "./small"}, "tuned": {"model": "org/tuned"}}
     folder = put("org/fusion", {"experts": experts, "compose": {**compose, "data": "rows.jsonl"}}, files)
-    loaded = Mixture.load("org/fusion").spec
+    loaded = spec_from("org/fusion")
     assert loaded.experts["large"].model == str(folder / "large")
     assert loaded.compose.options["data"] == str(folder / "rows.jsonl")
     wrong = {**experts, "tuned": {"adapter": "../../tuned", "base": "/small"}}
