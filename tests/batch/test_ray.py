@@ -267,8 +267,10 @@ def test_a_job_gives_the_same_bytes_there_though_workers_are_killed(
 
     engines: list[RayEngine] = []
 
-    def opened(unit: Sequence[Expert], *, device: str, apart: bool, cluster: Cluster) -> Engine:
-        made = open_engine(unit, device=device, apart=apart, cluster=cluster)
+    def opened(
+        unit: Sequence[Expert], *, device: str, apart: bool, cluster: Cluster, latents: Path
+    ) -> Engine:
+        made = open_engine(unit, device=device, apart=apart, cluster=cluster, latents=latents)
         engines.extend([made] if isinstance(made, RayEngine) else [])
         return made
 
