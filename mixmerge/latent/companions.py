@@ -209,7 +209,8 @@ class Offers:
                 continue
             self.faults.pop((peer, prompt), None)
             key = one.key(self.store, reading)
-            if not self.store.has(key):
+            # Read, not looked for: a damaged file is none, and what was just read is the last to make room.
+            if self.store.get(key, reading) is None:
                 found.append(Lacking(peer, prompt, reading, key))
         return found
 

@@ -166,8 +166,8 @@ class LatentRows:
         device = self._memory.ends.device
         if not self._begun:
             self._begun = True
-            seen = left_padded([row.reading.seen for row in self._rows], pad=0, device=device)[0]
-            return View(self._memory, self._gates, seen, seen)
+            seen = left_padded([row.reading.seen for row in self._rows], pad=-1, device=device)[0]
+            return View(self._memory, self._gates, seen, seen.clamp(min=0))
         return self._next(ids[:, 0].tolist(), device)
 
     def _next(self, tokens: Sequence[int], device: Any) -> View:

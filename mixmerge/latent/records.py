@@ -271,7 +271,8 @@ class View:
         memory: of the rows.
         gates: ``(B, K)`` probabilities of the active experts, the primary's in column 0, its peers' from 1 on, 0 in
             columns that a row does not use; with gradient in training. None: all the same, which is 1/K each.
-        seen, upto: ``(B, T)`` int64, of each token: ``Reading.seen`` and ``upto_of``; 0 for padding.
+        seen, upto: ``(B, T)`` int64, of each token: ``Reading.seen`` and ``upto_of``; 0 for padding, -1 for ``seen`` of
+            padding that ``watch`` shall take no note of.
         watch: ``(B, K)`` float32, to which is added how much attention went to the empty latent (column 0) and to
             each peer, one in all for each token and level; slower. None: nobody asks.
     """

@@ -84,6 +84,8 @@ class Sight:
             return torch.zeros_like(query)
         step = max(1, min(tokens, _AT_ONCE // max(1, rows * heads * count)))
         graph = torch.is_grad_enabled() and rows * heads * tokens * count > _AGAIN
+        if step == tokens:  # kept for all levels: a block that is computed again must find it as it was the first time
+            self._part(0, tokens)
         out = []
         for low in range(0, tokens, step):
             some = query[:, :, low : low + step]
@@ -104,7 +106,7 @@ class Sight:
         allowed, distance, blind = self._part(low, count)
         bias = torch.addcmul(allowed, distance, -slopes[:, None, None])  # (B, H, t, N)
         if self._watch is not None:
-            self._note(self._watch, query, keys, bias)
+            self._note(self._watch, query, keys, bias, self._seen[:, low : low + count] >= 0)
         bias = bias.to(query.dtype)
         if query.shape[2] == 1 and query.device.type == "cpu" and not torch.is_grad_enabled():
             # For one token the fused kernel is several times slower here, in bfloat16 ten times.
@@ -137,9 +139,10 @@ class Sight:
             self._parts = parts
         return parts
 
-    def _note(self, watch: Tensor, query: Tensor, keys: Tensor, bias: Tensor) -> None:
+    def _note(self, watch: Tensor, query: Tensor, keys: Tensor, bias: Tensor, there: Tensor) -> None:
+        """Add where attention goes; ``there`` (B, t): not of padding, which rows have more of beside longer ones."""
         with torch.no_grad():
             logits = query.float() @ keys.float().transpose(2, 3) / math.sqrt(query.shape[-1]) + bias
-            share = logits.softmax(dim=-1).mean(dim=1).sum(dim=1)  # (B, N)
+            share = (logits.softmax(dim=-1).mean(dim=1) * there[:, :, None]).sum(dim=1)  # (B, N)
             column = self._ground.memory.peer.clamp(min=0)
             watch.scatter_add_(1, column, share.to(watch.dtype))

@@ -72,8 +72,11 @@ def random_memory(rows: int, count: int, *, null: bool) -> Memory:
     return Memory((keys,), (values,), ends, peer)
 
 
+@pytest.mark.parametrize("blocks", [3, 8])
 @pytest.mark.parametrize("null", [True, False])
-def test_blocks_and_computing_again_change_nothing(monkeypatch: pytest.MonkeyPatch, null: bool) -> None:
+def test_blocks_and_computing_again_change_nothing(
+    monkeypatch: pytest.MonkeyPatch, null: bool, blocks: int
+) -> None:
     memory = random_memory(2, 7, null=null)
     seen = [0, 0, 3, 8, 11, 15, 19, 25]
     query = torch.randn(2, 2, 8, 4, generator=torch.Generator().manual_seed(1))
@@ -83,12 +86,14 @@ def test_blocks_and_computing_again_change_nothing(monkeypatch: pytest.MonkeyPat
         slopes = torch.tensor([0.1, 0.02], requires_grad=True)
         asks = query.clone().requires_grad_()
         keys = memory.keys[0].clone().requires_grad_()
-        found = seen_by(memory, seen, gates=gates, null=null).attend(asks, keys, memory.values[0], slopes)
+        sight = seen_by(memory, seen, gates=gates, null=null)
+        found = sight.attend(asks, keys, memory.values[0], slopes)
+        found = sight.attend(found, keys, memory.values[0], slopes)  # another level
         found.square().sum().backward()
         return found.detach(), [one.grad for one in (gates, slopes, asks, keys) if one.grad is not None]
 
     plain, grads = run()
-    monkeypatch.setattr(sights, "_AT_ONCE", 2 * 2 * 7 * 3)
+    monkeypatch.setattr(sights, "_AT_ONCE", 2 * 2 * 7 * blocks)
     monkeypatch.setattr(sights, "_AGAIN", 0)
     cut, again = run()
     assert torch.allclose(plain, cut, atol=1e-6)

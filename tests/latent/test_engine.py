@@ -124,6 +124,17 @@ def test_one_expert_is_in_memory_at_a_time(trio: Any, monkeypatch: pytest.Monkey
     assert seen[3:] == [("b", 0), ("c", 0), ("a", 0)]
 
 
+def test_what_is_damaged_on_the_disk_is_made_anew(trio: Any, tmp_path: Path) -> None:
+    store = tmp_path / "latents"
+    engine = trio.fitted("prompt-2").engine(expert="a", store=str(store))
+    request = Request("r", "a b c", 6, reads=BOTH)
+    (wanted,) = engine.generate([request])
+    kept = sorted(store.rglob("*.latents"))
+    assert len(kept) == 2
+    kept[0].write_bytes(kept[0].read_bytes()[:-7])
+    assert engine.generate([request])[0].text == wanted.text
+
+
 @pytest.mark.parametrize("mode", ["prompt", "lockstep"])
 def test_a_prompt_that_a_peer_has_no_room_for(trio: Any, mode: str, tmp_path: Path) -> None:
     """It is refused, or the peer reads its end; other requests are answered all the same."""

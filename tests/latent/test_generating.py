@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -186,6 +187,9 @@ def test_it_says_how_much_it_looked_at_whom(trio: Any) -> None:
     assert list(found["mean"]) == ["(nothing)", "b", "c"]
     assert sum(found["mean"].values()) == pytest.approx(1, abs=1e-5)
     assert min(found["mean"].values()) > 0
+    short = Request("r", "a b c", 4, reads=(("b", 0.3), ("c", 0.2)), explain=True)
+    both = engine.generate([short, replace(short, id="long", prompt="a b c d e f g " * 4)])
+    assert both[0].weights["mean"] == pytest.approx(found["mean"], abs=1e-4), "a longer mate changes nothing"
 
 
 def test_a_chat_is_read_by_all(trio: Any) -> None:
