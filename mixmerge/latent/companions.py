@@ -141,7 +141,6 @@ class Lacking:
     peer: str
     prompt: Prompt
     reading: Reading
-    key: str
 
 
 class Offers:
@@ -208,10 +207,9 @@ class Offers:
                 self.faults[peer, prompt] = _told(error, peer)
                 continue
             self.faults.pop((peer, prompt), None)
-            key = one.key(self.store, reading)
             # Read, not looked for: a damaged file is none, and what was just read is the last to make room.
-            if self.store.get(key, reading) is None:
-                found.append(Lacking(peer, prompt, reading, key))
+            if self.store.get(one.key(self.store, reading), reading) is None:
+                found.append(Lacking(peer, prompt, reading))
         return found
 
     def make(self, lacking: Sequence[Lacking]) -> None:

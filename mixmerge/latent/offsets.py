@@ -106,13 +106,6 @@ class Reader:
             self._cutter = Cutter(self.tokenizer.backend_tokenizer)
         return Growth(self._cutter)
 
-    def more(self, text_so_far: str, done: int) -> tuple[list[int], list[int]]:
-        """Tokens of an answer beyond the first ``done`` ones, and their ends in bytes of the answer. ``growth`` does
-        the same without starting over each time.
-        """
-        ids, ends = self.growth().add(text_so_far)
-        return ids[done:], ends[done:]
-
     def _prompt(self, prompt: Prompt, too_long: TooLong) -> tuple[Reading, str, bool]:
         """With the text that is tokenised, and whether the tokenizer adds its own tokens to it."""
         if isinstance(prompt, str):

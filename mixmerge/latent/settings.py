@@ -60,7 +60,7 @@ class TrainOptions(Strict):
     Args:
         steps: of the optimiser.
         batch_size: rows of a step.
-        rows_at_once: rows of one (active set, primary) that go through the primary together; gradients add up.
+        rows_at_once: rows of one primary, whoever they read, that go through it together; gradients add up.
         learning_rate: of AdamW, at its highest; it rises over the warm-up and falls along half a cosine to 0.
         weight_decay: of AdamW.
         warm_up: share of the steps, 0 to 1.

@@ -84,7 +84,9 @@ class Sight:
             return torch.zeros_like(query)
         step = max(1, min(tokens, _AT_ONCE // max(1, rows * heads * count)))
         graph = torch.is_grad_enabled() and rows * heads * tokens * count > _AGAIN
-        if step == tokens:  # kept for all levels: a block that is computed again must find it as it was the first time
+        if (
+            step == tokens
+        ):  # kept for all levels: a block that is computed again must find it as it was the first time
             self._part(0, tokens)
         out = []
         for low in range(0, tokens, step):

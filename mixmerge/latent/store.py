@@ -17,7 +17,6 @@ from safetensors.torch import load, save
 
 from mixmerge.checkpoint.identity import canonical_hash
 from mixmerge.errors import Fault, OutputError
-from mixmerge.latent.peers import Peer, latents
 from mixmerge.latent.records import Latents, Reading
 
 LIMIT = 16 * 2**30
@@ -25,7 +24,6 @@ _SUFFIX = ".latents"
 _UNFINISHED = ".new-"
 _ABANDONED = 3600.0  # seconds after which nobody writes a file any more
 _DIGEST = 32  # bytes behind the tensors, of all before them
-_AT_ONCE = 256  # texts that are read before they are written
 
 
 class Store:
@@ -102,37 +100,6 @@ class Store:
             self._total += len(data) + _DIGEST
         self._bound(path)
 
-    def latents(
-        self,
-        expert: Peer,
-        hash: str,
-        readings: Sequence[Reading],
-        depths: Sequence[int | Literal["last"]],
-        *,
-        batch_tokens: int = 8192,
-    ) -> list[Latents]:
-        """As ``peers.latents``; what is there is read, what is not is made and kept. Tensors are on the CPU.
-
-        Args:
-            expert: whose model is run for what is not there.
-            hash: of the expert.
-            readings, depths, batch_tokens: as ``peers.latents``.
-
-        Raises:
-            OutputError: the disk refuses.
-        """
-        dtype = str(expert.model.dtype).removeprefix("torch.")
-        keys = [self.key(hash, one, depths, dtype) for one in readings]
-        found = [self.get(key, one) for key, one in zip(keys, readings, strict=True)]
-        lacking = [at for at, one in enumerate(found) if one is None]
-        for start in range(0, len(lacking), _AT_ONCE):
-            places = lacking[start : start + _AT_ONCE]
-            made = latents(expert, [readings[at] for at in places], depths, batch_tokens=batch_tokens)
-            for at, one in zip(places, made, strict=True):
-                found[at] = _on_cpu(one)
-                self.put(keys[at], one)
-        return [one for one in found if one is not None]
-
     def _path(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}{_SUFFIX}"
 
@@ -188,7 +155,3 @@ def _unpacked(data: bytes, reading: Reading) -> Latents:
     if any(len(one) != len(ends) for one in states):
         raise ValueError("another text's")
     return Latents(states, ends)
-
-
-def _on_cpu(made: Latents) -> Latents:
-    return Latents(tuple(one.cpu() for one in made.states), made.ends.cpu())
