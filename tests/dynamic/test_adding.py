@@ -224,7 +224,7 @@ def test_everything_that_is_wrong_with_a_newcomer_is_said_at_once(
         assert words in said(done)
     for arguments, words in (
         (("--add", "three"), "NAME=PATH"),
-        (("--add", f"mixture={loras.adapters['three']}"), "is what the network of all experts is called"),
+        (("--add", f"mixture={loras.adapters['three']}"), "is what all experts as one are called"),
         (("--add", f"three={loras.adapters['three']}", "--rank", "2"), "has no effect on an adapter"),
         (("--data", rows["three"]), "has no effect without --add"),
     ):
