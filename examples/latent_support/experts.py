@@ -9,8 +9,9 @@ from typing import Any
 
 from latent_support.world import World, first_texts, second_texts, texts_of
 from mixmerge.evaluate import Question
+from mixmerge.zoo.families import SPECIAL, finished
 
-SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>")
+CONTEXT = 96  # tokens
 _IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _ROPE = {"rope_type": "default", "rope_theta": 100.0}  # for texts of 30 tokens
 FIRST, SECOND = "codes", "table"  # their names
@@ -24,7 +25,7 @@ def letters(texts: Sequence[str]) -> Any:
     tokenizer = Tokenizer(models.WordLevel({entry: at for at, entry in enumerate(entries)}, "<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     tokenizer.decoder = decoders.Fuse()
-    return finished(tokenizer)
+    return finished(tokenizer, context=CONTEXT)
 
 
 def pieces(texts: Sequence[str], size: int = 330) -> Any:
@@ -41,28 +42,7 @@ def pieces(texts: Sequence[str], size: int = 330) -> Any:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return finished(tokenizer)
-
-
-def finished(tokenizer: Any) -> Any:
-    """As transformers saves and loads it; every text begins with <bos>."""
-    from tokenizers import processors
-    from transformers import PreTrainedTokenizerFast
-
-    pad, bos, eos, unk = SPECIAL
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, tokenizer.token_to_id(bos))]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token=pad,
-        bos_token=bos,
-        eos_token=eos,
-        unk_token=unk,
-        padding_side="left",
-        model_max_length=96,
-        clean_up_tokenization_spaces=False,
-    )
+    return finished(tokenizer, context=CONTEXT)
 
 
 def llama(vocabulary: int) -> Any:
@@ -75,7 +55,7 @@ def llama(vocabulary: int) -> Any:
             intermediate_size=192,
             num_hidden_layers=4,
             num_attention_heads=4,
-            max_position_embeddings=96,
+            max_position_embeddings=CONTEXT,
             rope_parameters=_ROPE,
             tie_word_embeddings=True,
             **_IDS,
@@ -93,7 +73,7 @@ def neox(vocabulary: int) -> Any:
             intermediate_size=240,
             num_hidden_layers=4,
             num_attention_heads=4,
-            max_position_embeddings=96,
+            max_position_embeddings=CONTEXT,
             rope_parameters={**_ROPE, "partial_rotary_factor": 1.0},
             **_IDS,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,21 @@ def read_used(manifest: Mapping[str, Any]) -> tuple[frozenset[str], bool]:
     # What is meant of an input's rows says nothing of the rows this merge used itself.
     meant = meant if rows else before.get("transductive") is True
     return frozenset(rows | set(_texts(before.get("rows")))), meant
+
+
+def inherited(folders: Iterable[Path]) -> dict[str, Any]:
+    """What the manifest of something made of these folders says of the rows that they have seen; {} if none has."""
+    known = {str(folder): read_used(manifest_of(folder / MANIFEST)) for folder in folders}
+    before = {name: rows for name, (rows, _) in known.items() if rows}
+    if not before:
+        return {}
+    return {
+        _BEFORE: {
+            "of": sorted(before),
+            "transductive": all(known[name][1] for name in before),
+            "rows": sorted(set().union(*before.values())),
+        }
+    }
 
 
 def manifest_of(path: Path) -> dict[str, Any]:

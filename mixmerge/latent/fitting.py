@@ -16,7 +16,7 @@ from mixmerge import __version__
 from mixmerge.checkpoint.identity import canonical_hash
 from mixmerge.checkpoint.locate import locate
 from mixmerge.checkpoint.reader import read_json
-from mixmerge.checkpoint.used_rows import MANIFEST, manifest_of, read_used
+from mixmerge.checkpoint.used_rows import MANIFEST, inherited
 from mixmerge.data.rows import Row
 from mixmerge.errors import Fault, MixmergeError, collecting
 from mixmerge.experts import Expert
@@ -150,20 +150,12 @@ class Trained:
     def _manifest(self, card: LatentCard) -> dict[str, Any]:
         """What was fitted of what; with it, evaluation knows which rows are none to score it by."""
         folders = [one for pair in self.ready.places.values() for one in pair if one is not None]
-        known = {str(folder): read_used(manifest_of(folder / MANIFEST)) for folder in folders}
-        before = {name: seen for name, (seen, _) in known.items() if seen}
-        found: dict[str, Any] = {
+        return {
             "mixmerge": __version__,
             "latent": {"experts": {one.name: one.hash for one in card.experts}, "glue": card.hash},
             "calibration": {"rows": sorted({one.digest for one in self.ready.texts.examples})},
+            **inherited(folders),
         }
-        if before:
-            found["inherited"] = {
-                "of": sorted(before),
-                "transductive": all(known[name][1] for name in before),
-                "rows": sorted(set().union(*before.values())),
-            }
-        return found
 
 
 def prepare(asked: Asked) -> Ready:

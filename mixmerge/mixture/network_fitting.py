@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from mixmerge import __version__, registry
 from mixmerge.checkpoint.locate import locate
-from mixmerge.checkpoint.used_rows import MANIFEST, manifest_of, read_used
+from mixmerge.checkpoint.used_rows import MANIFEST, inherited
 from mixmerge.data.rows import Row, read_rows, sample_rows
 from mixmerge.errors import Fault, MixmergeError
 from mixmerge.mixture.gated import AdaptersOptions, base_of
@@ -183,21 +183,13 @@ def history(
 ) -> dict[str, Any]:
     """What was fitted of what; with it, evaluation knows which rows are none to score it by."""
     used = {name: sorted(row.digest for row in found) for name, found in rows.items()}
-    known = {str(folder): read_used(manifest_of(folder / MANIFEST)) for folder in folders}
-    before = {name: seen for name, (seen, _) in known.items() if seen}
     found: dict[str, Any] = {
         "mixmerge": __version__,
         "network": {"base": card.base, "experts": dict(card.hashes), "bank": card.hash, "gate": gate.kind},
     }
     if used:
         found["calibration"] = {"rows": used}
-    if before:
-        found["inherited"] = {
-            "of": sorted(before),
-            "transductive": all(known[name][1] for name in before),
-            "rows": sorted(set().union(*before.values())),
-        }
-    return found
+    return found | inherited(folders)
 
 
 def facts_of(card: BankCard, base: Path) -> dict[str, Any]:

@@ -83,7 +83,7 @@ def _byte_pairs(texts: Sequence[str]) -> Any:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return _finished(tokenizer)
+    return finished(tokenizer)
 
 
 def _characters(texts: Sequence[str]) -> Any:
@@ -95,7 +95,7 @@ def _characters(texts: Sequence[str]) -> Any:
     tokenizer.decoder = decoders.Fuse()
     trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=list(SPECIAL), show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
-    return _finished(tokenizer)
+    return finished(tokenizer)
 
 
 def _pieces() -> Any:
@@ -104,8 +104,13 @@ def _pieces() -> Any:
     return pre_tokenizers.Split(Regex(_PIECES), "isolated")
 
 
-def _finished(tokenizer: Any) -> Any:
-    """As transformers saves and loads it; every text begins with <bos>."""
+def finished(tokenizer: Any, *, context: int = 128) -> Any:
+    """A trained tokenizer as transformers saves and loads it; every text begins with <bos>.
+
+    Args:
+        tokenizer: of the package tokenizers, whose first entries are ``SPECIAL``.
+        context: tokens of a text at most.
+    """
     from tokenizers import processors
     from transformers import PreTrainedTokenizerFast
 
@@ -120,7 +125,7 @@ def _finished(tokenizer: Any) -> Any:
         eos_token=eos,
         unk_token=unk,
         padding_side="left",
-        model_max_length=128,
+        model_max_length=context,
         clean_up_tokenization_spaces=False,
     )
 
