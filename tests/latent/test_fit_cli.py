@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
 import mixmerge
+from mixmerge.checkpoint.used_rows import MANIFEST, manifest_of, read_used
+from mixmerge.data.rows import read_rows
 from mixmerge.errors import MixmergeError
 from mixmerge.latent.files import load_latent
 from mixmerge.mixture import parse
@@ -169,17 +171,16 @@ def test_two_fits_of_one_folder(mixture: Callable[..., Path], tmp_path: Path) ->
     assert "another fit is writing it. Wait for it" in plain(done.stderr)
 
 
-def test_rows_that_the_glue_has_learned_from_are_not_scored(
+def test_rows_that_the_glue_has_learned_from_are_named(
     mixture: Callable[..., Path], rows: Path, tmp_path: Path
 ) -> None:
     train = "{steps: 1, batch_size: 2}"
     path = mixture(f"{SMALL}, route: {{k: 2, hidden: []}}, data: [ROWS], samples: 6, train: {train}")
     assert run("fit", path, tmp_path / "glue", "-q").exit_code == 0
-    task = f"{{name: one, data: {rows}, metric: exact, max_new_tokens: 2}}"
-    (tmp_path / "tasks.yaml").write_text(f"tasks: [{task}]\n")
-    refused = run("eval", tmp_path / "glue", "--tasks", tmp_path / "tasks.yaml", "-q", "--resamples", "100")
-    assert refused.exit_code == 2
-    assert "was made with 6 of the 16 rows of task one" in plain(refused.stderr)
+    used, meant = read_used(manifest_of(tmp_path / "glue" / MANIFEST))
+    assert len(used) == 6
+    assert used < {row.digest for row in read_rows(str(rows))}
+    assert not meant
 
 
 def test_an_adapter_is_an_expert(
