@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from mixmerge import registry
 from mixmerge.document import Node, Report, given, show
 from mixmerge.document.sections import Strict
-from mixmerge.document.tree import to_data
 from mixmerge.errors import MixmergeError
 from mixmerge.mixture.schema import ExpertSpec
 from mixmerge.mixture.wholes import Asked, check_parts, inner
@@ -56,8 +55,7 @@ class AdaptersOptions(Strict):
 def check_gated(asked: Asked, report: Report) -> None:
     """Everything that can be known to be wrong before a file is opened; of a block with faults, what is right of it."""
     check_parts(asked, _ENGINES, report)
-    entries, compose = asked.entries("compose"), asked.compose
-    options = _readable(entries) if compose is None else AdaptersOptions.model_validate(compose.options)
+    entries, options = asked.entries("compose"), asked.told(AdaptersOptions)
     if options.folder is not None:
         for key in _MADE_ALREADY:
             if given(entries, key) is not None:
@@ -68,18 +66,6 @@ def check_gated(asked: Asked, report: Report) -> None:
     _check_base(asked.top, asked.experts, options, report)
     _check_sizes(asked.top, asked.experts, report)
     _check_gate(asked.top, asked.names, options, report)
-
-
-def _readable(entries: Mapping[str, Node]) -> AdaptersOptions:
-    """The options that are right, each by itself."""
-    kept: dict[str, Any] = {}
-    for key, node in entries.items():
-        try:
-            AdaptersOptions.model_validate({key: to_data(node)})
-        except ValidationError:
-            continue
-        kept[key] = to_data(node)
-    return AdaptersOptions.model_validate(kept)
 
 
 def base_of(experts: Mapping[str, ExpertSpec], base: str | None) -> str | None:

@@ -116,22 +116,20 @@ def _is_depth(value: Any) -> bool:
 
 
 def check_latent(asked: Asked, report: Report) -> None:
-    """Everything that can be known to be wrong before a file is opened."""
+    """Everything that can be known to be wrong before a file is opened; of a block with faults, what is right of it."""
     check_parts(asked, _ENGINES, report)
     if len(asked.names) == 1:
         what = "the mixture has one expert, and nobody for it to read"
         report.fault(asked.top["experts"], what, "Two or more")
-    if asked.compose is None:
-        return
-    compose, entries = asked.top["compose"], asked.entries("compose")
-    told = LatentOptions.model_validate(asked.compose.options)
+    compose, entries, told = asked.top["compose"], asked.entries("compose"), asked.told(LatentOptions)
     if told.folder is not None:
         _no_effect(entries, _MADE_ALREADY, "on a fitted glue", report, run="Remove it, or remove folder")
         return
     _no_effect(entries, ("encoder",), "before it is fitted", report, run="Say it in route: {encoder: ...}")
-    if told.mode != "chunked":
+    unread = "mode" not in told.model_fields_set and given(entries, "mode") is not None
+    if told.mode != "chunked" and not unread:
         _no_effect(entries, ("chunk",), f"in {told.mode} mode", report)
-    if not told.sources:
+    if not told.sources and ("data" in told.model_fields_set or given(entries, "data") is None):
         report.fault(compose, "the glue learns from rows, and the key data is missing", "data: FILE")
     routed = given(dict(asked.top), "router") is not None
     _check_route(asked, told, entries, routed=routed, report=report)

@@ -9,16 +9,21 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from pydantic import ValidationError
 
 from mixmerge import registry
 from mixmerge.document import Node, Report, show
 from mixmerge.document.sections import Strict
+from mixmerge.document.tree import to_data
 
 if TYPE_CHECKING:
     from mixmerge.batch.setup import Defaults, Setup
     from mixmerge.mixture.schema import ComposeSpec, ExpertSpec, MixtureSpec
     from mixmerge.mixture.wiring import Mixture
+
+S = TypeVar("S", bound=Strict)
 
 WHOLES: dict[str, str] = {
     "adapters": "mixmerge.mixture.adapters:ADAPTERS",
@@ -54,6 +59,19 @@ class Asked:
     def entries(self, key: str) -> dict[str, Node]:
         """The keys below one of the top; none if it is no mapping."""
         return inner(self.top[key]) if key in self.top else {}
+
+    def told(self, options: type[S]) -> S:
+        """The keys of ``compose`` beside the kind; of a block with faults those that are right, each by itself."""
+        if self.compose is not None:
+            return options.model_validate(self.compose.options)
+        kept: dict[str, Any] = {}
+        for key, node in self.entries("compose").items():
+            try:
+                options.model_validate({key: to_data(node)})
+            except ValidationError:
+                continue
+            kept[key] = to_data(node)
+        return options.model_validate(kept)
 
 
 @dataclass(frozen=True)

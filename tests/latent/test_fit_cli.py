@@ -283,6 +283,10 @@ WRONG: dict[str, tuple[str, tuple[str, ...]]] = {
         "route: {k: 4, primary: opd}, data: ROWS",
         ("there are only 3 experts", "Did you mean 'opt'"),
     ),
+    "a mode that hides nothing beside it": (
+        "mode: promt, chunk: 4, route: {k: 9}, data: ROWS",
+        ("compose.mode (line 5): expected", "there are only 3 experts"),
+    ),
     "nobody is read": ("route: {k: 1}, data: ROWS", ("with one active expert nobody is read",)),
     "who answers": ("route: {kind: fixed}, data: ROWS", ("the key primary is missing",)),
     "nothing differs": (
