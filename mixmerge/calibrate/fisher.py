@@ -15,7 +15,7 @@ from mixmerge.experts.loading import LoadedExpert
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mixmerge.calibrate.gathering import Sums
+    from mixmerge.calibrate.sums import Sums
 
 
 def add_fisher(

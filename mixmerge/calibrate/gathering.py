@@ -14,6 +14,7 @@ from mixmerge.calibrate.accumulators import Facts, Statistics, added
 from mixmerge.calibrate.anatomy import Anatomy, Need, Shown
 from mixmerge.calibrate.fisher import add_fisher, fisher_need
 from mixmerge.calibrate.kinds import KINDS, StatisticKind
+from mixmerge.calibrate.sums import Sums, waiting_inputs
 from mixmerge.data.batches import Batch, Task, context_of, make_batches, tokenised
 from mixmerge.data.rows import Row
 from mixmerge.errors import Fault, MixmergeError
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
 # Rows done, rows in all.
 Told = Callable[[int, int], None]
-_PIECE = 8192  # tokens whose products are added in float32 before the sum in float64 takes them
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,8 @@ def gathering_need(anatomy: Anatomy, kind: StatisticKind, widths: Sequence[int],
     """What ``gather`` takes.
 
     A sum of Gram matrices is 8 n² bytes of every map of n inputs, fewer where maps share an input; one map at a time
-    makes its share, in float64 and in float32. Second moments are vectors of 8 n bytes.
+    makes its share, in float32. Inputs of a few hundred tokens of each map wait for the next product. Second moments
+    are vectors of 8 n bytes.
 
     Args:
         anatomy: of the expert.
@@ -191,7 +192,8 @@ def gathering_need(anatomy: Anatomy, kind: StatisticKind, widths: Sequence[int],
         return fisher_need(anatomy, shown)
     expert, widest, sizes = {"expert": anatomy.loading}, max(widths, default=0), sum(map(kind.size, widths))
     if kind.power == 2:
-        sums = {"Gram matrices": sizes, "one at work": 20 * widest**2}
+        sums = {"Gram matrices": sizes, "one at work": 4 * widest**2}
+        sums["inputs that wait"] = waiting_inputs(widths, shown)
     else:
         sums = {"second moments": sizes, "one at work": 12 * widest * shown.places}
     return Need({**expert, **sums, "activations": anatomy.forward(shown)})
@@ -214,38 +216,6 @@ def extend(
     wanted = {*facts.counts, *facts.same}
     more = gather(expert, new, facts.kind, fingerprint=facts.model, measure=measure, wanted=wanted)
     return added(statistics, more)
-
-
-@dataclass
-class Sums:
-    """Sums in the making."""
-
-    wanted: Collection[str] | None
-    values: dict[str, Tensor] = field(default_factory=dict)
-    counts: dict[str, int] = field(default_factory=dict)
-    same: dict[str, str] = field(default_factory=dict)
-
-    def wants(self, name: str) -> bool:
-        return self.wanted is None or name in self.wanted
-
-    def add_square(self, name: str, gradient: Tensor, factor: float, rows: Tensor | None) -> None:
-        """Add ``factor * gradient**2``; of a table whose other rows have no gradient, these rows alone."""
-        import torch
-
-        if rows is None:
-            self.add(name, gradient.float().square().mul_(factor).cpu(), 0)
-            return
-        if name not in self.values:
-            self.add(name, torch.zeros(gradient.shape, dtype=torch.float32), 0)
-        squares = gradient[rows].float().square().mul_(factor).cpu()
-        self.values[name].index_add_(0, rows.cpu(), squares)
-
-    def add(self, name: str, value: Tensor, count: int) -> None:
-        if name in self.values:
-            self.values[name] += value
-        else:
-            self.values[name] = value
-        self.counts[name] = self.counts.get(name, 0) + count
 
 
 def linear_maps(model: Any) -> dict[str, Any]:
@@ -322,21 +292,10 @@ class Watch:
         inputs = real_inputs(value.detach(), self.mask)
         if inputs is None:
             self.unclear.add(name)
-        else:
-            self.sums.add(name, _second(inputs, self.kind.power), len(inputs))
-
-
-def _second(inputs: Tensor, power: int) -> Tensor:
-    """Sum of x xᵀ, (n, n), or of its diagonal, (n,), in float64; float32 products of a few thousand tokens."""
-    import torch
-
-    width = inputs.shape[-1]
-    shape = (width,) * power
-    total = torch.zeros(shape, dtype=torch.float64, device=inputs.device)
-    for piece in torch.split(inputs, _PIECE):
-        part = piece if piece.dtype == torch.float64 else piece.float()
-        total += part.T @ part if power == 2 else part.double().square().sum(0)
-    return total.cpu()
+            return
+        if inputs.untyped_storage().data_ptr() == value.untyped_storage().data_ptr():
+            inputs = inputs.clone()  # what follows in the model may write to it before its product is made
+        self.sums.add_inputs(name, inputs, self.kind.power)
 
 
 @contextmanager
@@ -355,6 +314,6 @@ def watching(maps: dict[str, Any], kind: StatisticKind, sums: Sums) -> Iterator[
             handle.remove()
     for name in watch.unclear:
         # Tokens were mixed up before they came here, and some of them were padding.
-        sums.values.pop(name, None)
-        sums.counts.pop(name, None)
-        sums.same.pop(name, None)
+        sums.drop(name)
+    for name in list(sums.waiting):
+        sums.multiply(name)

@@ -12,8 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 from mixmerge.calibrate.accumulators import Statistics
 from mixmerge.calibrate.anatomy import Anatomy, Need, Shown
-from mixmerge.calibrate.gathering import Measure, Reader, Sums, Told, finished, linear_maps, watching
+from mixmerge.calibrate.gathering import (
+    Measure,
+    Reader,
+    Told,
+    finished,
+    linear_maps,
+    watching,
+)
 from mixmerge.calibrate.kinds import KINDS
+from mixmerge.calibrate.sums import Sums, waiting_inputs
 from mixmerge.data.batches import Batch
 from mixmerge.data.rows import Row
 from mixmerge.errors import Fault, MixmergeError
@@ -138,7 +146,8 @@ def sequential_need(
             "merged model": anatomy.loading,
             # sums of a block and their means, and those of the block before, which are being kept
             "Gram matrices of a block": 8 * 3 * experts * block,
-            "one at work": 20 * widest**2 + 8 * (experts + 2) * widest**2,
+            "inputs that wait": max((waiting_inputs(widths, shown) for widths in blocks), default=0),
+            "one at work": 4 * widest**2 + 8 * (experts + 2) * widest**2,
             "states of all rows": 4 * flows,
             "activations": anatomy.forward(shown),
         }
