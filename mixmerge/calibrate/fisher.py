@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from mixmerge.calibrate.anatomy import Anatomy, Need, Shown
@@ -43,34 +45,28 @@ def add_fisher(
     model = expert.model
     named = {name: value for name, value in model.named_parameters() if sums.wants(name)}
     device = str(next(model.parameters()).device)
-    table = _table(model)
     for value in named.values():
         value.requires_grad_(True)
     try:
-        for batch in batches:
-            moved = batch.to(device)
-            if expert.kind == "causal" and not moved.loss_mask[:, 1:].any():
-                continue  # the answers were cut off
-            logits = model(**moved.inputs()).logits.float()
-            if expert.kind == "causal":
-                lines = int(moved.loss_mask[:, 1:].any(1).sum())
-                terms = [(_likelihood(logits, moved, rows, seed), 1.0)]
-            else:
-                lines = len(logits)
-                terms = [term for line in logits for term in expectation(line, model.config)]
-            if together:
-                terms = [(sum(value * factor**0.5 for value, factor in terms), 1.0)]  # type: ignore[misc]
-            looked_up = torch.unique(moved.input_ids)
-            for number, (value, factor) in enumerate(terms):
-                gradients = torch.autograd.grad(
-                    value, list(named.values()), retain_graph=number < len(terms) - 1, allow_unused=True
-                )
-                for name, gradient in zip(named, gradients, strict=True):
-                    if gradient is not None:
-                        sums.add_square(name, gradient, factor, looked_up if name == table else None)
-                del gradients, gradient  # or they are there until the next ones have been made
-            for name in named:
-                sums.counts[name] = sums.counts.get(name, 0) + lines
+        with _looked_up(model, named) as table:
+            for batch in batches:
+                moved = batch.to(device)
+                if expert.kind == "causal" and not moved.loss_mask[:, 1:].any():
+                    continue  # the answers were cut off
+                table.seen.clear()
+                logits = model(**moved.inputs()).logits.float()
+                if expert.kind == "causal":
+                    lines = int(moved.loss_mask[:, 1:].any(1).sum())
+                    terms = [(_likelihood(logits, moved, rows, seed), 1.0)]
+                else:
+                    lines = len(logits)
+                    terms = [term for line in logits for term in expectation(line, model.config)]
+                if together:
+                    terms = [(sum(value * factor**0.5 for value, factor in terms), 1.0)]  # type: ignore[misc]
+                for number, (value, factor) in enumerate(terms):
+                    _add_squares(value, factor, named, table, sums, keep=number < len(terms) - 1)
+                for name in named:
+                    sums.counts[name] = sums.counts.get(name, 0) + lines
     finally:
         model.requires_grad_(False)
     if not sums.counts:
@@ -79,6 +75,78 @@ def add_fisher(
         )
     for name, value in named.items():
         sums.values.setdefault(name, torch.zeros(value.shape, dtype=torch.float32))
+
+
+@dataclass
+class _Table:
+    """Embeddings that tokens alone look up: gradients of what was looked up stand for those of the whole table.
+
+    Args:
+        name: of the parameter; empty if there is no such table.
+        silent: the token whose vector never learns, or none.
+        seen: of one pass, token numbers (B, L) and their vectors (B, L, d).
+    """
+
+    name: str
+    silent: int | None = None
+    seen: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def rows(self, gradients: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
+        """Token numbers ``(U,)`` and the gradients of their rows ``(U, d)``."""
+        import torch
+
+        found = [
+            (ids, gradient)
+            for (ids, _), gradient in zip(self.seen, gradients, strict=True)
+            if gradient is not None
+        ]
+        if not found:
+            return torch.zeros(0, dtype=torch.long), torch.zeros(0, self.seen[0][1].shape[-1])
+        ids = torch.cat([ids.reshape(-1) for ids, _ in found])
+        flat = torch.cat([gradient.reshape(-1, gradient.shape[-1]).float() for _, gradient in found])
+        rows, place = torch.unique(ids, return_inverse=True)
+        summed = torch.zeros(len(rows), flat.shape[-1], device=flat.device).index_add_(0, place, flat)
+        learns = rows != (-1 if self.silent is None else self.silent)
+        return rows[learns], summed[learns]
+
+
+@contextmanager
+def _looked_up(model: Any, named: Mapping[str, Tensor]) -> Iterator[_Table]:
+    """While in it, the token embeddings, if nothing else uses them, note what is looked up in them."""
+    import torch
+
+    module = model.get_input_embeddings()
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    name = next((name for name, value in named.items() if value is module.weight), "")
+    plain = type(module) is torch.nn.Embedding and module.max_norm is None and not module.scale_grad_by_freq
+    if not name or not plain or (head is not None and head.weight is module.weight):
+        yield _Table("")
+        return
+    table = _Table(name, module.padding_idx)
+    handle = module.register_forward_hook(
+        lambda module, given, vectors: table.seen.append((given[0], vectors))
+    )
+    try:
+        yield table
+    finally:
+        handle.remove()
+
+
+def _add_squares(
+    value: Tensor, factor: float, named: Mapping[str, Tensor], table: _Table, sums: Sums, *, keep: bool
+) -> None:
+    """Add ``factor`` times the squared gradients of ``value``; ``keep`` what another pass backward needs."""
+    import torch
+
+    others = [name for name in named if name != table.name]
+    inputs = [*(named[name] for name in others), *(vectors for _, vectors in table.seen)]
+    gradients = torch.autograd.grad(value, inputs, retain_graph=keep, allow_unused=True)
+    for name, gradient in zip(others, gradients, strict=False):
+        if gradient is not None:
+            sums.add_square(name, gradient, factor)
+    if table.name:
+        rows, summed = table.rows(gradients[len(others) :])
+        sums.add_rows(table.name, named[table.name].shape, rows, summed, factor)
 
 
 def fisher_need(anatomy: Anatomy, shown: Shown) -> Need:
@@ -98,15 +166,6 @@ def fisher_need(anatomy: Anatomy, shown: Shown) -> Need:
             "activations": anatomy.backward(shown) + logits,
         }
     )
-
-
-def _table(model: Any) -> str:
-    """The name of the embeddings that tokens alone look up; empty if a head has the same weights."""
-    tokens = model.get_input_embeddings().weight
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    if head is not None and head.weight is tokens:
-        return ""
-    return next((name for name, value in model.named_parameters() if value is tokens), "")
 
 
 def _generator(seed: int, digests: Sequence[str]) -> Any:

@@ -5,7 +5,7 @@ Shapes: n is the number of inputs of a linear map, S the shape of a tensor.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -31,23 +31,24 @@ class Sums:
     def wants(self, name: str) -> bool:
         return self.wanted is None or name in self.wanted
 
-    def add_square(self, name: str, gradient: Tensor, factor: float, rows: Tensor | None) -> None:
-        """Add ``factor * gradient**2``; of a table whose other rows have no gradient, these rows alone."""
+    def add_square(self, name: str, gradient: Tensor, factor: float) -> None:
+        """Add ``factor * gradient**2``."""
+        moved = gradient.float().cpu()
+        self._begun(name, moved.shape).addcmul_(moved, moved, value=factor)
 
-        if rows is None:
-            moved = gradient.float().cpu()
-            self._begun(name, moved).addcmul_(moved, moved, value=factor)
-            return
-        self._begun(name, gradient)
-        squares = gradient[rows].float().square().mul_(factor).cpu()
-        self.values[name].index_add_(0, rows.cpu(), squares)
+    def add_rows(
+        self, name: str, shape: Sequence[int], rows: Tensor, gradient: Tensor, factor: float
+    ) -> None:
+        """``add_square`` of a table ``shape`` that has a gradient ``(U, d)`` in these rows ``(U,)`` alone."""
+        squares = gradient.square().mul_(factor).cpu()
+        self._begun(name, shape).index_add_(0, rows.cpu(), squares)
 
-    def _begun(self, name: str, like: Tensor) -> Tensor:
+    def _begun(self, name: str, shape: Sequence[int]) -> Tensor:
         """The sum of a tensor of this shape, in float32: zeros at first."""
         import torch
 
         if name not in self.values:
-            self.add(name, torch.zeros(like.shape, dtype=torch.float32), 0)
+            self.add(name, torch.zeros(tuple(shape), dtype=torch.float32), 0)
         return self.values[name]
 
     def add_inputs(self, name: str, inputs: Tensor, power: int) -> None:

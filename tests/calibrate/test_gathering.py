@@ -98,12 +98,14 @@ def test_gram_by_hand(classifier: LoadedExpert) -> None:
     assert close(mean.diagonal(), second)
 
 
-def test_fisher_of_a_classifier_is_the_exact_expectation(classifier: LoadedExpert) -> None:
+@pytest.mark.parametrize(
+    "name", ["bert.encoder.layer.0.output.dense.weight", "bert.embeddings.word_embeddings.weight"]
+)
+def test_fisher_of_a_classifier_is_the_exact_expectation(classifier: LoadedExpert, name: str) -> None:
     """Against the definition in full: gradients of every class of every example, one at a time."""
     import torch
 
     model = classifier.model
-    name = "bert.encoder.layer.0.output.dense.weight"
     weight = dict(model.named_parameters())[name].requires_grad_(True)
     expected = torch.zeros_like(weight)
     for row in ROWS:
