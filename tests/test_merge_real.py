@@ -189,7 +189,7 @@ def test_encoders_from_packages_to_table(
     assert {task: len(right) <= 12 for task, right in found["right"].items()} == dict.fromkeys(
         part("texts").SOURCES, True
     )
-    assert found["cost"]["seconds"] > 0 < found["cost"]["peak"]
+    assert found["cost"]["cpu"] > 0 < found["cost"]["peak"]
     assert not list((work / "encoders" / "merges").iterdir())
     expert = work / "encoders" / "experts" / "news"
     heads = {name for name in load_file(expert / "model.safetensors") if not name.startswith("bert.")}
@@ -360,7 +360,7 @@ def test_figures_of_the_table(part: Any) -> None:
     assert lines[4].startswith("| best (x 1) | 70.0% | 40.0% | 55.0% |")
     assert lines[4].endswith("| ± 7.1% | 43% | a 70% |")
 
-    cost, twice = {"seconds": 2.0, "peak": 1e9}, {"seconds": 4.0, "peak": 4e9}
+    cost, twice = {"cpu": 2.0, "peak": 1e9}, {"cpu": 4.0, "peak": 4e9}
     mine = table.Result("m", (answers(5, 3),), ours=cost, theirs=twice, against=answers(6, 3))
     row = table.against_table([start, mine]).splitlines()
     assert len(row) == 3

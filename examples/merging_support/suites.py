@@ -180,7 +180,8 @@ def merge_and_score(
         zip(suite.experts, folders if entry.per_task else folders * len(suite.experts), strict=True)
     )
     suite.score(by_task, split, out)
-    total = {"seconds": sum(one["seconds"] for one in spent), "peak": max(one["peak"] for one in spent)}
+    total = {key: sum(one[key] for one in spent) for key in ("seconds", "cpu")}
+    total["peak"] = max(one["peak"] for one in spent)
     write_json(out, flat(read(out)) | {"cost": total, "value": value})
     for merged in folders:
         shutil.rmtree(merged)

@@ -101,7 +101,7 @@ def scores_table(results: list[Result], experts: dict[str, float], start: float,
 def against_table(results: list[Result]) -> str:
     """Markdown: ours beside FusionBench's on the same checkpoints and rows; ratios are ours through theirs."""
     lines = [
-        "| method | ours | FusionBench | difference | its 95 % interval | at least equal | time | memory |",
+        "| method | ours | FusionBench | difference | its 95 % interval | at least equal | processor time | memory |",
         "|---|--:|--:|--:|:-:|:-:|--:|--:|",
     ]
     for result in results:
@@ -113,7 +113,7 @@ def against_table(results: list[Result]) -> str:
         lines.append(
             f"| {result.name} | {ours:.1%} | {theirs:.1%} | {ours - theirs:+.1%} | {low:+.1%} to {high:+.1%} "
             f"| {'yes' if high >= 0 else 'no'} "
-            f"| {ratio(result, 'seconds', 's', 1)} | {ratio(result, 'peak', 'GB', 1e9)} |"
+            f"| {ratio(result, 'cpu', 's', 1)} | {ratio(result, 'peak', 'GB', 1e9)} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -130,7 +130,7 @@ def recall_table(results: list[Result], task: str, labels: list[int], classes: l
 
 
 def ratio(result: Result, key: str, unit: str, size: float) -> str:
-    if not result.ours or not result.theirs:
+    if not (result.ours and result.theirs and key in result.ours and key in result.theirs):
         return ""
     ours, theirs = result.ours[key] / size, result.theirs[key] / size
     return f"{ours:.3g} / {theirs:.3g} {unit} = {ours / theirs:.2f}" if theirs else ""
