@@ -231,7 +231,6 @@ def _learned() -> tuple[Entry, ...]:
         _adamerging("AdaMerging, tasks", "validation", granularity="task"),
         _adamerging("AdaMerging, layers", "validation"),
         _adamerging("AdaMerging++, layers", "validation", method="adamerging_plus"),
-        _adamerging("AdaMerging, tasks, transductive", "test", granularity="task"),
         _adamerging("AdaMerging, layers, transductive", "test"),
         *(
             Entry(name, method, top=_HALF_FLOATS, data="train", examples=64, calibration=few, seeds=True)
