@@ -159,6 +159,7 @@ def _entry_by_entry() -> tuple[Entry, ...]:
 def _without_data() -> tuple[Entry, ...]:
     scales = ("lambda", (0.7, 1.0, 1.5))
     wider = ("lambda", (1.0, 1.5, 2.0, 2.5))
+    tables = ("encoders",)  # whose embeddings are half of the model
     return (
         Entry("MagMax", "magmax", sweep=("lambda", (0.3, 0.5, 0.8))),
         Entry("PCB", "pcb", each={"weight": 1.2}, sweep=("weight", (0.8, 1.2, 1.8))),
@@ -178,10 +179,15 @@ def _without_data() -> tuple[Entry, ...]:
             "iso_cts",
             top={"tables": "spectral"},
             sweep=("lambda", (2.0, 2.5, 3.0, 3.5)),
+            suites=tables,
         ),
-        Entry("TSV-M, tables too", "tsv_m", top={"tables": "spectral"}, sweep=wider),
+        Entry("TSV-M, tables too", "tsv_m", top={"tables": "spectral"}, sweep=wider, suites=tables),
         Entry(
-            "WUDI, closed, tables too", "wudi", top={"solver": "closed", "tables": "spectral"}, sweep=wider
+            "WUDI, closed, tables too",
+            "wudi",
+            top={"solver": "closed", "tables": "spectral"},
+            sweep=wider,
+            suites=tables,
         ),
     )
 
@@ -203,6 +209,7 @@ def _with_statistics() -> tuple[Entry, ...]:
             top={"relative_floor": True},
             data="train",
             calibration=_SHORT,
+            suites=("encoders",),
         ),
         Entry(
             "RegMean",
