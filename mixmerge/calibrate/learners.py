@@ -4,156 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
+from mixmerge.calibrate.aligning import aligned, check_losses
 from mixmerge.calibrate.anatomy import Anatomy, Need, Shown
 from mixmerge.calibrate.coefficients import CoefficientSpace
 from mixmerge.calibrate.deltas import PIECE, Deltas, pieces
 from mixmerge.calibrate.learning import Learned, Learning, Objective, Progress, learn
-from mixmerge.calibrate.mixed import Mixed
-from mixmerge.calibrate.objectives import (
-    POSITIONS,
-    TOKENS,
-    Alignment,
-    AlignmentOptions,
-    Entropy,
-    Schedule,
-    chunk_counts,
-)
-from mixmerge.calibrate.students import (
-    ClassifierStudent,
-    LanguageStudent,
-    check_language_model,
-    choice_batches,
-    choice_logits,
-    expert_head,
-)
-from mixmerge.calibrate.teachers import Teachers
-from mixmerge.data.batches import Batch, make_batches
-from mixmerge.data.rows import Row
-from mixmerge.errors import Fault, MethodError
-from mixmerge.experts.loading import Kind, kind_of
+from mixmerge.calibrate.lessons import ALIGNING, Lesson, all_batches, check_outputs, step_sizes
+from mixmerge.calibrate.objectives import POSITIONS, TOKENS, Entropy, Schedule, chunk_counts
+from mixmerge.calibrate.spectrum import spectrum
+from mixmerge.calibrate.students import ClassifierStudent, choice_batches, choice_logits
+from mixmerge.data.batches import Batch
+from mixmerge.experts.loading import Kind
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-
-_COMPARES = {"entropy": "the entropy is that of its predictions", "alignment": "alignment compares logits"}
-
-
-@dataclass(frozen=True)
-class Lesson:
-    """Everything a learner works on.
-
-    Args:
-        model: of transformers, on its device, in evaluation mode; its weights are overwritten.
-        tokenizer: of the base.
-        parameters: tensors of the model by the names of the deltas.
-        deltas: of the experts.
-        rows: of each expert, in the order they are taken.
-        labels: of the experts, for errors and notes.
-        start: by tensor, the coefficient of each expert before the first step.
-        frozen: tensors that keep it.
-        heads: of each expert, the tensors of its classifier's head, which is not merged.
-        options: the method's values, by their names in a recipe.
-        max_tokens, batch_size, layout: of the data, as in ``make_batches``.
-        seed: of the recipe.
-        gathers: whether single rows of a tensor of this name can be read.
-        scratch: folder for the experts' states; removed by whoever made it. The system's own without.
-    """
-
-    model: Any
-    tokenizer: Any
-    parameters: Mapping[str, Tensor]
-    deltas: Deltas
-    rows: Sequence[Sequence[Row]]
-    labels: Sequence[str]
-    start: Mapping[str, Sequence[float]]
-    frozen: frozenset[str]
-    heads: Sequence[Mapping[str, Tensor]]
-    options: Mapping[str, Any]
-    max_tokens: int = 512
-    batch_size: int = 8
-    layout: Literal["padded", "packed"] = "padded"
-    seed: int = 0
-    gathers: Callable[[str], bool] = lambda name: False
-    scratch: Path | None = None
-
-    def number(self, name: str) -> float:
-        return float(self.options[name])
-
-    @property
-    def kind(self) -> Kind:
-        """What the model's outputs are."""
-        return kind_of(type(self.model).__name__)
-
-
-def step_sizes(rows: int, batch_size: int) -> tuple[int, int]:
-    """Rows of a batch, and batches of each expert in a step that takes so many rows of each."""
-    size = min(batch_size, rows)
-    return size, -(-rows // size)
-
-
-def batches_of(
-    learner: str,
-    kind: Kind,
-    rows: Sequence[Row],
-    tokenizer: Any,
-    *,
-    max_tokens: int,
-    batch_size: int,
-    layout: Literal["padded", "packed"],
-) -> tuple[Batch, ...]:
-    """One expert's rows as a learner shows them to a model with such outputs.
-
-    Raises:
-        MethodError: the entropy of a language model, and no row has choices.
-        MixmergeError: as ``make_batches``.
-    """
-    if learner == "entropy" and kind == "causal":
-        found = choice_batches(rows, tokenizer, max_tokens=max_tokens, batch_size=batch_size)
-        return tuple(choices.batch for choices in found)
-    task: Literal["causal", "classifier"] = "classifier" if kind == "classifier" else "causal"
-    return make_batches(
-        rows, tokenizer, task=task, max_tokens=max_tokens, batch_size=batch_size, layout=layout
-    )
-
-
-def _batches(lesson: Lesson, size: int, learner: str) -> list[tuple[Batch, ...]]:
-    return [
-        batches_of(
-            learner, lesson.kind, rows, lesson.tokenizer,
-            max_tokens=lesson.max_tokens, batch_size=size, layout=lesson.layout,
-        )
-        for rows in lesson.rows
-    ]  # fmt: skip
-
-
-def check_outputs(learner: str, kind: Kind, architecture: str) -> None:
-    """Raise unless a model's outputs are what a learner compares.
-
-    Raises:
-        MethodError: it has no head.
-    """
-    if kind == "other":
-        what = _COMPARES[learner]
-        allowed = "A classifier, or a language model and rows with choices"
-        raise MethodError(Fault("base_model", f"{architecture} has no head, and {what}", allowed))
-
-
-def check_losses(options: Mapping[str, Any]) -> None:
-    """Raise unless alignment has something to minimise.
-
-    Raises:
-        MethodError: all parts of its loss are left out.
-    """
-    hidden = options["hidden_layers"] != "none" and options["hidden_weight"]
-    if not hidden and not options["logit_weight"]:
-        what = "is 0 and no hidden states are aligned: there is no loss"
-        raise MethodError(Fault("logit_weight", what, "logit_weight or hidden_weight above 0"))
 
 
 def learning_need(
@@ -193,13 +61,13 @@ def learning_need(
         "pieces of deltas": 4 * PIECE * (2 * len(shown) + 4),
         "activations": anatomy.backward(once, width=width),
     }
-    if learner == "alignment":
+    if learner in ALIGNING:
         memory["states of the experts"] = 2 * 4 * places * anatomy.hidden * (1 + layers)
     if kind == "causal":
         # Those of the expert and of the model: as such, as log-likelihoods and chances, and their gradients.
         share = max((one.places if one.scored is None else one.scored) / one.places for one in shown)
-        scored = min(places, POSITIONS) if learner == "alignment" else int(places * share)
-        memory["logits"] = 4 * scored * anatomy.vocabulary * (10 if learner == "alignment" else 4)
+        scored = min(places, POSITIONS) if learner in ALIGNING else int(places * share)
+        memory["logits"] = 4 * scored * anatomy.vocabulary * (10 if learner in ALIGNING else 4)
     return Need(memory)
 
 
@@ -222,7 +90,7 @@ def entropy(lesson: Lesson, *, progress: Progress | None = None) -> Learned:
             return choice_logits(lesson.model, found[expert][number])
 
     else:
-        shown = [list(batches) for batches in _batches(lesson, size, "entropy")]
+        shown = [list(batches) for batches in all_batches(lesson, size, "entropy")]
         predict = ClassifierStudent(lesson.model, lesson.heads, shown).predict
     schedule = Schedule(tuple(map(len, shown)), each, lesson.seed)
     objective = Entropy(
@@ -255,9 +123,9 @@ def alignment(lesson: Lesson, *, progress: Progress | None = None) -> Learned:
     check_outputs("alignment", lesson.kind, type(lesson.model).__name__)
     check_losses(lesson.options)
     size, each = step_sizes(int(lesson.number("rows")), lesson.batch_size)
-    shown = _batches(lesson, size, "alignment")
+    shown = all_batches(lesson, size, "alignment")
     with tempfile.TemporaryDirectory(prefix="mixmerge-teachers-", dir=lesson.scratch) as folder:
-        objective = _alignment(lesson, shown, each, Path(folder))
+        objective = aligned(lesson, shown, each, Path(folder))
         space = CoefficientSpace(transform="sigmoid", start=lesson.start, frozen=_globs(lesson.frozen))
         learning = Learning(
             steps=int(lesson.number("steps")),
@@ -288,55 +156,6 @@ def alignment(lesson: Lesson, *, progress: Progress | None = None) -> Learned:
             space, granularity="chunk", chunks=chunks, frozen=_globs(lesson.frozen | dropped)
         )
         return _learn(lesson, objective, space, learning, shown, progress)
-
-
-def _alignment(lesson: Lesson, shown: Sequence[Sequence[Batch]], each: int, folder: Path) -> Alignment:
-    options, model = lesson.options, lesson.model
-    student: LanguageStudent | ClassifierStudent
-    if lesson.kind == "causal":
-        check_language_model(model)
-        student = LanguageStudent(model, shown)
-        weight = model.get_output_embeddings().weight
-        name = next((name for name, value in lesson.parameters.items() if value is weight), None)
-        head = expert_head(model, lesson.deltas, name)
-    else:
-        student = ClassifierStudent(model, lesson.heads, shown)
-        head = student.logits
-    layers = layers_of(str(options["hidden_layers"]), int(model.config.get_text_config().num_hidden_layers))
-    teachers = Teachers(folder, layers, head)
-    everything = CoefficientSpace(granularity="expert", start=1.0).layout(
-        lesson.deltas.shapes, lesson.deltas.experts
-    )
-    mixed = Mixed(lesson.parameters, lesson.deltas, everything, {})
-    for expert in range(lesson.deltas.experts):
-        mixed.build(_one_hot(expert, lesson.deltas.experts), everything=True)
-        teachers.remember(expert, student, range(len(shown[expert])))
-    return Alignment(
-        student,
-        teachers,
-        [[batch.tokens for batch in part] for part in shown],
-        Schedule(tuple(map(len, shown)), each, lesson.seed),
-        AlignmentOptions(
-            layers=layers,
-            hidden=options["hidden_loss"],
-            hidden_weight=lesson.number("hidden_weight"),
-            logit=options["logit_loss"],
-            logit_weight=lesson.number("logit_weight"),
-            temperature=lesson.number("temperature"),
-            importance=tuple(map(float, options["importance"])),
-        ),
-    )
-
-
-def layers_of(asked: str, depth: int) -> tuple[int, ...]:
-    """Whose hidden states are aligned, of a model of so many layers."""
-    return {"all": tuple(range(1, depth + 1)), "last": (depth,), "none": ()}[asked]
-
-
-def _one_hot(expert: int, experts: int) -> Tensor:
-    import torch
-
-    return torch.eye(experts, dtype=torch.float64)[expert : expert + 1]
 
 
 def l1_norms(deltas: Deltas, names: Sequence[str]) -> dict[str, list[float]]:
@@ -390,4 +209,8 @@ def _used_rows(lesson: Lesson, shown: Sequence[Sequence[Batch]]) -> dict[str, Te
     return {name: torch.unique(ids)}
 
 
-LEARNERS: dict[str, Callable[..., Learned]] = {"entropy": entropy, "alignment": alignment}
+LEARNERS: dict[str, Callable[..., Learned]] = {
+    "entropy": entropy,
+    "alignment": alignment,
+    "spectrum": spectrum,
+}

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -37,6 +38,23 @@ class Objective(Protocol):
 
     def notes(self) -> tuple[str, ...]:
         """What a person should know about what was learned, such as a collapse."""
+        ...
+
+
+class Held(Protocol):
+    """A model whose parameters hold merged weights, made from coefficients (R, C) in the order of a layout."""
+
+    @property
+    def gradient(self) -> Tensor:
+        """Where the gradient of the coefficients (R, C) is summed up, float64 on the CPU."""
+        ...
+
+    def watched(self) -> AbstractContextManager[None]:
+        """While in it, what goes backward through the model adds to the gradient."""
+        ...
+
+    def build(self, values: Tensor, *, everything: bool = False) -> None:
+        """Put the merged weights into the parameters; those that no step changes with ``everything`` only."""
         ...
 
 
@@ -160,8 +178,6 @@ def learn(
         MethodError: experts that equal the base or each other, a model that has not every tensor, no step
             with a finite gradient.
     """
-    import torch
-
     names = list(labels) or [f"expert {number + 1}" for number in range(deltas.experts)]
     lacking = [name for name in deltas.shapes if name not in parameters]
     if lacking:
@@ -169,22 +185,43 @@ def learn(
         raise MethodError(Fault("model", what))
     layout = space.layout(deltas.shapes, deltas.experts)
     check_experts(deltas, list(layout.rows), names)
+    mixed = Mixed(parameters, deltas, layout, used_rows or {})
+    return descend(mixed, layout, objective, space, learning=learning, progress=progress)
+
+
+def descend(
+    held: Held,
+    layout: Layout,
+    objective: Objective,
+    space: CoefficientSpace,
+    *,
+    learning: Learning,
+    progress: Progress | None = None,
+) -> Learned:
+    """Learn coefficients of whatever holds the merged weights; arguments, result and errors as of ``learn``.
+
+    Args:
+        held: the model that the objective runs.
+        layout: of the coefficients it is made from.
+        space: how they are bounded.
+    """
+    import torch
+
     torch.manual_seed(learning.seed)
     free = space.free(layout.start).requires_grad_(True)
     start = space.coefficients(free).detach().clone()
-    mixed = Mixed(parameters, deltas, layout, used_rows or {})
-    mixed.build(start, everything=True)
+    held.build(start, everything=True)
     optimiser = _optimiser(free, learning)
     course = _Course(learning.patience, [], free.detach(), free.detach().clone())
     stopped, done = "", 0
-    with mixed.watched():
+    with held.watched():
         for step in range(learning.steps):
-            loss = _backward(objective, mixed, step)
-            stopped = _update(free, mixed, optimiser, course, space, learning, start, loss, step)
+            loss = _backward(objective, held, step)
+            stopped = _update(free, held, optimiser, course, space, learning, start, loss, step)
             if stopped:
                 break
             done = step + 1
-            mixed.build(space.coefficients(free.detach()))
+            held.build(space.coefficients(free.detach()))
             if progress is not None:
                 progress(done, learning.steps, loss)
     return _finish(space, layout, course, free.detach(), stopped, done, objective.notes())
@@ -197,9 +234,9 @@ def _optimiser(free: Tensor, learning: Learning) -> Optimizer:
     return kind([free], lr=learning.learning_rate, betas=(0.9, 0.999), weight_decay=learning.weight_decay)
 
 
-def _backward(objective: Objective, mixed: Mixed, step: int) -> float:
-    """The loss of a step; its gradient is in ``mixed.gradient``. Not a number as soon as one part is not."""
-    mixed.gradient.zero_()
+def _backward(objective: Objective, held: Held, step: int) -> float:
+    """The loss of a step; its gradient is in ``held.gradient``. Not a number as soon as one part is not."""
+    held.gradient.zero_()
     total = 0.0
     for loss in objective.losses(step):
         total += float(loss.detach())
@@ -211,7 +248,7 @@ def _backward(objective: Objective, mixed: Mixed, step: int) -> float:
 
 def _update(
     free: Tensor,
-    mixed: Mixed,
+    held: Held,
     optimiser: Optimizer,
     course: _Course,
     space: CoefficientSpace,
@@ -223,7 +260,7 @@ def _update(
     """Take one step, if loss and gradient are finite; why to stop, or nothing."""
     import torch
 
-    if not (math.isfinite(loss) and torch.isfinite(mixed.gradient).all()):
+    if not (math.isfinite(loss) and torch.isfinite(held.gradient).all()):
         return course.skip()
     course.skipped_now = 0
     stopped = course.saw(loss, step)
@@ -232,7 +269,7 @@ def _update(
     values = space.coefficients(free)
     distance = (values - start).abs().mean()
     optimiser.zero_grad()
-    ((values * mixed.gradient).sum() + learning.regulariser * distance).backward()  # type: ignore[no-untyped-call]
+    ((values * held.gradient).sum() + learning.regulariser * distance).backward()  # type: ignore[no-untyped-call]
     if learning.clip > 0:
         torch.nn.utils.clip_grad_norm_([free], learning.clip)
     for group in optimiser.param_groups:

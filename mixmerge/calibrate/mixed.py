@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,37 @@ def _blocks(rows: Tensor, table: Tensor) -> Iterator[Tensor]:
     length = max(1, PIECE // max(1, table.shape[1]))
     for start in range(0, len(rows), length):
         yield rows[start : start + length]
+
+
+@contextmanager
+def watching(
+    parameters: Mapping[str, Tensor], learned: Collection[str], add: Callable[[str, Tensor], None]
+) -> Iterator[None]:
+    """While in it, only what is learned has gradients, and each is handed to ``add`` and freed as it comes."""
+    handles = []
+
+    def taking(name: str) -> Callable[[Tensor], None]:
+        def take(parameter: Tensor) -> None:
+            gradient = parameter.grad
+            parameter.grad = None
+            if gradient is not None:
+                add(name, gradient)
+
+        return take
+
+    before = {name: parameter.requires_grad for name, parameter in parameters.items()}
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(name in learned and parameter.is_floating_point())
+        if name in learned:
+            handles.append(parameter.register_post_accumulate_grad_hook(taking(name)))  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(before[name])
+            parameter.grad = None
 
 
 @dataclass
@@ -44,33 +75,9 @@ class Mixed:
         rows = len(self.layout.start)
         self.gradient = torch.zeros(rows, self.deltas.experts, dtype=torch.float64)
 
-    @contextmanager
-    def watched(self) -> Iterator[None]:
+    def watched(self) -> AbstractContextManager[None]:
         """While in it, only what is learned has gradients, and each is taken in and freed as it comes."""
-        handles = []
-        before = {name: parameter.requires_grad for name, parameter in self.parameters.items()}
-        for name, parameter in self.parameters.items():
-            learned = name in self.layout.rows
-            parameter.requires_grad_(learned and parameter.is_floating_point())
-            if learned:
-                handles.append(parameter.register_post_accumulate_grad_hook(self._take(name)))  # type: ignore[no-untyped-call]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            for name, parameter in self.parameters.items():
-                parameter.requires_grad_(before[name])
-                parameter.grad = None
-
-    def _take(self, name: str) -> Callable[[Tensor], None]:
-        def take(parameter: Tensor) -> None:
-            gradient = parameter.grad
-            parameter.grad = None
-            if gradient is not None:
-                self._add(name, gradient)
-
-        return take
+        return watching(self.parameters, self.layout.rows, self._add)
 
     def _add(self, name: str, gradient: Tensor) -> None:
         rows, used = self.layout.rows[name], self.used_rows.get(name)
