@@ -137,17 +137,19 @@ class CoefficientSpace:
 
 @dataclass(frozen=True)
 class Layout:
-    """Rows of the matrix of free coefficients: by tensor, one for each of its chunks.
+    """Rows of the matrix of free coefficients: by tensor, one for each of its chunks, or of its directions.
 
     Args:
         rows: by tensor; the tensors of one coefficient for each expert share row 0.
-        start: coefficients of each row at the start, one for each expert.
+        start: coefficients of each row at the start, one for each expert; of a direction one for all.
         fixed: tensors that are not learned, with their coefficients.
+        nuclear: of tensors whose rows are directions, the sum of their singular values.
     """
 
     rows: Mapping[str, tuple[int, ...]]
     start: tuple[tuple[float, ...], ...]
     fixed: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    nuclear: Mapping[str, float] = field(default_factory=dict)
 
     def weights(self, values: Sequence[Sequence[float]]) -> dict[str, tuple[tuple[float, ...], ...]]:
         """Coefficients by tensor, chunk and expert, from one of each row."""
@@ -170,8 +172,8 @@ def place(name: str) -> tuple[int | None, str]:
 def heat_map(coefficients: Coefficients, *, title: str = "") -> bytes:
     """A PNG: a panel for each expert, a row for each layer, a column for each kind of tensor.
 
-    A cell is the mean over a tensor's chunks, and over what shares layer and kind. Cells of tensors that were
-    not learned are hatched.
+    A cell is the mean over a tensor's chunks or directions, and over what shares layer and kind. Cells of tensors that
+    were not learned are hatched. Factors of directions are the same for all experts: there is one panel.
 
     Raises:
         DependencyError: matplotlib is not installed.
@@ -185,8 +187,11 @@ def heat_map(coefficients: Coefficients, *, title: str = "") -> bytes:
     from matplotlib.figure import Figure
 
     cells, kinds, layers = _cells(coefficients)
-    count = len(coefficients.experts)
+    panels = ("all experts",) if coefficients.shared else tuple(map(_short, coefficients.experts))
+    count = len(panels)
     learned = [value for rows in coefficients.weights.values() for row in rows for value in row]
+    if coefficients.shared:  # thousands of a tensor, whose extremes no mean is near
+        learned = [value for means, _ in cells.values() for value in means]
     low, high = min(learned), max(learned)
     width = min(2.2 + 0.32 * len(kinds), 9.0)
     down = -(-count // max(1, min(count, int(18 // width))))
@@ -201,9 +206,10 @@ def heat_map(coefficients: Coefficients, *, title: str = "") -> bytes:
             axis.set_axis_off()
             continue
         shown = _panel(axis, cells, kinds, layers, number, (low, high if high > low else low + 1e-6))
-        axis.set_title(_short(coefficients.experts[number]), fontsize=9)
-    figure.colorbar(shown, ax=axes, label="coefficient", shrink=0.5)
-    figure.suptitle(title or f"{coefficients.method}: coefficients by layer and expert", fontsize=10)
+        axis.set_title(panels[number], fontsize=9)
+    figure.colorbar(shown, ax=axes, label="mean factor" if coefficients.shared else "coefficient", shrink=0.5)
+    what = "factors by layer" if coefficients.shared else "coefficients by layer and expert"
+    figure.suptitle(title or f"{coefficients.method}: {what}", fontsize=10)
     buffer = io.BytesIO()
     with matplotlib.rc_context({"hatch.linewidth": 0.4}):
         figure.savefig(buffer, format="png", dpi=120, metadata={"Software": None})

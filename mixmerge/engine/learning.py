@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from mixmerge.checkpoint.files import Files
 from mixmerge.engine.calibration_data import Data, experts_of
-from mixmerge.engine.maps import is_map
+from mixmerge.engine.maps import is_learned
 from mixmerge.engine.output import Output
 from mixmerge.engine.reading import read_tensor
+from mixmerge.engine.sketching import group_of
 from mixmerge.engine.streams import FileDeltas, Thresholds, tensor_cuts
 from mixmerge.engine.worker import Adapters, Worker, chunk_length
 from mixmerge.errors import CheckpointError, DependencyError, Fault, MethodError
@@ -92,7 +93,8 @@ def learn_coefficients(
     Raises:
         MixmergeError: the data, the model or the experts are not fit to learn from.
     """
-    from mixmerge.calibrate.learners import LEARNERS, Lesson
+    from mixmerge.calibrate.learners import LEARNERS
+    from mixmerge.calibrate.lessons import Lesson
     from mixmerge.data.batches import context_of
 
     calibration = plan.recipe.calibration
@@ -109,6 +111,7 @@ def learn_coefficients(
     parameters, same = _parameters(model, tasks)
     first = {name for name in parameters if name not in same}
     heads = _heads(plan, tasks, model, parameters, files)
+    by_name = {task.target.name: task for task in tasks}
     own = {id(value) for name, value in model.named_parameters() if any(name in head for head in heads)}
     lesson = Lesson(
         model=model,
@@ -121,10 +124,11 @@ def learn_coefficients(
         frozen=frozenset(
             task.target.name
             for task in tasks
-            if not _is_learned(task) or id(parameters[task.target.name]) in own
+            if not is_learned(task, plan.method) or id(parameters[task.target.name]) in own
         ),
         heads=heads,
         options=tasks[0].parameters,
+        group=lambda name: group_of(plan, by_name[name], files=files, adapters=adapters, device=device),
         max_tokens=min(calibration.max_tokens, context_of(model.config, tokenizer)),
         batch_size=calibration.batch_size,
         layout=calibration.layout,
@@ -133,11 +137,15 @@ def learn_coefficients(
     )
     learned = LEARNERS[plan.method.learner](lesson, progress=progress)
     weights = learned.weights | {name: learned.weights[other] for name, other in same.items()}
-    starts = [_weights(task) for task in tasks if _is_learned(task)]
+    nuclear = learned.layout.nuclear
+    starts = [_weights(task) for task in tasks if is_learned(task, plan.method)]
+    if nuclear:
+        starts = list(learned.layout.start[:1])
     return Coefficients(
         method=plan.method.name,
         experts=tuple(str(expert) for expert in experts),
         weights={task.target.name: weights[task.target.name] for task in tasks},
+        nuclear={name: nuclear[other] for name, other in _origin(weights, same) if other in nuclear},
         start=tuple(sum(column) / len(starts) for column in zip(*starts, strict=True)),
         frozen=tuple(sorted(name for name, other in _origin(weights, same) if other in learned.layout.fixed)),
         seed=plan.recipe.seed,
@@ -158,11 +166,6 @@ def _origin(weights: Mapping[str, Any], same: Mapping[str, str]) -> list[tuple[s
 def _weights(task: Task) -> tuple[float, ...]:
     values = task.parameters["weight"]
     return tuple(float(value or 0.0) for value in values) if isinstance(values, tuple) else ()
-
-
-def _is_learned(task: Task) -> bool:
-    asked = task.parameters.get("learn", "all")
-    return asked == "all" or (asked == "linear" and is_map(task))
 
 
 def _digest(rows: Sequence[Row]) -> str:

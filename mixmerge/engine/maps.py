@@ -1,16 +1,30 @@
-"""The linear maps of a plan, and how many tokens their Gram matrices need."""
+"""The linear maps of a plan, which of its tensors are learned, and how many tokens Gram matrices need."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from mixmerge.errors import Fault, MethodError
+from mixmerge.methods import Method
+from mixmerge.methods.roles import Tables, is_matrix
 from mixmerge.plan import Task
 
 
 def is_map(task: Task) -> bool:
     """Whether a task merges the matrix of a linear map; a stack of them is none."""
     return not task.copied and task.role in ("linear", "transposed") and len(task.target.shape) == 2
+
+
+def is_learned(task: Task, method: Method) -> bool:
+    """Whether coefficients of a tensor are learned: where the recipe asks for it, and there are any."""
+    asked = task.parameters.get("learn", "all")
+    if method.learns_directions and not is_matrix(task.target.shape, task.role, _tables(task)):
+        return False
+    return asked == "all" or (asked == "linear" and is_map(task))
+
+
+def _tables(task: Task) -> Tables:
+    return "spectral" if task.parameters.get("tables") == "spectral" else "mean"
 
 
 def width(task: Task) -> int:

@@ -11,14 +11,15 @@ from mixmerge.calibrate.anatomy import Anatomy, Need, Shown
 from mixmerge.data.rows import Row
 from mixmerge.engine.calibrating import gathering, measure_of, statistic_of
 from mixmerge.engine.calibration_data import Part, experts_of, read_parts
-from mixmerge.engine.maps import is_map, singular
+from mixmerge.engine.maps import is_learned, is_map, singular
 from mixmerge.engine.twin import fitted
 from mixmerge.engine.twin_outlook import WORK, gate_need, prompt_batches, row_faults, shared_reader
 from mixmerge.errors import Fault, MixmergeError, RecipeError
 from mixmerge.experts.loading import Kind, check_tokenizer, kind_of, read_config, read_tokenizer
+from mixmerge.methods.footprint import directions
 from mixmerge.methods.roles import role_of
 from mixmerge.plan import Model, Plan, make_plan
-from mixmerge.plan.report import RUNTIME
+from mixmerge.plan.report import RUNTIME, held_bytes, sizes_of
 from mixmerge.recipe import Calibration, ModelRef, Parsed, Recipe, inputs, read
 from mixmerge.recipe.calibration import DEFAULT_EXAMPLES
 
@@ -249,8 +250,9 @@ def _size(row: Row) -> int:
 
 def _readers(plan: Plan, models: Sequence[Model], faults: list[Fault]) -> list[Reader | None]:
     """How each expert reads rows; a learner shows all of them to one model, with the base's tokenizer."""
+    from mixmerge.calibrate.aligning import check_losses
     from mixmerge.calibrate.gathering import Reader
-    from mixmerge.calibrate.learners import check_losses, check_outputs
+    from mixmerge.calibrate.lessons import ALIGNING, check_outputs
 
     readers: list[Reader | None] = []
     for model in models:
@@ -265,7 +267,7 @@ def _readers(plan: Plan, models: Sequence[Model], faults: list[Fault]) -> list[R
             if plan.method.learner:
                 check_outputs(plan.method.learner, kind, architecture)
                 check_tokenizer(tokenizer, str(reading.ref))
-            if plan.method.learner == "alignment":
+            if plan.method.learner in ALIGNING:
                 check_losses(next(task.parameters for task in plan.tasks if not task.copied))
             readers.append(Reader(name, architecture, kind, config, tokenizer))
         except MixmergeError as error:
@@ -276,7 +278,7 @@ def _readers(plan: Plan, models: Sequence[Model], faults: list[Fault]) -> list[R
 
 def _batches(plan: Plan, asked: Calibration, rows: Sequence[Row], reader: Reader) -> Sequence[Batch]:
     """As the merge will make them; a list of rows that is refused then is refused now."""
-    from mixmerge.calibrate.learners import batches_of, step_sizes
+    from mixmerge.calibrate.lessons import batches_of, step_sizes
 
     if plan.method.statistics:
         return reader.batches(rows, statistic_of(plan).name, measure_of(plan))
@@ -338,13 +340,15 @@ def _singular(plan: Plan, tokens: Sequence[int | None], faults: list[Fault]) -> 
 
 
 def _learning(plan: Plan, reader: Reader, shown: Sequence[Shown], places: int) -> Need:
-    from mixmerge.calibrate.learners import layers_of, learning_need
+    from mixmerge.calibrate.aligning import layers_of
+    from mixmerge.calibrate.learners import learning_need
+    from mixmerge.calibrate.lessons import ALIGNING
     from mixmerge.calibrate.teachers import Teachers
 
     donor: Kind = reader.kind
     anatomy = _anatomy(plan.models[plan.donor], reader)
     task = next(task for task in plan.tasks if not task.copied)
-    aligned = plan.method.learner == "alignment"
+    aligned = plan.method.learner in ALIGNING
     layers = len(layers_of(str(task.parameters["hidden_layers"]), anatomy.layers)) if aligned else 0
     asked = plan.recipe.calibration
     need = learning_need(
@@ -352,4 +356,18 @@ def _learning(plan: Plan, reader: Reader, shown: Sequence[Shown], places: int) -
         kind=donor, rows=_option(plan, "rows"), batch_size=asked.batch_size if asked else 1,
         layers=layers, width=_WIDTHS[str(task.parameters["precision"])],
     )  # fmt: skip
-    return replace(need, disk=Teachers.bytes_of(places, anatomy.hidden, layers) if aligned else 0)
+    memory = {**need.memory, **_spectra(plan)}
+    return Need(memory, Teachers.bytes_of(places, anatomy.hidden, layers) if aligned else 0)
+
+
+def _spectra(plan: Plan) -> dict[str, int]:
+    """Of a method that learns directions: those of all matrices, and the decomposition that takes most."""
+    if not plan.method.learns_directions:
+        return {}
+    tasks = [task for task in plan.tasks if not task.copied]
+    learned = [task for task in tasks if is_learned(task, plan.method)]
+    width = _WIDTHS[str(tasks[0].parameters["precision"])]
+    return {
+        "directions": width * sum(directions(sizes_of(plan, task)) for task in learned),
+        "a decomposition": max(held_bytes(plan, task) for task in tasks),
+    }

@@ -7,6 +7,7 @@ cuda`` runs. Needs as much memory as one tensor of every input in float32, on th
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -20,7 +21,7 @@ from mixmerge.engine.kernels import Context
 from mixmerge.engine.reading import TORCH
 from mixmerge.engine.schedule import Job, Pass
 from mixmerge.engine.worker import Adapters, Worker
-from mixmerge.errors import CheckpointError, Fault
+from mixmerge.errors import CheckpointError, Fault, MethodError
 from mixmerge.kernels.philox import Draw
 from mixmerge.plan import Task
 
@@ -63,17 +64,22 @@ def _merged(context: Context, task: Task, files: Files, adapters: Adapters, devi
 
     method, plan = context.plan.method, context.plan
     inputs = Inputs(plan, task, files, adapters, device)
-    merged = apply(
-        method,
-        inputs if method.streams else list(inputs),
-        base=inputs.base if method.base == "required" else None,
-        parameters=listed(task),
-        draw=Draw(plan.recipe.seed, task.target.name) if method.stochastic else None,
-        cuts=None if context.cuts is None else thresholds(context.cuts[task.target.name]),
-        role=task.role,
-        sketch=context.sketch,
-        statistics=context.statistics(task) if context.statistics else None,
-    )
+    try:
+        merged = apply(
+            method,
+            inputs if method.streams else list(inputs),
+            base=inputs.base if method.base == "required" else None,
+            parameters=listed(task),
+            draw=Draw(plan.recipe.seed, task.target.name) if method.stochastic else None,
+            cuts=None if context.cuts is None else thresholds(context.cuts[task.target.name]),
+            role=task.role,
+            sketch=context.sketch,
+            statistics=context.statistics(task) if context.statistics else None,
+        )
+    except MethodError as error:
+        where = f"tensor {task.target.name!r}"
+        named = [dataclasses.replace(fault, where=f"{where}: {fault.where}") for fault in error.faults]
+        raise MethodError(named) from error
     return merged.to(getattr(torch, TORCH[task.target.dtype]))
 
 
@@ -84,6 +90,8 @@ def listed(task: Task) -> dict[str, object]:
     }
     if task.chunks:
         values["weight"] = _by_element(task)
+    if task.factors:
+        values |= {"factors": task.factors, "nuclear": task.nuclear}
     return values
 
 

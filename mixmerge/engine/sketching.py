@@ -14,7 +14,16 @@ from mixmerge.engine.worker import Adapters, Worker
 from mixmerge.plan import Plan, Task
 
 if TYPE_CHECKING:
-    from mixmerge.methods.sketch import Sketch, Totals
+    from mixmerge.methods.sketch import Group, Sketch, Totals
+
+
+def group_of(plan: Plan, task: Task, *, files: Files, adapters: Adapters, device: str) -> Group:
+    """One tensor of every input as the method takes them; arguments as of ``plain``."""
+    from mixmerge.methods.sketch import Group
+
+    inputs = Inputs(plan, task, files, adapters, device)
+    tensors = inputs if plan.method.streams else list(inputs)
+    return Group(tensors, inputs.base, task.role, listed(task))
 
 
 def sketched(
@@ -40,11 +49,8 @@ def sketched(
     for number in range(sketch.passes()):
 
         def look(task: Task, number: int = number, state: Any = state) -> Totals:
-            from mixmerge.methods.sketch import Group
-
-            inputs = Inputs(plan, task, files, adapters, device)
-            tensors = inputs if plan.method.streams else list(inputs)
-            return sketch.observe(number, Group(tensors, inputs.base, task.role, listed(task)), state)
+            group = group_of(plan, task, files=files, adapters=adapters, device=device)
+            return sketch.observe(number, group, state)
 
         state = sketch.settle(number, _totals(look, tasks, workers), state)
     return state

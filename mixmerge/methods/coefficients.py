@@ -1,6 +1,7 @@
-"""Mixing coefficients by tensor, chunk and expert: a record, its JSON text, and what of a tensor a chunk is.
+"""Learned coefficients of a merge: a record, its JSON text, and what of a tensor a chunk is. Imports no torch.
 
-Imports no torch. A chunk is a contiguous slice of the row-major tensor.
+They are weights of experts, by tensor, chunk and expert: a chunk is a contiguous slice of the row-major tensor. Or they
+are factors of the directions of a sum, by tensor and direction: then all experts share one number.
 """
 
 from __future__ import annotations
@@ -21,13 +22,16 @@ _FORMAT = "mixmerge-coefficients-1"
 
 @dataclass(frozen=True)
 class Coefficients:
-    """What was learned: for each tensor, one coefficient for each chunk and expert; and how.
+    """What was learned: for each tensor, one coefficient for each chunk and expert, or for each direction; and how.
 
     Args:
         method: of the recipe.
         experts: as the recipe writes them, in its order.
-        weights: by tensor, C chunks of T numbers, one for each expert.
-        start: mean coefficient of each expert before the first step.
+        weights: by tensor, C chunks of T numbers, one for each expert; of factors, one number for each direction, or
+            one for all of them.
+        nuclear: by tensor whose directions were learned, the sum of the singular values they had; empty where weights
+            of experts were.
+        start: mean coefficient of each expert before the first step; of factors, one number.
         frozen: tensors that were not learned: they have the coefficients of the start.
         seed: of the order of the data.
         steps: that were taken.
@@ -43,6 +47,7 @@ class Coefficients:
     method: str
     experts: tuple[str, ...]
     weights: Mapping[str, tuple[tuple[float, ...], ...]]
+    nuclear: Mapping[str, float] = field(default_factory=dict)
     start: tuple[float, ...] = ()
     frozen: tuple[str, ...] = ()
     seed: int = 0
@@ -54,8 +59,13 @@ class Coefficients:
     warnings: tuple[str, ...] = ()
     hashes: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def shared(self) -> bool:
+        """Whether they are factors of directions, which all experts share."""
+        return bool(self.nuclear)
+
     def moved(self) -> float:
-        """Mean distance of a learned coefficient from its expert's mean at the start."""
+        """Mean distance of a learned coefficient from its mean at the start."""
         learned = [rows for name, rows in self.weights.items() if name not in self.frozen]
         gaps = [
             abs(value - start)
@@ -125,10 +135,15 @@ def _faults(plain: Mapping[str, Any], where: str) -> list[Fault]:
         faults.append(Fault(f"{where}: frozen", "is no list of names"))
     if not isinstance(weights, dict) or not weights:
         return [*faults, Fault(f"{where}: weights", "has no tensors")]
+    nuclear = plain.get("nuclear", {})
+    if not isinstance(nuclear, dict) or not all(_finite(norm) and norm >= 0 for norm in nuclear.values()):
+        faults.append(Fault(f"{where}: nuclear", "is no mapping of tensors to sums of singular values"))
+    width = 1 if nuclear else len(experts)
+    numbers = "one number each, of a direction" if nuclear else f"{width} numbers each"
     for name, rows in weights.items():
         good = isinstance(rows, list) and rows and all(isinstance(row, list) for row in rows)
-        if not good or any(len(row) != len(experts) for row in rows):
-            what = f"is not a list of chunks with {len(experts)} numbers each"
+        if not good or any(len(row) != width for row in rows):
+            what = f"is not a list of chunks with {numbers}"
             faults.append(Fault(f"{where}: weights.{name}", what))
         elif not all(_finite(value) for row in rows for value in row):
             faults.append(Fault(f"{where}: weights.{name}", "holds what is not a finite number"))

@@ -127,6 +127,18 @@ def iso_c(sizes: Sizes) -> int:
     return _part(sizes) + m * n + _triplets(m, n, _thin(sizes, min(m, n))) + 2 * m * n
 
 
+def directions(sizes: Sizes) -> int:
+    """U and V of every matrix of a tensor."""
+    return sum(sizes.shape[-2:]) * most_directions(sizes)
+
+
+def most_directions(sizes: Sizes) -> int:
+    """Singular values that the sum of all deltas has at most: k of each matrix, of factors their ranks added up."""
+    if not sizes.spectral:
+        return 0
+    return math.prod(sizes.shape[:-2]) * min(*sizes.matrix, sum(sizes.ranks) or sizes.shape[-1])
+
+
 def iso_cts(sizes: Sizes) -> int:
     """As ``iso_c``, and every expert's own triplets beside the sum's."""
     if not sizes.spectral:

@@ -75,6 +75,18 @@ def merged_by(default: float) -> Parameter:
     return number("lambda", default, "factor on the merged delta")
 
 
+def tolerance() -> Parameter:
+    """``tolerance`` of the spectral methods."""
+    doc = "share of the largest singular value below which one is rounding; 0 keeps all, as published"
+    return number("tolerance", None, doc, 0.0, 0.99)
+
+
+def tables(rest: str) -> Parameter:
+    """``tables``: of what ``rest`` others get, or spectral."""
+    doc = f"embeddings and heads over a vocabulary: {rest} of what other tensors get, or as matrices"
+    return choice("tables", rest, doc, rest, "spectral")
+
+
 def kept(
     default: float, doc: str = "share of each delta that is kept", *, constant: bool = False
 ) -> Parameter:

@@ -114,5 +114,10 @@ class Method:
     def needs_data(self) -> bool:
         return bool(self.statistics or self.learner)
 
+    @property
+    def learns_directions(self) -> bool:
+        """Whether what it learns are factors of a sum's directions, and not weights of experts."""
+        return self.learner == "spectrum"
+
     def parameter(self, name: str) -> Parameter | None:
         return next((parameter for parameter in self.parameters if parameter.name == name), None)

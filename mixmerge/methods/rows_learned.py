@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mixmerge.methods.parameters import kept, number, threshold_scope, whole
+from mixmerge.methods.parameters import kept, merged_by, number, tables, threshold_scope, tolerance, whole
 from mixmerge.methods.records import ANY, Method, Parameter, Value
 
 _MANY = 1e6
@@ -24,8 +24,8 @@ def _weight(default: float) -> Parameter:
     return number("weight", default, "coefficient before the first step", per="expert")
 
 
-def _learn(default: str) -> Parameter:
-    doc = "which tensors are learned: all, matrices of linear maps, none; the rest keeps its weight"
+def _learn(default: str, rest: str = "its weight") -> Parameter:
+    doc = f"which tensors are learned: all, matrices of linear maps, none; the rest keeps {rest}"
     return Parameter(
         "learn", "choice", "merge", default, doc, choices=("all", "linear", "none"), learning=True
     )
@@ -55,6 +55,24 @@ _ADA = (
     _number("learning_rate", 1e-3, "of Adam, betas .9 and .999"),
     _PRECISION,
 )
+
+
+def _aligned(hidden: str) -> tuple[Parameter, ...]:
+    """The loss of alignment, and whose hidden states it takes by default."""
+    return (
+        _IMPORTANCE,
+        _choice("hidden_layers", hidden, "whose hidden states are aligned", "all", "last", "none"),
+        _choice("hidden_loss", "mean", "of squares (released), or their sum (paper)", "mean", "sum"),
+        _number("hidden_weight", 1.0, "factor on the hidden loss"),
+        _choice(
+            "logit_loss", "kl", "of the paper, or of the released code: equal gradients", "kl", "soft_ce"
+        ),
+        _number("logit_weight", 1.0, "factor on the logit loss"),
+        _number("temperature", 1.0, "of the logit loss", 1e-3, 1e3),
+        _PRECISION,
+    )
+
+
 _EXPERT = (
     _learn("linear"),
     _whole("steps", 50, "updates of the coefficients; the released run has about 7", 1, _MANY),
@@ -64,19 +82,24 @@ _EXPERT = (
     _whole("period", 50, "steps between cosine warm restarts", 1, _MANY),
     _number("clip", 1.0, "greatest norm of the gradient; 0 for no limit"),
     _number("regulariser", 5.0, "times the mean distance of coefficients from their start (gamma)"),
-    _IMPORTANCE,
-    _choice("hidden_layers", "all", "whose hidden states are aligned", "all", "last", "none"),
-    _choice("hidden_loss", "mean", "of squares (released), or their sum (paper)", "mean", "sum"),
-    _number("hidden_weight", 1.0, "factor on the hidden loss"),
-    _choice("logit_loss", "kl", "of the paper, or of the released code: equal gradients", "kl", "soft_ce"),
-    _number("logit_weight", 1.0, "factor on the logit loss"),
-    _number("temperature", 1.0, "of the logit loss", 1e-3, 1e3),
-    _PRECISION,
+    *_aligned("all"),
 )
 _PLUS = (
     _number("budget", 1.0, "chunks in all, as a multiple of the tensors; paper: .9 to 1.2", 0.0, 1e4),
     _number("kappa", 1.0, "exponent on a tensor's importance; its value is not published", 0.0, 10.0),
     _whole("least_chunks", 1, "of any tensor; 0 freezes those whose share is none", 0, 1),
+)
+_SPECTRUM = (
+    number("weight", 1.0, "factor on each delta before they are added up", per="expert"),
+    merged_by(1.0),
+    tables("mean"),
+    tolerance(),
+    _learn("all", "factors 1"),
+    _whole("steps", 150, "updates of the factors", 1, _MANY),
+    _whole("rows", 8, "rows of each expert in a step", 1, _MANY),
+    _number("learning_rate", 0.03, "of Adam, betas .9 and .999"),
+    _number("regulariser", 0.0, "times the mean distance of factors from 1"),
+    *_aligned("none"),
 )
 _DENSITY = kept(0.2)
 _SCOPE = threshold_scope(
@@ -140,5 +163,22 @@ ROWS = (
         summary="Expert Merging with more coefficients, by chunks, where they matter",
         paper=_EXPERT_PAPER,
         footprint="chunked",
+    ),
+    Method(
+        name="learned_spectrum",
+        function="mixmerge.methods.spectrum:learned_spectrum",
+        takes="deltas",
+        parameters=_SPECTRUM,
+        base="required",
+        inputs=(1, ANY),
+        summary="as `iso_c`, each direction of the sum with a factor learned so that logits follow each expert",
+        paper="ours: Iso-C (No Task Left Behind, arXiv:2502.04959) with a factor for each direction, learned as in "
+        "Expert Merging, arXiv:2509.25712",
+        differentiable=False,
+        roles=True,
+        streams=True,
+        factors=True,
+        learner="spectrum",
+        footprint="mixmerge.methods.footprint:iso_c",
     ),
 )

@@ -2,21 +2,8 @@
 
 from __future__ import annotations
 
-from mixmerge.methods.parameters import choice, kept, merged_by, number, whole
+from mixmerge.methods.parameters import choice, kept, merged_by, number, tables, tolerance, whole
 from mixmerge.methods.records import ANY, Method, Parameter
-
-_TOLERANCE = number(
-    "tolerance",
-    None,
-    "share of the largest singular value below which one is rounding; 0 keeps all, as published",
-    0.0,
-    0.99,
-)
-
-
-def _tables(rest: str) -> Parameter:
-    doc = f"embeddings and heads over a vocabulary: {rest} of what other tensors get, or as matrices"
-    return choice("tables", rest, doc, rest, "spectral")
 
 
 def _adam(steps: int, rate: float) -> tuple[Parameter, Parameter]:
@@ -29,7 +16,7 @@ def _adam(steps: int, rate: float) -> tuple[Parameter, Parameter]:
 def _row(
     name: str, where: str, extra: tuple[Parameter, ...], *, summary: str, paper: str, sketch: str = ""
 ) -> Method:
-    tables = _tables("base" if sketch else "mean")
+    rest = tables("base" if sketch else "mean")
     doc = (
         "factor on each delta's share of a matrix"
         if sketch
@@ -39,7 +26,7 @@ def _row(
         name=name,
         function=f"mixmerge.methods.{where}:{name}",
         takes="deltas",
-        parameters=(number("weight", 1.0, doc, per="expert"), *extra, tables, _TOLERANCE, merged_by(1.0)),
+        parameters=(number("weight", 1.0, doc, per="expert"), *extra, rest, tolerance(), merged_by(1.0)),
         base="required",
         inputs=(1, ANY),
         summary=summary,

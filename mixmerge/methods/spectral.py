@@ -20,7 +20,7 @@ Arguments of all methods that use it, ``S`` the shape of the tensor, as is that 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, overload
 
@@ -78,6 +78,14 @@ class View(Sequence[Delta]):
         return delta if factor == 1.0 else delta * factor
 
 
+def matrices(
+    deltas: Sequence[Delta], weight: Sequence[float] | None, *, shape: Sequence[int], role: Role
+) -> Iterator[tuple[int | None, View]]:
+    """Of each matrix that a tensor is or holds, its number (None if it is the tensor) and deltas, outputs x inputs."""
+    for number in [None] if len(shape) == 2 else range(shape[0]):
+        yield number, View(deltas, weight, turned=role == "transposed", number=number)
+
+
 def by_matrix(
     deltas: Sequence[Delta],
     matrix: Callable[[Sequence[Delta]], Tensor],
@@ -102,12 +110,11 @@ def by_matrix(
         rest: what tensors get that are no matrices.
     """
     if is_matrix(base.shape, role, tables):
-        turned = role == "transposed"
-        numbers = [None] if base.ndim == 2 else list(range(base.shape[0]))
         merged = torch.empty_like(base)
-        for number in numbers:
-            found = matrix(View(deltas, weight, turned=turned, number=number))
-            (merged if number is None else merged[number]).copy_(found.mT if turned else found)
+        for number, each in matrices(deltas, weight, shape=base.shape, role=role):
+            found = matrix(each)
+            found = found.mT if role == "transposed" else found
+            (merged if number is None else merged[number]).copy_(found)
     elif rest == "base":
         return base.clone()
     else:

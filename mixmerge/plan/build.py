@@ -314,6 +314,7 @@ def _hash(plan: Plan) -> str:
             ],
             "parameters": task.parameters,
             **({"chunks": task.chunks} if task.chunks else {}),
+            **({"factors": [task.factors, task.nuclear]} if task.factors else {}),
         }
         for task in plan.tasks
     ]  # fmt: skip

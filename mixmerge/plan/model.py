@@ -101,6 +101,8 @@ class Task:
         role: what the tensor is for.
         chunks: weights of several contiguous slices of the row-major tensor, one for each source; empty if the
             parameter ``weight`` is that of the whole.
+        factors: of the directions of the sum of the experts' deltas; empty if all are 1.
+        nuclear: the sum of the singular values these factors were learned with; 0 if it is not known.
     """
 
     target: Target
@@ -110,6 +112,8 @@ class Task:
     parameters: dict[str, Value | tuple[Value, ...]]
     role: Role = "other"
     chunks: tuple[tuple[float, ...], ...] = ()
+    factors: tuple[float, ...] = ()
+    nuclear: float = 0.0
 
     @property
     def wide(self) -> bool:

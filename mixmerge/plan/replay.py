@@ -1,4 +1,4 @@
-"""Learned coefficients in a plan: read from a file, held against its tensors, and put in as weights."""
+"""Learned coefficients in a plan: read from a file, held against its tensors, and put in as weights or factors."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from mixmerge.errors import Fault, RecipeError
 from mixmerge.methods import Method
 from mixmerge.methods.coefficients import Coefficients, read_coefficients
+from mixmerge.methods.footprint import Sizes, most_directions
 from mixmerge.plan.agree import some
 from mixmerge.plan.model import Task
 from mixmerge.recipe import Recipe, inputs
@@ -51,6 +52,10 @@ def _faults(
     recipe: Recipe, method: Method, tasks: Sequence[Task], learned: Coefficients, where: str
 ) -> list[Fault]:
     count = len(inputs(recipe, method))
+    if learned.shared != method.learns_directions:
+        kind = "factors of the directions of a sum" if learned.shared else "weights of experts"
+        what = f"has {kind}, learned by {learned.method}, which {method.name} does not take"
+        return [Fault(where, what, run=f"Set merge_method: {learned.method}")]
     faults = []
     other_deltas = {method.name, learned.method} & set(_OTHER_DELTAS)
     if other_deltas and method.name != learned.method:
@@ -63,18 +68,37 @@ def _faults(
     ]
     if lacking:
         faults.append(Fault(where, f"has no coefficients for {some(lacking)}"))
+    if learned.shared:
+        faults.extend(_too_many(tasks, learned, where))
     return faults
 
 
+def _too_many(tasks: Sequence[Task], learned: Coefficients, where: str) -> list[Fault]:
+    """Factors of more directions than tensors can have; fewer, as of a sum of low rank, are held against the sum."""
+    faults = []
+    for task in tasks:
+        count = len(learned.weights.get(task.target.name, ()))
+        sizes = Sizes(task.target.shape, task.role, len(task.sources), task.parameters)
+        most = max(1, most_directions(sizes))
+        if not task.copied and count > most:
+            what = f"has factors of {count} directions, and the tensor has at most {most}"
+            faults.append(Fault(f"{where}: weights.{task.target.name}", what))
+    return faults[:20]
+
+
 def weighted(tasks: Sequence[Task], learned: Coefficients, method: Method) -> list[Task]:
-    """The tasks with learned coefficients as their weights, and without the parameters that steer learning."""
-    return [
-        task if task.copied else _weighted(task, learned.weights[task.target.name], method) for task in tasks
-    ]
+    """The tasks with learned coefficients as weights or factors, and without the parameters that steer learning."""
+    return [task if task.copied else _weighted(task, learned, method) for task in tasks]
 
 
-def _weighted(task: Task, rows: tuple[tuple[float, ...], ...], method: Method) -> Task:
+def _weighted(task: Task, learned: Coefficients, method: Method) -> Task:
+    name = task.target.name
+    rows = learned.weights[name]
     steers = {parameter.name for parameter in method.parameters if parameter.learning}
     kept = {name: value for name, value in task.parameters.items() if name not in steers}
+    if learned.shared:
+        factors = tuple(row[0] for row in rows)
+        norm = learned.nuclear.get(name, 0.0)
+        return dataclasses.replace(task, parameters=kept, factors=factors, nuclear=norm)
     kept = {"normalize": False, "lambda": 1.0, **kept, "weight": rows[0]}
     return dataclasses.replace(task, parameters=kept, chunks=rows if len(rows) > 1 else ())

@@ -40,7 +40,7 @@ def peak_memory(plan: Plan, *, threads: int) -> int:
         for header in delta.headers
     )
     whole = [task for task in plan.tasks if _by_definition(plan, task)]
-    sizes = {task.target.name: _definition(plan, task) for task in whole}
+    sizes = {task.target.name: held_bytes(plan, task) for task in whole}
     small = [task for task in whole if 4 * math.prod(task.target.shape) <= _KEPT_BELOW]
     tensors = sum(
         sum(sorted((sizes[task.target.name] for task in tasks), reverse=True)[:threads])
@@ -56,10 +56,14 @@ def _by_definition(plan: Plan, task: Task) -> bool:
     return not task.copied and (not method.kernel or bool(method.footprint) or task.wide or bool(task.chunks))
 
 
-def _definition(plan: Plan, task: Task) -> int:
+def held_bytes(plan: Plan, task: Task) -> int:
     """Bytes that the method's definition holds of a tensor."""
-    sizes = Sizes(task.target.shape, task.role, len(task.sources), task.parameters, _ranks(plan, task))
-    return (8 if task.wide else 4) * held(plan.method, sizes)
+    return (8 if task.wide else 4) * held(plan.method, sizes_of(plan, task))
+
+
+def sizes_of(plan: Plan, task: Task) -> Sizes:
+    """A task in numbers, as ``mixmerge.methods.footprint`` takes it."""
+    return Sizes(task.target.shape, task.role, len(task.sources), task.parameters, _ranks(plan, task))
 
 
 def _ranks(plan: Plan, task: Task) -> tuple[int, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from mixmerge.document import Node, Report, given, read_text
 from mixmerge.methods import METHODS, Method
 
-# Any learned coefficients are those of a weighted sum of deltas, but for methods that change the deltas first.
+# Learned weights of experts are those of a sum of deltas, unless the method changes the deltas first.
 PLAIN = "task_arithmetic"
 
 
