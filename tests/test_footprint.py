@@ -41,7 +41,7 @@ GIVEN = {
     "regmean": ("gram", (SHAPE[1],) * 2),
     "activation_ties": ("second_moment", SHAPE[1:]),
 }
-THIN = ("tsv_m", "iso_c", "iso_cts", "wudi", "doge_ta")
+THIN = ("tsv_m", "iso_c", "iso_cts", "wudi", "doge_ta", "learned_spectrum")
 
 # One process for all: torch is loaded once, and every case is measured in a fork of its own.
 PROGRAM = """

@@ -251,7 +251,7 @@ def tuned(root: Path, base: str, name: str, *, labels: int, seed: int) -> Path:
     return root / name
 
 
-@pytest.mark.parametrize("method", ["task_arithmetic", "regmean", "fisher", "adamerging"])
+@pytest.mark.parametrize("method", ["task_arithmetic", "regmean", "fisher", "adamerging", "learned_spectrum"])
 def test_an_adapter_with_a_classifier_is_an_expert_with_a_head(
     suite: Path, tmp_path: Path, method: str, tokenizer: Any
 ) -> None:
@@ -269,7 +269,7 @@ def test_an_adapter_with_a_classifier_is_an_expert_with_a_head(
     written["models"].append({"model": f"{suite / 'two'}+{adapter}"})
     if method != "task_arithmetic":
         written["calibration"] = {"data": str(tmp_path / "rows.jsonl")}
-        written["parameters"] = {"steps": 1} if method == "adamerging" else {}
+        written["parameters"] = {"steps": 1} if method in ("adamerging", "learned_spectrum") else {}
     merge(written, tmp_path / "out")
     assert heads_of(tmp_path / "out") == ("three", adapter.name)
     whole = load_expert(suite / "two", adapter=adapter).model.state_dict()

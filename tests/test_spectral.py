@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mixmerge.errors import MethodError
 from mixmerge.methods import METHODS
 from mixmerge.methods.doge import Thresholds, doge_ta
 from mixmerge.methods.isotropic import iso_c, iso_cts, own_directions
@@ -23,6 +24,7 @@ from mixmerge.methods.tsv import tsv_m
 from mixmerge.methods.wudi import wudi
 
 NAMES = ("tsv_m", "iso_c", "iso_cts", "wudi", "doge_ta")
+WITH_DATA = (*NAMES, "learned_spectrum")  # what it is without any
 FAST: dict[str, dict[str, Any]] = {"doge_ta": {"steps": 5}, "wudi": {"steps": 5}}
 
 
@@ -58,6 +60,46 @@ def test_iso_c_by_hand() -> None:
     deltas = [matrix([3, 0], [0, 0]), matrix([0, 0], [0, -1])]
     close(iso_c(deltas, base=torch.ones(2, 2)), matrix([3, 1], [1, -1]))
     close(iso_c(deltas, base=torch.zeros(2, 2), weight=[1, 3], lambda_=0.5), matrix([1.5, 0], [0, -1.5]))
+
+
+def test_learned_spectrum_by_hand() -> None:
+    """Singular values 3 and 1 become 2 times the factors of their directions; a stack has those of each matrix."""
+    deltas = [matrix([3, 0], [0, 0]), matrix([0, 0], [0, -1])]
+    base, given = torch.ones(2, 2), {"lambda": 0.5, "factors": (2.0, 3.0), "nuclear": 4.0}
+    wanted = base + matrix([2, 0], [0, -3])
+    close(run("learned_spectrum", deltas, base, **given), wanted)
+    close(run("learned_spectrum", deltas, base, "transposed", **given), wanted)
+    close(run("learned_spectrum", deltas, base, factors=(2.0,)), base + matrix([4, 0], [0, -4]))
+    close(run("learned_spectrum", deltas, base, "other", factors=(2.0,)), base + matrix([4, 0], [0, -4]))
+    one = matrix([2, 0], [0, 0])
+    stack = [torch.stack([deltas[0] + deltas[1], one])]
+    merged = run(
+        "learned_spectrum", stack, torch.zeros(2, 2, 2), "other", factors=(2.0, 3.0, 5.0), nuclear=6.0
+    )
+    close(merged, torch.stack([matrix([4, 0], [0, -6]), matrix([10, 0], [0, 0])]))
+    for factors in ((1.0, 2.0), (1.0, 2.0, 3.0, 4.0)):
+        with pytest.raises(MethodError, match=f"factors: are {len(factors)} for 3 directions"):
+            run("learned_spectrum", stack, torch.zeros(2, 2, 2), "other", factors=factors)
+    with pytest.raises(MethodError, match="a sum of nuclear norm 5, and this one's is 4"):
+        run("learned_spectrum", deltas, base, factors=(2.0, 3.0), nuclear=5.0)
+    with pytest.raises(MethodError, match="are 2 for 1 directions"):
+        run("learned_spectrum", deltas, base, "table", factors=(2.0, 3.0))
+
+
+def test_factors_of_1_are_iso_c_to_the_last_bit() -> None:
+    for shape, role in (
+        ((10, 14), "linear"),
+        ((14, 10), "transposed"),
+        ((3, 5, 9), "other"),
+        ((7,), "other"),
+    ):
+        deltas, base = experts(3, *shape), draw(*shape, seed=7)
+        given = {"weight": [0.5, 1.0, 2.0], "lambda": 1.7}
+        wanted = run("iso_c", deltas, base, role, **given)
+        assert torch.equal(run("learned_spectrum", deltas, base, role, **given), wanted)
+        count = 10 if len(shape) == 2 else 15 if len(shape) == 3 else 1
+        merged = run("learned_spectrum", deltas, base, role, **given, factors=(1.0,) * count)
+        assert torch.equal(merged, wanted)
 
 
 def test_tsv_m_by_hand() -> None:
@@ -247,7 +289,7 @@ def test_what_is_within_reach_is_the_minimum_itself() -> None:
         assert torch.equal(merged, wudi(deltas, base=torch.zeros(shape), solver="closed", reach=1e6))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", WITH_DATA)
 def test_order_and_orientation(name: str) -> None:
     deltas, base = experts(3, 10, 14), draw(10, 14, seed=7)
     merged = run(name, deltas, base)
@@ -255,10 +297,10 @@ def test_order_and_orientation(name: str) -> None:
     turned = run(name, [delta.T.contiguous() for delta in deltas], base.T.contiguous(), "transposed")
     close(turned.T, merged, 1e-6)
     alike = torch.allclose(run(name, deltas, base, "transposed"), merged, atol=1e-5)
-    assert alike == (name in ("tsv_m", "iso_c"))  # the others tell inputs from outputs
+    assert alike == (name in ("tsv_m", "iso_c", "learned_spectrum"))  # the others tell inputs from outputs
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", WITH_DATA)
 def test_what_is_no_matrix(name: str) -> None:
     for shape, role in (((7,), "other"), ((), "other"), ((9, 4), "table"), ((6, 5, 3), "other")):
         deltas, base = experts(2, *shape), draw(*shape, seed=7)
@@ -291,7 +333,7 @@ def test_iso_cts_without_own_directions_is_iso_c_and_alone_is_one_spectrum() -> 
 # --- edges
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", WITH_DATA)
 @pytest.mark.parametrize("shape", [(0, 3), (1, 1), (1, 6), (6, 1), (2, 9), (5, 5), (2, 3, 4)], ids=str)
 @pytest.mark.parametrize("tolerance", [None, 0.0, 0.99])
 def test_more_experts_than_directions(name: str, shape: tuple[int, ...], tolerance: float | None) -> None:
@@ -304,7 +346,7 @@ def test_more_experts_than_directions(name: str, shape: tuple[int, ...], toleran
         assert torch.equal(merged, base) == unchanged
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", WITH_DATA)
 @pytest.mark.parametrize("tolerance", [None, 0.0])
 def test_zero_and_identical_experts(name: str, tolerance: float | None) -> None:
     base, delta, zero = draw(8, 12, seed=9), draw(8, 12), torch.zeros(8, 12)
@@ -366,7 +408,7 @@ class Sizes(TorchDispatchMode):
 
 @pytest.mark.parametrize("shape", [(40, 64), (64, 40)], ids=str)
 @pytest.mark.parametrize("role", ["linear", "transposed", "table"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", WITH_DATA)
 def test_factors_are_the_matrix_and_never_made_one(name: str, role: str, shape: tuple[int, int]) -> None:
     thin, base = factors(8, *shape, 2), torch.zeros(shape)
     dense = [delta.b @ delta.a for delta in thin]
@@ -418,7 +460,7 @@ class Counted(Sequence[Tensor]):
         self.alive -= 1
 
 
-@pytest.mark.parametrize("name", ["tsv_m", "iso_c", "iso_cts", "wudi"])
+@pytest.mark.parametrize("name", ["tsv_m", "iso_c", "iso_cts", "wudi", "learned_spectrum"])
 @pytest.mark.parametrize("role", ["linear", "table"])
 def test_experts_are_asked_for_one_at_a_time(name: str, role: str) -> None:
     gc.collect()

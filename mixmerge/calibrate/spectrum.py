@@ -196,12 +196,14 @@ def spectrum(lesson: Lesson, *, progress: Progress | None = None) -> Learned:
     size, each = step_sizes(int(lesson.number("rows")), lesson.batch_size)
     shown = all_batches(lesson, size, "spectrum")
     names = [name for name in lesson.deltas.shapes if name not in lesson.frozen]
+    nothing = Fault("learn", "no matrix has directions that are learned", "all, or linear")
+    if not names:
+        raise MethodError(nothing)
     check_experts(lesson.deltas, names, lesson.labels)
     found = {name: directions_of(lesson.group(name), lesson.parameters[name].dtype) for name in names}
     found = {name: parts for name, parts in found.items() if parts}
-    if not found:
-        what = "no matrix has directions that are learned"
-        raise MethodError(Fault("learn", what, "all, or linear, where the sum of the deltas is not 0"))
+    if not found:  # deltas that cancel out
+        raise MethodError(nothing)
     learning = Learning(
         steps=int(lesson.number("steps")),
         learning_rate=lesson.number("learning_rate"),

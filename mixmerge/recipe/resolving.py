@@ -150,7 +150,8 @@ def _entry_values(
         value = _evaluate(entry.parameters, parameter, name, position)
         if value is None:
             value = _evaluate(recipe.parameters, parameter, name, position)
-        if value is None and parameter.name == "weight" and recipe.coefficients is not None:
+        replaced = parameter.name == "weight" and recipe.coefficients is not None
+        if value is None and replaced and parameter.default == REQUIRED:
             value = 0.0  # the plan puts in what was learned
         if value is None and parameter.default == REQUIRED:
             at = next((at for at, listed in enumerate(recipe.models) if listed.model == entry.model), None)

@@ -51,7 +51,9 @@ def faults(written: dict[str, Any]) -> list[str]:
     return [str(fault) for fault in raised.value.faults]
 
 
-@pytest.mark.parametrize("method", ["fisher", "regmean", "regmean_plus", "expert_merging"])
+@pytest.mark.parametrize(
+    "method", ["fisher", "regmean", "regmean_plus", "expert_merging", "learned_spectrum"]
+)
 def test_rows_and_tokens(method: str, family: Callable[..., Any], tmp_path: Path) -> None:
     from mixmerge.data.batches import make_batches
     from mixmerge.data.rows import read_rows
@@ -68,7 +70,7 @@ def test_rows_and_tokens(method: str, family: Callable[..., Any], tmp_path: Path
     ]
     assert outlook.need.total > 4 * 2 * sum(task.target.nbytes for task in plan.tasks) // 4
     assert any("has 3 different rows, and max_examples asks for 10" in note for note in outlook.notes)
-    assert outlook.work == ("learning" if method == "expert_merging" else "gathering")
+    assert outlook.work == ("learning" if method in ("expert_merging", "learned_spectrum") else "gathering")
 
 
 def test_a_method_without_data_has_no_outlook(family: Callable[..., Any]) -> None:
@@ -144,6 +146,7 @@ def test_data_that_will_not_do(
         ("fisher", "it predicts neither a token nor a class"),
         ("adamerging", "has no head, and the entropy is that of its predictions"),
         ("expert_merging", "has no head, and alignment compares logits"),
+        ("learned_spectrum", "has no head, and alignment compares logits"),
     ],
 )
 def test_models_without_the_outputs(
@@ -253,7 +256,7 @@ def test_no_weight_is_read(tmp_path: Path, tokenizer: Any) -> None:
     base, *experts = (hollow(tmp_path / name, tokenizer) for name in ("base", "one", "two"))
     made = SimpleNamespace(base=base, experts=experts)
     file = rows(tmp_path / "rows.jsonl", LINES)
-    methods = ["fisher", "regmean", "regmean_plus", "expert_merging"]
+    methods = ["fisher", "regmean", "regmean_plus", "expert_merging", "learned_spectrum"]
     done = subprocess.run(
         [sys.executable, "-P", "-c", READS, json.dumps([recipe(made, method, file) for method in methods])],
         capture_output=True,
@@ -315,7 +318,7 @@ told = {"said": max(outlook.peak_memory, peak_memory(plan, threads=1)), "need": 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["regmean", "fisher", "expert_merging"])
+@pytest.mark.parametrize("method", ["regmean", "fisher", "expert_merging", "learned_spectrum"])
 def test_the_memory_is_what_is_said(method: str, tmp_path: Path, tokenizer: Any, peak_of: Any) -> None:
     """An upper bound, within a factor of two; the part that is not the interpreter's within two as well."""
     import torch
@@ -334,7 +337,7 @@ def test_the_memory_is_what_is_said(method: str, tmp_path: Path, tokenizer: Any,
             for parameter in model.parameters():
                 parameter += 0.01 * torch.randn_like(parameter)
     shown = [{"prompt": f"{n} + {n + 1} is " * 4, "choices": [f" {n + 1}", f" {n}"]} for n in range(24)]
-    learned = "merging" in method
+    learned = method in ("expert_merging", "learned_spectrum")
     written = {
         "merge_method": method,
         **({"base_model": str(tmp_path / "base")} if learned else {}),
