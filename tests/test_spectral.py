@@ -70,7 +70,7 @@ def test_learned_spectrum_by_hand() -> None:
     close(run("learned_spectrum", deltas, base, **given), wanted)
     close(run("learned_spectrum", deltas, base, "transposed", **given), wanted)
     close(run("learned_spectrum", deltas, base, factors=(2.0,)), base + matrix([4, 0], [0, -4]))
-    close(run("learned_spectrum", deltas, base, "other", factors=(2.0,)), base + matrix([4, 0], [0, -4]))
+    close(run("learned_spectrum", deltas, base, "other", factors=(2.0,)), base + matrix([3, 0], [0, -1]))
     one = matrix([2, 0], [0, 0])
     stack = [torch.stack([deltas[0] + deltas[1], one])]
     merged = run(

@@ -243,6 +243,14 @@ def _learned() -> tuple[Entry, ...]:
             Entry(name, method, top=_HALF_FLOATS, data="train", examples=64, calibration=few, seeds=True)
             for name, method in aligned.items()
         ),
+        Entry(
+            "learned spectrum",
+            "learned_spectrum",
+            top={"lambda": 2.0, "steps": 300, "rows": 8, "learning_rate": 0.03, **_HALF_FLOATS},
+            data="train",
+            calibration={"max_tokens": 64, "batch_size": 8},
+            seeds=True,
+        ),
     )
 
 
