@@ -26,6 +26,7 @@ from mixmerge.recipe import ModelRef
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from mixmerge.calibrate.learning import Learned
     from mixmerge.data.rows import Row
 
 HEAT_MAP = "mixmerge_coefficients.png"
@@ -136,18 +137,24 @@ def learn_coefficients(
         gathers=deltas.gathers,
     )
     learned = LEARNERS[plan.method.learner](lesson, progress=progress)
-    weights = learned.weights | {name: learned.weights[other] for name, other in same.items()}
-    nuclear = learned.layout.nuclear
+    made = _record(plan, learned, tasks, same)
+    return dataclasses.replace(made, hashes=_hashes(experts, rows, data))
+
+
+def _record(plan: Plan, learned: Learned, tasks: Sequence[Task], same: Mapping[str, str]) -> Coefficients:
+    """What was learned, by the names of all tasks; ``same`` as from ``_parameters``."""
+    layout = learned.layout
+    origin = {task.target.name: same.get(task.target.name, task.target.name) for task in tasks}
     starts = [_weights(task) for task in tasks if is_learned(task, plan.method)]
-    if nuclear:
-        starts = list(learned.layout.start[:1])
+    if layout.nuclear:
+        starts = list(layout.start[:1])
     return Coefficients(
         method=plan.method.name,
-        experts=tuple(str(expert) for expert in experts),
-        weights={task.target.name: weights[task.target.name] for task in tasks},
-        nuclear={name: nuclear[other] for name, other in _origin(weights, same) if other in nuclear},
+        experts=tuple(str(plan.models[number].ref) for number in experts_of(plan)),
+        weights={name: learned.weights[other] for name, other in origin.items()},
+        nuclear={name: layout.nuclear[other] for name, other in origin.items() if other in layout.nuclear},
         start=tuple(sum(column) / len(starts) for column in zip(*starts, strict=True)),
-        frozen=tuple(sorted(name for name, other in _origin(weights, same) if other in learned.layout.fixed)),
+        frozen=tuple(sorted(name for name, other in origin.items() if other in layout.fixed)),
         seed=plan.recipe.seed,
         steps=learned.steps,
         kept=learned.kept,
@@ -155,12 +162,7 @@ def learn_coefficients(
         skipped=learned.skipped,
         stopped=learned.stopped,
         warnings=learned.warnings,
-        hashes=_hashes(experts, rows, data),
     )
-
-
-def _origin(weights: Mapping[str, Any], same: Mapping[str, str]) -> list[tuple[str, str]]:
-    return [(name, same.get(name, name)) for name in weights]
 
 
 def _weights(task: Task) -> tuple[float, ...]:
