@@ -298,6 +298,7 @@ class Job:
                     apart=self.conditions.apart,
                     cluster=self.conditions.cluster,
                     latents=self.latents,
+                    latents_bytes=self.conditions.latents,
                 ),
                 size=lambda unit: self.sizes[unit],
                 pinned=lambda unit: any(one.pinned for one in units[unit]),

@@ -23,7 +23,9 @@ _VLLM_PROCESS = ("revision", "python", "start_timeout", "timeout", "grace")
 _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
-def arguments_of(unit: Sequence[Expert], *, device: str, latents: Path | None = None) -> dict[str, Any]:
+def arguments_of(
+    unit: Sequence[Expert], *, device: str, latents: Path | None = None, latents_bytes: int | None = None
+) -> dict[str, Any]:
     """What the engine of these experts is made with, as JSON values."""
     first = unit[0]
     options = dict(first.options)
@@ -33,6 +35,7 @@ def arguments_of(unit: Sequence[Expert], *, device: str, latents: Path | None = 
     adapters = {one.name: one.adapter for one in unit if one.adapter is not None}
     about = {"model": first.model, "device": device, **({"adapters": adapters} if adapters else {})}
     about |= {} if latents is None else {"store": str(latents.absolute())}
+    about |= {} if latents_bytes is None else {"store_bytes": latents_bytes}
     # What an engine does not take is nothing to it, but for adapters: those it would leave out.
     known = {name: value for name, value in about.items() if name in taken or name == "adapters"}
     if first.engine == "vllm":
@@ -48,6 +51,7 @@ def open_engine(
     apart: bool = False,
     cluster: Cluster | None = None,
     latents: Path | None = None,
+    latents_bytes: int | None = None,
 ) -> Engine:
     """The engine that runs these experts, not loaded. On a GPU it is a process of its own, so that memory comes back.
 
@@ -57,6 +61,7 @@ def open_engine(
         apart: a process of its own on the CPU too.
         cluster: where what is no endpoint's runs; None for this machine.
         latents: folder where experts keep what others read.
+        latents_bytes: it is to have at most; None: half of what its disk has room for.
 
     Raises:
         MixmergeError: there is no engine of that name, or it does not take the options.
@@ -64,8 +69,8 @@ def open_engine(
     first = unit[0]
     name = first.name if first.remote or len(unit) == 1 else first.model
     if cluster is not None and not first.remote:
-        return _on_cluster(unit, cluster, device, name, latents)
-    arguments = arguments_of(unit, device=device, latents=latents)
+        return _on_cluster(unit, cluster, device, name, latents, latents_bytes)
+    arguments = arguments_of(unit, device=device, latents=latents, latents_bytes=latents_bytes)
     gpu = device.startswith("cuda") and not first.remote
     visible = device.partition(":")[2] or None if gpu else None
     if first.engine == "vllm":
@@ -81,7 +86,12 @@ def open_engine(
 
 
 def _on_cluster(
-    unit: Sequence[Expert], cluster: Cluster, device: str, name: str, latents: Path | None
+    unit: Sequence[Expert],
+    cluster: Cluster,
+    device: str,
+    name: str,
+    latents: Path | None,
+    latents_bytes: int | None,
 ) -> Engine:
     from mixmerge.engines.ray import RayEngine
 
@@ -97,7 +107,9 @@ def _on_cluster(
         places = {*folders_of(there[0].model, options), *([options["maps"]] if "maps" in options else ())}
     return RayEngine(
         unit[0].engine,
-        arguments_of(there, device="cuda" if slot.gpu else "cpu", latents=latents),
+        arguments_of(
+            there, device="cuda" if slot.gpu else "cpu", latents=latents, latents_bytes=latents_bytes
+        ),
         name=name,
         slot=slot,
         folders=sorted(place for place in places if Path(place).is_absolute()),

@@ -114,6 +114,7 @@ class Conditions:
         deadline: seconds after which no further batch is started; None for no end.
         apart: experts on the CPU run in processes of their own too: what kills one does not kill the job.
         cluster: whose slots the devices are; None where they are this machine's.
+        latents: bytes of disk for what experts leave others to read; by default half of what is free.
     """
 
     devices: tuple[Device, ...] = field(default_factory=lambda: (Device("cpu", free_memory()),))
@@ -121,6 +122,7 @@ class Conditions:
     deadline: float | None = None
     apart: bool = False
     cluster: Cluster | None = None
+    latents: int | None = None
 
     def __post_init__(self) -> None:
         faults = []
@@ -128,6 +130,8 @@ class Conditions:
             faults.append(Fault("devices", "there is none", "cpu, cuda:0, ..."))
         if self.batch_tokens < 1:
             faults.append(Fault("batch_tokens", f"is {self.batch_tokens}", "1 or more"))
+        if self.latents is not None and self.latents < 1:
+            faults.append(Fault("latents", f"is {self.latents} bytes", "1 or more"))
         if self.deadline is not None and not self.deadline > 0:
             faults.append(Fault("deadline", f"is {self.deadline} seconds", "More than 0"))
         if faults:

@@ -46,6 +46,15 @@ Memory = Annotated[
     float | None,
     typer.Option("--memory", min=0.001, help="GB that experts may take on a device.", show_default=False),
 ]
+Latents = Annotated[
+    float | None,
+    typer.Option(
+        "--latents",
+        min=0.000001,
+        help="GB of disk for what experts leave each other to read.",
+        show_default="half of what is free",
+    ),
+]
 BatchTokens = Annotated[
     int, typer.Option("--batch-tokens", min=1, help="Of a batch: prompts and what may be generated.")
 ]
@@ -113,6 +122,7 @@ def batch(
     explain: Annotated[bool, typer.Option("--explain", help="Write decisions and reasons too.")] = False,
     device: Devices = None,
     memory: Memory = None,
+    latents: Latents = None,
     batch_tokens: BatchTokens = 8192,
     deadline: Deadline = None,
     apart: Annotated[
@@ -151,7 +161,7 @@ def batch(
         overwrite=overwrite,
     )
     conditions, loaded = _ready(
-        lambda: conditions_of(device, memory, batch_tokens, deadline, apart=apart, ray=ray),
+        lambda: conditions_of(device, memory, batch_tokens, deadline, apart=apart, ray=ray, latents=latents),
         lambda: Mixture.load(mixture, revision=revision, trust_endpoints=trust_endpoints, answers=True),
         lambda: batching.check_files(asked, read=input != "-", written=not plan),
     )
@@ -201,6 +211,7 @@ def conditions_of(
     *,
     apart: bool = False,
     ray: str | None = None,
+    latents: float | None = None,
 ) -> Conditions:
     """Where a job runs, as options say it; with ``ray``, ``on_cluster`` has yet to put its slots in.
 
@@ -213,7 +224,10 @@ def conditions_of(
     if ray is not None and devices:
         raise MixmergeError(Fault("--device", "does not go with --ray: the cluster's slots are the devices"))
     given = None if memory is None else int(memory * 1e9)
-    return Conditions(devices_of(devices or ["cpu"], memory=given), batch_tokens, deadline, apart)
+    room = None if latents is None else max(1, int(latents * 1e9))
+    return Conditions(
+        devices_of(devices or ["cpu"], memory=given), batch_tokens, deadline, apart, latents=room
+    )
 
 
 @contextmanager

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from mixmerge.engines.batching import batches
 from mixmerge.engines.loading import Dtype, Loaded, load_model, loaded_of
 from mixmerge.engines.records import Message
 from mixmerge.engines.shortage import within_memory
-from mixmerge.errors import Fault, MixmergeError
+from mixmerge.errors import Fault, MixmergeError, OutOfMemoryError, OutputError
 from mixmerge.latent.offsets import Reader, TooLong
 from mixmerge.latent.peers import latents
 from mixmerge.latent.records import Latents, Reading
@@ -20,6 +21,7 @@ from mixmerge.latent.store import Store
 from mixmerge.registry import choices
 
 Prompt = str | tuple[Message, ...]
+Wanted = tuple[str, Prompt]  # a peer and what it is to have read
 _REMEMBERED = 1024  # prompts
 Depths = tuple[int | Literal["last"], ...]
 
@@ -113,14 +115,30 @@ class Companion:
         return store.key(self.hash, reading, self.depths, self.dtype)
 
     def offer(
-        self, loaded: Loaded, readings: Sequence[Reading], store: Store, *, batch_tokens: int
+        self,
+        loaded: Loaded,
+        readings: Sequence[Reading],
+        store: Store,
+        *,
+        batch_tokens: int,
+        beside: Collection[str] = (),
     ) -> list[str]:
-        """Keep its latents of prompts, and say under which names; what is there already is not made again."""
+        """Keep its latents of prompts, and say under which names; what is there already is not made again.
+
+        Args:
+            loaded: it.
+            readings: of the prompts.
+            store: where they are kept.
+            batch_tokens: of a batch; more than one batch of them is never in memory.
+            beside: as of ``Store.put``.
+        """
         keys = [self.key(store, reading) for reading in readings]
         lacking = {key: reading for key, reading in zip(keys, readings, strict=True) if not store.has(key)}
-        made = latents(loaded, list(lacking.values()), self.depths, batch_tokens=batch_tokens)
-        for key, one in zip(lacking, made, strict=True):
-            store.put(key, one)
+        names, left = list(lacking), list(lacking.values())
+        for batch in batches([one.ids for one in left], [0] * len(left), budget=batch_tokens):
+            made = latents(loaded, [left[at] for at in batch], self.depths, batch_tokens=batch_tokens)
+            for at, one in zip(batch, made, strict=True):
+                store.put(names[at], one, beside=beside)
         return keys
 
     def _load(self) -> Loaded:
@@ -149,7 +167,7 @@ class Offers:
     Args:
         companions: by name.
         store: folder; None, or one whose parent is not on this machine: a temporary one.
-        limit: bytes of it; None for the store's own.
+        limit: bytes of it, as of ``Store``; what a single prompt's peers leave is kept all the same.
         batch_tokens: of a batch.
     """
 
@@ -164,7 +182,6 @@ class Offers:
         self.companions, self._batch_tokens = companions, batch_tokens
         self._own: tempfile.TemporaryDirectory[str] | None = None
         self._folder, self._limit = store, limit
-        self.faults: dict[tuple[str, Prompt], Fault] = {}
 
     @cached_property
     def store(self) -> Store:
@@ -172,7 +189,7 @@ class Offers:
         if folder is None or not Path(folder).parent.is_dir():
             self._own = tempfile.TemporaryDirectory(prefix="mixmerge-latents-")
             folder = self._own.name
-        return Store(Path(folder)) if self._limit is None else Store(Path(folder), limit=self._limit)
+        return Store(Path(folder), limit=self._limit)
 
     def companion(self, name: str) -> Companion:
         if name not in self.companions:
@@ -184,51 +201,99 @@ class Offers:
         """What a peer has left of a prompt.
 
         Raises:
-            MixmergeError: why there is nothing; it was not made.
+            MixmergeError: it cannot read it.
+            OutOfMemoryError: it is not there, or no more: what else was wanted needed the room.
         """
-        known = self.faults.get((peer, prompt))
-        if known is not None:
-            raise MixmergeError(known)
         one = self.companion(peer)
         reading = one.reading(prompt)
         found = self.store.get(one.key(self.store, reading), reading)
         if found is None:
-            raise MixmergeError(Fault(f"peer {peer}", "has left no latents of the prompt"))
+            what = "what it left of a prompt is gone: there was no room for it beside others"
+            run = "Give it fewer requests at once, or more room for latents"
+            raise OutOfMemoryError(Fault(f"peer {peer}", what, run=run))
         return found
 
-    def lacking(self, wanted: Sequence[tuple[str, Prompt]]) -> list[Lacking]:
-        """What is not there of peers' prompts; what cannot be there is in ``faults``."""
-        found = []
+    def lacking(self, wanted: Sequence[Wanted]) -> tuple[list[Lacking], dict[Wanted, Fault]]:
+        """What is not there of peers' prompts; and what cannot be there, with the reason."""
+        found, faults = [], {}
         for peer, prompt in dict.fromkeys(wanted):
             try:
                 one = self.companion(peer)
                 reading = one.reading(prompt)
             except MixmergeError as error:
-                self.faults[peer, prompt] = _told(error, peer)
+                faults[peer, prompt] = _told(error, peer)
                 continue
-            self.faults.pop((peer, prompt), None)
             # Read, not looked for: a damaged file is none, and what was just read is the last to make room.
             if self.store.get(one.key(self.store, reading), reading) is None:
                 found.append(Lacking(peer, prompt, reading))
-        return found
+        return found, faults
 
-    def make(self, lacking: Sequence[Lacking]) -> None:
-        """Load the peers, one after the other, and keep what they leave; what fails is in ``faults``."""
+    def prepare(self, wanted: Sequence[Wanted], *, before: Callable[[], None]) -> dict[Wanted, Fault]:
+        """Make what is lacking: load the peers, one after the other, and keep what they leave.
+
+        Args:
+            wanted: peers and prompts.
+            before: called before any of them is loaded.
+
+        Returns:
+            What cannot be made, with the reason.
+
+        Raises:
+            OutOfMemoryError: of several prompts at once it does not fit into memory, or into the store.
+            OutputError: the disk refuses.
+        """
+        lacking, faults = self.lacking(wanted)
+        if not lacking:
+            return faults
+        before()
+        keys = self._keys([pair for pair in wanted if pair not in faults])
+        prompts = len({prompt for _, prompt in wanted})
         for peer in dict.fromkeys(one.peer for one in lacking):
             mine = [one for one in lacking if one.peer == peer]
-            try:
-                self._make(self.companions[peer], [one.reading for one in mine])
-            except MixmergeError as error:
-                self.faults |= {(peer, one.prompt): _told(error, peer) for one in mine}
+            failed = self._make(self.companions[peer], [one.reading for one in mine], keys)
+            if failed is not None and failed.crowded:
+                raise OutOfMemoryError(failed.fault)
+            if failed is not None:
+                faults |= dict.fromkeys([(peer, one.prompt) for one in mine], failed.fault)
+            taken = self.store.nbytes(keys)
+            if prompts > 1 and taken > self.store.room:
+                room = f"{taken / 1e9:,.3g} GB, and there is room for {self.store.room / 1e9:,.3g}"
+                what = f"what peers leave of {prompts:,} prompts takes {room}"
+                run = "Give it fewer requests at once, or more room for latents"
+                raise OutOfMemoryError(Fault("latents", what, run=run))
+        return faults
 
-    def _make(self, one: Companion, readings: Sequence[Reading]) -> None:
-        loaded = one.load()
+    def _keys(self, wanted: Sequence[Wanted]) -> set[str]:
+        found = ((self.companions[peer], prompt) for peer, prompt in wanted)
+        return {one.key(self.store, one.reading(prompt)) for one, prompt in found}
+
+    def _make(self, one: Companion, readings: Sequence[Reading], keys: Collection[str]) -> _Failed | None:
+        """Load a peer, and keep what it leaves. An error is not handed on: it would hold the peer in memory."""
+        try:
+            loaded = one.load()
+        except MixmergeError as error:
+            return _Failed(_told(error, one.name))
 
         def work() -> None:
-            one.offer(loaded, readings, self.store, batch_tokens=self._batch_tokens)
+            one.offer(loaded, readings, self.store, batch_tokens=self._batch_tokens, beside=keys)
 
         run = "Give it shorter prompts, or fewer batch_tokens"
-        within_memory(work, where=f"expert {one.name}", what="out of memory on its prompts", run=run)
+        try:
+            within_memory(work, where=f"expert {one.name}", what="out of memory on its prompts", run=run)
+        except OutputError:
+            raise
+        except MixmergeError as error:
+            crowded = isinstance(error, OutOfMemoryError) and len(readings) > 1
+            return _Failed(_told(error, one.name), crowded)
+        return None
+
+
+@dataclass(frozen=True)
+class _Failed:
+    """Why a peer left nothing; ``crowded``: fewer prompts may do."""
+
+    fault: Fault
+    crowded: bool = False
 
 
 def _told(error: MixmergeError, peer: str) -> Fault:

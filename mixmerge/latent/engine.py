@@ -4,23 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from mixmerge.engines.base import Capability, Engine
 from mixmerge.engines.loading import Dtype
 from mixmerge.engines.local import FULL, TransformersEngine
 from mixmerge.engines.records import Chunk, Generation, Likelihood, Request, Scoring
-from mixmerge.errors import Fault, MixmergeError
+from mixmerge.errors import Fault, MixmergeError, OutOfMemoryError
 from mixmerge.registry import choices
 
 if TYPE_CHECKING:
-    from mixmerge.latent.companions import Offers
+    from mixmerge.latent.companions import Offers, Wanted
     from mixmerge.latent.files import LatentCard
     from mixmerge.latent.glue import Glue
     from mixmerge.latent.primary import PrimaryEngine
 
 R = TypeVar("R", Request, Scoring)
 T = TypeVar("T")
+_AGAIN = 3  # latents that others have pushed out of the store are made again so often
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +55,8 @@ class LatentEngine(Engine):
         adapters: names that a request's ``adapter`` may have, in the other modes; each stands for itself.
         store: folder of latents, which several engines may share; None, or one whose parent is not on this machine: a
             temporary one.
+        store_bytes: it is to have at most; by default half of what its disk has room for. What the peers of one request
+            leave is kept all the same.
         dtype, device, batch_tokens, name: as of ``TransformersEngine``.
 
     Raises:
@@ -69,6 +73,7 @@ class LatentEngine(Engine):
         expert: str | None = None,
         adapters: Mapping[str, str] | None = None,
         store: str | None = None,
+        store_bytes: int | None = None,
         dtype: Dtype = "auto",
         device: str = "cpu",
         batch_tokens: int = 8192,
@@ -82,10 +87,13 @@ class LatentEngine(Engine):
             faults.append(Fault(f"{where}: dtype", f"is {dtype!r}", f"auto, {', '.join(FULL)}"))
         if batch_tokens < 1:
             faults.append(Fault(f"{where}: batch_tokens", f"is {batch_tokens}", "1 or more"))
+        if store_bytes is not None and store_bytes < 1:
+            faults.append(Fault(f"{where}: store_bytes", f"is {store_bytes}", "1 or more"))
         if faults:
             raise MixmergeError(faults)
         self.model, self.experts, self.expert = model, dict(experts), expert
-        self.store, self.dtype, self.device, self.batch_tokens = store, dtype, device, batch_tokens
+        self.store, self.store_bytes = store, store_bytes
+        self.dtype, self.device, self.batch_tokens = dtype, device, batch_tokens
         self._adapters = tuple(adapters or (() if expert is not None else experts))
         self._made: _Parts | None = None
 
@@ -113,12 +121,18 @@ class LatentEngine(Engine):
         return None if None in sizes else sum(size or 0 for size in sizes)
 
     def prepare(self, requests: Sequence[Request]) -> None:
-        """Make the latents that are lacking; what cannot be made is told by ``check``."""
-        self._prepare([(one.reads, one.prompt) for one in requests])
+        """Make the latents that are lacking; what cannot be made is told by ``check``.
+
+        Raises:
+            OutOfMemoryError: those of so many requests fit neither into memory nor into the store.
+            OutputError: the disk refuses.
+        """
+        self._prepare(requests)
 
     def check(self, requests: Sequence[Request]) -> list[Fault | None]:
-        self.prepare(requests)
-        refused = [self._unable(one) or self._unreadable(one) for one in requests]
+        """As ``Engine.check``; raises what ``prepare`` does."""
+        lost = self._prepare(requests)
+        refused = [self._unable(one) or self._unreadable(one, lost) for one in requests]
         able = [one for one, fault in zip(requests, refused, strict=True) if fault is None]
         told = iter(self._each(able, lambda one, some: one.check(some), split=False))
         return [next(told) if fault is None else fault for fault in refused]
@@ -128,10 +142,10 @@ class LatentEngine(Engine):
 
         Raises:
             MixmergeError: what ``check`` says, of all requests at once.
-            OutOfMemoryError: a batch did not fit.
+            OutOfMemoryError: a batch did not fit, or what its peers leave.
         """
         self._refuse(requests)
-        return self._each(requests, _generated)
+        return self._with_latents(requests, partial(self._each, requests, _generated))
 
     def stream(self, request: Request) -> Iterator[Chunk]:
         self._refuse([request])
@@ -143,11 +157,11 @@ class LatentEngine(Engine):
 
     def loglikelihood(self, scorings: Sequence[Scoring]) -> list[Likelihood]:
         self._refuse_adapters(scorings)
-        self._prepare([(one.reads, one.prompt) for one in scorings])
-        faults = [fault for one in scorings if (fault := self._unreadable(one)) is not None]
+        lost = self._prepare(scorings)
+        faults = [fault for one in scorings if (fault := self._unreadable(one, lost)) is not None]
         if faults:
             raise MixmergeError(faults)
-        return self._each(scorings, _scored)
+        return self._with_latents(scorings, partial(self._each, scorings, _scored))
 
     # --- who answers
 
@@ -191,18 +205,28 @@ class LatentEngine(Engine):
 
     # --- peers
 
-    def _prepare(self, wanted: Sequence[tuple[tuple[tuple[str, float], ...], Any]]) -> None:
+    def _prepare(self, asked: Sequence[Request] | Sequence[Scoring]) -> dict[Wanted, Fault]:
+        """Make the latents that are lacking; of what cannot be made, why."""
         parts = self._parts()
         if parts.card.mode != "prompt":
-            return
-        peers = [(peer, prompt) for reads, prompt in wanted for peer, _ in reads]
-        lacking = parts.offers.lacking(peers)
-        if lacking:
-            self.unload()  # the largest expert is all that there is room for
-            parts.offers.make(lacking)
+            return {}
+        # The largest expert is all that there is room for.
+        return parts.offers.prepare(_wanted(asked), before=self.unload)
 
-    def _unreadable(self, one: Request | Scoring) -> Fault | None:
-        """What keeps a request from reading its peers."""
+    def _with_latents(self, asked: Sequence[Request] | Sequence[Scoring], work: Callable[[], T]) -> T:
+        """What ``work`` gives; again, if engines that share the store needed the room of what it was to read."""
+        for left in reversed(range(_AGAIN)):
+            try:
+                return work()
+            except OutOfMemoryError:
+                prompts = self._parts().card.mode == "prompt"
+                if not left or not prompts or not self._parts().offers.lacking(_wanted(asked))[0]:
+                    raise
+            self._prepare(asked)
+        raise AssertionError("it returns or raises")
+
+    def _unreadable(self, one: Request | Scoring, lost: Mapping[Wanted, Fault]) -> Fault | None:
+        """What keeps a request from reading its peers; ``lost``: latents that could not be made."""
         kind = "request" if isinstance(one, Request) else "scoring"
         parts, where = self._parts(), f"{kind} {one.id}: reads"
         engine = self._who(one.adapter)
@@ -211,7 +235,7 @@ class LatentEngine(Engine):
                 return Fault(where, f"{peer} does not read itself", "Other experts")
             if peer not in parts.experts:
                 return Fault(where, f"no expert is called {peer!r}", choices(peer, list(parts.experts)))
-            fault = self._left_nothing(peer, one)
+            fault = self._left_nothing(peer, one, lost)
             if fault is not None:
                 return Fault(f"{where}: {fault.where}", fault.what, fault.allowed, fault.run)
         primary = parts.card.primary
@@ -219,10 +243,10 @@ class LatentEngine(Engine):
             return Fault(where, f"the glue lets {primary} alone read", f"{primary}, or no peers")
         return None
 
-    def _left_nothing(self, peer: str, one: Request | Scoring) -> Fault | None:
+    def _left_nothing(self, peer: str, one: Request | Scoring, lost: Mapping[Wanted, Fault]) -> Fault | None:
         parts = self._parts()
         if parts.card.mode == "prompt":
-            return parts.offers.faults.get((peer, one.prompt))
+            return lost.get((peer, one.prompt))
         try:
             parts.offers.companion(peer).reading(one.prompt)
         except MixmergeError as error:
@@ -258,7 +282,7 @@ class LatentEngine(Engine):
             device=self.device,
             too_long="left" if card.too_long == "left" else "refuse",
         )
-        offers = Offers(companions, self.store, batch_tokens=self.batch_tokens)
+        offers = Offers(companions, self.store, limit=self.store_bytes, batch_tokens=self.batch_tokens)
         experts: dict[str, PrimaryEngine] = {}
         for name, one in companions.items():
             experts[name] = PrimaryEngine(
@@ -271,6 +295,10 @@ class LatentEngine(Engine):
                 batch_tokens=self.batch_tokens,
             )
         return _Parts(card, glue, offers, experts)
+
+
+def _wanted(asked: Sequence[Request] | Sequence[Scoring]) -> list[Wanted]:
+    return [(peer, one.prompt) for one in asked for peer, _ in one.reads]
 
 
 def _generated(engine: PrimaryEngine, some: Sequence[Request]) -> Sequence[Generation]:

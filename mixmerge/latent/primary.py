@@ -101,9 +101,8 @@ class PrimaryEngine(TransformersEngine):
         texts = [one.ids for one in readings]
         for batch in batches(texts, [1] * len(texts), budget=self.batch_tokens):
             some = [readings[at] for at in batch]
-            beside = self._scoring([scorings[at] for at in batch], some)
-            keep = max(len(one.ids) - one.answer_from for one in some) + 1
-            logits = self._fit(partial(self._logits, [one.ids for one in some], beside, keep), len(batch))
+            told = [scorings[at] for at in batch]
+            logits = self._fit(partial(self._logits_reading, told, some), len(batch))
             for at, row, one in zip(batch, logits, some, strict=True):
                 found[at] = likelihood(scorings[at].id, row, one.ids[one.answer_from :])
         return [found[at] for at in range(len(scorings))]
@@ -146,6 +145,10 @@ class PrimaryEngine(TransformersEngine):
             mode=self._mode,
             chunk=self._chunk,
         )
+
+    def _logits_reading(self, scorings: Sequence[Scoring], readings: Sequence[Reading]) -> torch.Tensor:
+        keep = max(len(one.ids) - one.answer_from for one in readings) + 1
+        return self._logits([one.ids for one in readings], self._scoring(scorings, readings), keep)
 
     def _scoring(self, scorings: Sequence[Scoring], readings: Sequence[Reading]) -> Beside:
         from mixmerge.latent.generating import ScoredRows, Told

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -19,11 +20,11 @@ from mixmerge.checkpoint.identity import canonical_hash
 from mixmerge.errors import Fault, OutputError
 from mixmerge.latent.records import Latents, Reading
 
-LIMIT = 16 * 2**30
 _SUFFIX = ".latents"
 _UNFINISHED = ".new-"
 _ABANDONED = 3600.0  # seconds after which nobody writes a file any more
 _DIGEST = 32  # bytes behind the tensors, of all before them
+_LOOKS = 16  # at what others have put there, while as much as the limit is put
 
 
 class Store:
@@ -34,12 +35,14 @@ class Store:
 
     Args:
         folder: made when something is put there.
-        limit: bytes, 1 or more; beyond them what was not used for longest goes.
+        limit: bytes, 1 or more; beyond them what was not used for longest goes. None: half of what the disk has for it.
     """
 
-    def __init__(self, folder: Path, *, limit: int = LIMIT) -> None:
-        self.folder, self.limit = Path(folder), limit
+    def __init__(self, folder: Path, *, limit: int | None = None) -> None:
+        self.folder, self._limit = Path(folder), limit
+        self._most = limit or 0  # bytes, when the folder was last looked at
         self._total: int | None = None
+        self._new = 0  # bytes put since then
 
     def key(self, expert: str, reading: Reading, depths: Sequence[int | Literal["last"]], dtype: str) -> str:
         """Where a reading's latents are: 64 hex digits.
@@ -72,8 +75,28 @@ class Store:
         self._remove(path)
         return None
 
-    def put(self, key: str, latents: Latents) -> None:
+    @property
+    def room(self) -> int:
+        """Bytes of all that it keeps, at most."""
+        if self._total is None:
+            self._look()
+        return self._most
+
+    def nbytes(self, keys: Collection[str]) -> int:
+        """What these take, as far as they are there."""
+        found = 0
+        for key in set(keys):
+            with contextlib.suppress(OSError):
+                found += self._path(key).stat().st_size
+        return found
+
+    def put(self, key: str, latents: Latents, *, beside: Collection[str] = ()) -> None:
         """Keep them; whole or not at all.
+
+        Args:
+            key: as ``key`` gives it.
+            latents: what is kept, whatever the limit.
+            beside: keys of others that make no room for them.
 
         Raises:
             OutputError: the disk refuses.
@@ -98,7 +121,8 @@ class Store:
             ) from error
         if self._total is not None:
             self._total += len(data) + _DIGEST
-        self._bound(path)
+            self._new += len(data) + _DIGEST
+        self._bound({str(path), *(str(self._path(one)) for one in beside)})
 
     def _path(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}{_SUFFIX}"
@@ -110,10 +134,22 @@ class Store:
             if self._total is not None:
                 self._total -= size
 
-    def _bound(self, kept: Path) -> None:
+    def _bound(self, kept: Collection[str]) -> None:
         """Remove what was not used for longest, down to nine tenths of the limit, so that it is not done each time."""
-        if self._total is not None and self._total <= self.limit:
+        if self._total is not None and self._total <= self._most and self._new <= self._most // _LOOKS:
             return
+        files, total = self._look()
+        if total <= self._most:
+            return
+        for _, path, size in files:
+            if total <= self._most * 9 // 10:
+                return
+            if path not in kept:
+                self._remove(Path(path))
+                total -= size
+
+    def _look(self) -> tuple[list[tuple[int, str, int]], int]:
+        """When each file was used last, its name and bytes, longest ago first; and bytes of all."""
         for one in self.folder.glob(f"*/{_UNFINISHED}*"):  # of a process that was killed
             with contextlib.suppress(OSError):
                 if time.time() - one.stat().st_mtime > _ABANDONED:
@@ -123,14 +159,16 @@ class Store:
             with contextlib.suppress(OSError):
                 state = one.stat()
                 files.append((state.st_mtime_ns, str(one), state.st_size))
-        self._total = sum(size for _, _, size in files)
-        if self._total <= self.limit:
-            return
-        for _, path, _ in sorted(files):
-            if self._total <= self.limit * 9 // 10:
-                return
-            if path != str(kept):
-                self._remove(Path(path))
+        self._total, self._new = sum(size for _, _, size in files), 0
+        if self._limit is None:
+            self._most = max(1, (self._free() + self._total) // 2)
+        return sorted(files), self._total
+
+    def _free(self) -> int:
+        """Bytes of the disk, whether the folder is there or will be."""
+        place = self.folder.absolute()
+        there = next((one for one in (place, *place.parents) if one.is_dir()), Path(place.anchor))
+        return shutil.disk_usage(there).free
 
 
 def _digest(key: str, data: bytes) -> bytes:

@@ -394,6 +394,19 @@ def test_latents_that_are_lost_are_made_again(made: Callable[..., Setup], tmp_pa
         assert not work.exists()
 
 
+def test_a_job_whose_latents_have_no_room_answers_all_the_same(
+    made: Callable[..., Setup], tmp_path: Path
+) -> None:
+    setup = made(circular)
+    wanted, wide = run(setup, tmp_path / "wide")
+    answers, report = run(setup, tmp_path / "narrow", latents=1)
+    assert [one.fault for one in answers] == [None] * 8
+    assert [one.text for one in answers] == [one.text for one in wanted]
+    assert (wide.splits, report.splits > 0) == (0, True)
+    with pytest.raises(MixmergeError, match="latents: is 0 bytes"):
+        Conditions(latents=0)
+
+
 # --- commands
 
 

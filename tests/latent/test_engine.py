@@ -15,7 +15,7 @@ from mixmerge.engines.contract import check_engine
 from mixmerge.engines.process import ProcessEngine
 from mixmerge.engines.process_wire import request_of, scoring_of
 from mixmerge.engines.records import Chunk, Generation, Likelihood, Message, Request, Scoring
-from mixmerge.errors import Fault, MixmergeError, OutOfMemoryError
+from mixmerge.errors import Fault, MixmergeError, OutOfMemoryError, OutputError
 from mixmerge.latent.engine import LatentEngine
 
 BOTH = (("b", 0.3), ("c", 0.2))
@@ -200,6 +200,98 @@ def test_a_peer_that_does_not_fit(trio: Any, monkeypatch: pytest.MonkeyPatch) ->
     together = trio.fitted("lockstep-2", mode="lockstep").engine()
     with pytest.raises(OutOfMemoryError, match="expert b"):
         together.load()
+
+
+PROMPTS = ("a b c", "one two three", "the quick brown fox", "lazy dog")
+
+
+def test_a_store_without_room_costs_time_and_no_answer(trio: Any, tmp_path: Path) -> None:
+    """What one request reads is kept whatever the limit; of several it is said that fewer may do."""
+    made = trio.fitted("prompt-2")
+    asked = [Request(f"r{at}", text, 6, reads=BOTH) for at, text in enumerate(PROMPTS)]
+    wanted = [one.text for one in made.engine(expert="a").generate(asked)]
+    engine = made.engine(expert="a", store=str(tmp_path / "latents"), store_bytes=1)
+    assert [engine.generate([one])[0].text for one in asked] == wanted
+    assert len(list((tmp_path / "latents").rglob("*.latents"))) == 2, "those of the last one"
+    with pytest.raises(OutOfMemoryError, match=r"4 prompts takes .* Give it fewer requests at once, or more"):
+        engine.generate(asked)
+    with pytest.raises(OutOfMemoryError):
+        engine.generate_each(asked[:3])
+    scoring = Scoring("s", PROMPTS[0], " d", None, BOTH)
+    (told,), (known,) = (one.loglikelihood([scoring]) for one in (engine, made.engine(expert="a")))
+    assert told.total == pytest.approx(known.total, abs=1e-4)
+    with pytest.raises(MixmergeError, match="store_bytes: is 0"):
+        made.engine(expert="a", store_bytes=0)
+
+
+def test_latents_that_go_before_they_are_read_are_made_again(
+    trio: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Engines of other devices share the store, and may need its room."""
+    from mixmerge.latent import companions
+
+    made, store = trio.fitted("prompt-2"), tmp_path / "latents"
+    request = Request("r", "a b c", 6, reads=BOTH)
+    (wanted,) = made.engine(expert="a").generate([request])
+    get, times = companions.Offers.get, 0
+
+    def robbed(self: Any, peer: str, prompt: Any) -> Any:
+        nonlocal times
+        times += 1
+        if times <= lost:
+            shutil.rmtree(store)
+        return get(self, peer, prompt)
+
+    monkeypatch.setattr(companions.Offers, "get", robbed)
+    lost = 1
+    assert made.engine(expert="a", store=str(store)).generate([request])[0].text == wanted.text
+    lost, times = 1, 0
+    assert made.engine(expert="a", store=str(store)).loglikelihood([Scoring("s", "a b", " c", None, BOTH)])
+    lost, times = 99, 0
+    with pytest.raises(OutOfMemoryError, match="peer b: what it left of a prompt is gone"):
+        made.engine(expert="a", store=str(store)).generate([request])
+
+
+def test_a_peer_out_of_memory_on_many_prompts_asks_for_fewer(
+    trio: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mixmerge.latent import companions
+
+    plain = companions.latents
+
+    def scarce(expert: Any, readings: Sequence[Any], depths: Any, **options: Any) -> Any:
+        if len(readings) > 1 or len(readings[0].ids) > 30:
+            raise MemoryError
+        return plain(expert, readings, depths, **options)
+
+    monkeypatch.setattr(companions, "latents", scarce)
+    engine = trio.fitted("prompt-2").engine(expert="a")
+    asked = [Request(f"r{at}", text, 3, reads=(("b", 0.5),)) for at, text in enumerate(PROMPTS)]
+    with pytest.raises(OutOfMemoryError, match="expert b: out of memory on its prompts"):
+        engine.generate_each(asked)
+    assert all(isinstance(engine.generate_each([one])[0], Generation) for one in asked)
+    long = replace(asked[0], prompt="the quick brown fox jumps over the dog")
+    (fault,) = engine.generate_each([long])
+    assert "expert b: out of memory on its prompts" in str(fault)
+
+
+def test_a_disk_that_refuses_is_nobodys_fault(
+    trio: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job ends there, and goes on later: no request is refused for it."""
+    (tmp_path / "file").write_text("")
+    engine = trio.fitted("prompt-2").engine(expert="a", store=str(tmp_path / "file"))
+    with pytest.raises(OutputError, match="cannot be written"):
+        engine.generate_each([Request("r", "a b", 3, reads=BOTH)])
+
+
+def test_what_could_not_be_made_is_not_remembered(trio: Any) -> None:
+    """A server that runs for long must not grow by every prompt that a peer refused."""
+    made = trio.fitted("prompt-2")
+    engine = made.engine(expert="a")
+    asked = [Request(f"r{at}", f"{at} " * 200, 3, reads=(("b", 0.5),)) for at in range(3)]
+    assert all(isinstance(one, Fault) for one in engine.generate_each(asked))
+    assert not [one for one in vars(engine._made.offers).values() if isinstance(one, dict) and len(one) > 3]
 
 
 @pytest.mark.parametrize(

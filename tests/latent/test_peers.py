@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -156,3 +157,51 @@ def test_what_was_not_used_for_longest_goes(made: Any, tmp_path: Path) -> None:
     assert tiny.get(keys[3], readings[2]) is None
     assert not dead.exists()
     assert alive.exists()
+
+
+def test_what_is_wanted_with_it_makes_no_room(made: Any, tmp_path: Path) -> None:
+    _, readings, wanted = made
+    store = Store(tmp_path, limit=1)
+    keys = [store.key("ab", one, (0,), "float32") for one in readings]
+    store.put(keys[0], wanted[0])
+    store.put(keys[1], wanted[1])
+    assert [store.has(one) for one in keys[:2]] == [False, True]
+    store.put(keys[0], wanted[0], beside=keys[:3])
+    assert [store.has(one) for one in keys[:2]] == [True, True]
+    sizes = [path.stat().st_size for path in tmp_path.rglob("*.latents")]
+    assert store.nbytes([*keys, keys[0]]) == sum(sizes) > store.room == 1
+
+
+def test_processes_that_share_a_folder_keep_to_one_limit(made: Any, tmp_path: Path) -> None:
+    _, readings, wanted = made
+    keys = [Store(tmp_path).key(str(at), readings[2], (0,), "float32") for at in range(12)]
+    Store(tmp_path).put(keys[0], wanted[2])
+    limit = 4 * Store(tmp_path).nbytes(keys[:1])
+    first, second = Store(tmp_path, limit=limit), Store(tmp_path, limit=limit)
+    for at, key in enumerate(keys[1:]):
+        (first, second)[at % 2].put(key, wanted[2])
+        assert Store(tmp_path).nbytes(keys) <= limit
+
+
+def test_by_default_half_of_the_disk_is_left(
+    made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is there already counts as free: else the room would shrink as it fills."""
+    _, readings, wanted = made
+    free = 10**9
+
+    def usage(place: Any) -> SimpleNamespace:
+        assert Path(place).is_dir()
+        return SimpleNamespace(free=free)
+
+    monkeypatch.setattr("mixmerge.latent.store.shutil.disk_usage", usage)
+    store = Store(tmp_path / "not there yet")
+    assert store.room == free // 2
+    keys = keep(store, readings, wanted)
+    free -= store.nbytes(keys)
+    assert Store(tmp_path / "not there yet").room == 10**9 // 2
+    free = 0
+    full = Store(tmp_path / "not there yet")
+    assert full.room == store.nbytes(keys) // 2
+    full.put(keys[0], wanted[0])
+    assert full.nbytes(keys) <= full.room
