@@ -143,7 +143,10 @@ def _absolute(place: str) -> str:
 
 
 def size_of(unit: Sequence[Expert]) -> int:
-    """Bytes of the weights that are loaded for these experts; 0 if that cannot be told from files here."""
+    """Bytes of the weights that are loaded for these experts; 0 if that cannot be told from files here.
+
+    An adapter counts where it is merged into its base, too: both are in memory until it is.
+    """
     first = unit[0]
     if first.remote:
         return 0
@@ -156,7 +159,8 @@ def size_of(unit: Sequence[Expert]) -> int:
     if first.engine == "fusion":
         places = folders_of(first.model, first.options)
     if first.engine == "latent":
-        places = _read_along(unit)
+        glue = _weights(Path(first.model).expanduser(), None)  # whatever type the experts are loaded in
+        return glue + sum(_weights(Path(place).expanduser(), wanted) for place in _read_along(unit))
     return sum(_weights(Path(place).expanduser(), wanted) for place in places)
 
 
@@ -177,11 +181,11 @@ def token_bytes(unit: Sequence[Expert]) -> int:
 
 
 def _read_along(unit: Sequence[Expert]) -> list[str]:
-    """The models that are in memory when these experts of an interaction are loaded."""
+    """Folders of the models, and of their adapters, that are in memory when these experts of an interaction are."""
     options = unit[0].options
     experts = options["experts"]
     names = [options["expert"]] if "expert" in options else list(experts)
-    return [str(experts[name]["model"]) for name in names]
+    return [str(experts[name][key]) for name in names for key in ("model", "adapter") if key in experts[name]]
 
 
 def _token_bytes(folder: Path, options: Mapping[str, Any]) -> int:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from mixmerge.batch.opening import open_engine
+from mixmerge.batch.opening import open_engine, size_of
 from mixmerge.engines.local import TransformersEngine
 from mixmerge.engines.openai import OpenAIEngine
 from mixmerge.engines.process import ProcessEngine
@@ -54,3 +57,25 @@ def test_apart_is_a_process_of_its_own() -> None:
     assert isinstance(engine, ProcessEngine)
     assert (engine.kind, engine.arguments["device"]) == ("transformers", "cpu")
     assert not engine.loaded
+
+
+def test_glue_and_merged_adapters_take_memory_too(tmp_path: Path) -> None:
+    """Of an interaction: the expert in the type it is loaded in, its adapter, and the glue as it is."""
+    sizes = {"glue": 5, "one": 100, "other": 40, "adapter": 6}
+    for name, count in sizes.items():
+        (tmp_path / name).mkdir()
+        save_file({"w": torch.zeros(count)}, tmp_path / name / "model.safetensors")
+    places = {
+        "one": {"model": str(tmp_path / "one")},
+        "tuned": {"model": str(tmp_path / "other"), "adapter": str(tmp_path / "adapter")},
+        "hub": {"model": "org/model", "adapter": "org/adapter"},
+    }
+
+    def size(dtype: str, expert: str | None) -> int:
+        options = {"experts": places, "dtype": dtype, **({} if expert is None else {"expert": expert})}
+        return size_of([Expert("a", str(tmp_path / "glue"), engine="latent", options=options)])
+
+    assert size("auto", "one") == 4 * (5 + 100)
+    assert size("bfloat16", "tuned") == 4 * 5 + 2 * (40 + 6)
+    assert size("auto", "hub") == 4 * 5
+    assert size("auto", None) == 4 * (5 + 100 + 40 + 6), "where peers read along all are in memory"
