@@ -33,7 +33,11 @@ def arguments_of(
         return {"endpoint": first.endpoint, "model": first.model, "api_key_env": first.api_key_env, **options}
     taken = arguments_taken(first.engine)
     adapters = {one.name: one.adapter for one in unit if one.adapter is not None}
-    about = {"model": first.model, "device": device, **({"adapters": adapters} if adapters else {})}
+    about: dict[str, Any] = {
+        "model": first.model,
+        "device": device,
+        **({"adapters": adapters} if adapters else {}),
+    }
     about |= {} if latents is None else {"store": str(latents.absolute())}
     about |= {} if latents_bytes is None else {"store_bytes": latents_bytes}
     # What an engine does not take is nothing to it, but for adapters: those it would leave out.

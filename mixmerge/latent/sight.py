@@ -26,7 +26,8 @@ class Ground:
 
     Args:
         memory: of the rows.
-        term: ``(B, N)`` float32, log(K * gate) of the peer that a latent is of; None: 0 everywhere.
+        term: ``(B, N)`` float32, log(K * gate) of the peer that a latent is of, -inf where the gate is 0; None: 0
+            everywhere.
         scale: ``(B, 1, 1)`` float32, K * the primary's gate; None: 1.
     """
 
@@ -36,12 +37,17 @@ class Ground:
 
     @classmethod
     def of(cls, memory: Memory, gates: Tensor | None) -> Ground:
-        """With gates K equal ones change nothing: what counts is how much they are above or below 1/K."""
+        """With gates K equal ones change nothing: what counts is how much they are above or below 1/K.
+
+        A peer whose gate is 0 is out of sight, not only far down: where nothing else is to be seen, no empty latent
+        either, a softmax would make up for that.
+        """
         if gates is None:
             return cls(memory, None, None)
         active = (gates > 0).sum(dim=-1, keepdim=True)
         shares = gates.float() * active  # (B, K)
-        logs = shares.clamp(min=_LEAST).log().gather(1, memory.peer.clamp(min=0))  # (B, N)
+        logs = shares.clamp(min=_LEAST).log().masked_fill(shares <= 0, -math.inf)
+        logs = logs.gather(1, memory.peer.clamp(min=0))  # (B, N)
         return cls(memory, logs.masked_fill(memory.peer == NOBODY, 0.0), shares[:, :1, None])
 
 
@@ -108,7 +114,7 @@ class Sight:
         allowed, distance, blind = self._part(low, count)
         bias = torch.addcmul(allowed, distance, -slopes[:, None, None])  # (B, H, t, N)
         if self._watch is not None:
-            self._note(self._watch, query, keys, bias, self._seen[:, low : low + count] >= 0)
+            self._note(self._watch, query, keys, bias, blind, self._seen[:, low : low + count] >= 0)
         bias = bias.to(query.dtype)
         if query.shape[2] == 1 and query.device.type == "cpu" and not torch.is_grad_enabled():
             # For one token the fused kernel is several times slower here, in bfloat16 ten times.
@@ -130,7 +136,7 @@ class Sight:
         allowed = torch.where(visible, near, -math.inf)
         blind = None
         if not self._null:
-            blind = ~visible.any(dim=-1, keepdim=True)
+            blind = allowed.isneginf().all(dim=-1, keepdim=True)
             allowed = allowed.masked_fill(
                 blind, 0.0
             )  # a softmax over nothing would be NaN, also on the way back
@@ -141,10 +147,16 @@ class Sight:
             self._parts = parts
         return parts
 
-    def _note(self, watch: Tensor, query: Tensor, keys: Tensor, bias: Tensor, there: Tensor) -> None:
+    def _note(
+        self, watch: Tensor, query: Tensor, keys: Tensor, bias: Tensor, blind: Tensor | None, there: Tensor
+    ) -> None:
         """Add where attention goes; ``there`` (B, t): not of padding, which rows have more of beside longer ones."""
         with torch.no_grad():
             logits = query.float() @ keys.float().transpose(2, 3) / math.sqrt(query.shape[-1]) + bias
-            share = (logits.softmax(dim=-1).mean(dim=1) * there[:, :, None]).sum(dim=1)  # (B, N)
+            share = logits.softmax(dim=-1).mean(dim=1)  # (B, t, N)
+            if blind is not None:
+                share = share.masked_fill(blind[:, 0], 0.0)
+                watch[:, 0] += (blind[:, 0, :, 0] & there).sum(dim=1)
+            share = (share * there[:, :, None]).sum(dim=1)  # (B, N)
             column = self._ground.memory.peer.clamp(min=0)
             watch.scatter_add_(1, column, share.to(watch.dtype))

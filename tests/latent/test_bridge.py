@@ -165,6 +165,38 @@ def test_equal_gates_are_no_gates() -> None:
     assert torch.allclose(fewer.scale, torch.ones(2, 1, 1))
 
 
+@pytest.mark.parametrize("gates", [(1.0, 0.0, 0.0), (0.0, 0.0, 0.0)])
+def test_peers_whose_gates_are_nothing_are_not_read(gates: tuple[float, ...]) -> None:
+    """Without an empty latent a softmax over them alone would read them in full, however small their gates."""
+    memory = random_memory(1, 5, null=False)
+    query = torch.randn(1, 2, 3, 4, requires_grad=True)
+    given = torch.tensor([gates], requires_grad=True)
+    watch = torch.zeros(1, 3)
+    told = torch.full((1, 3), 30)
+    for null in (False, True):
+        around = random_memory(1, 5, null=True) if null else memory
+        sight = Sight(Ground.of(around, given), View(around, given, told, told, watch=watch), null=null)
+        found = sight.attend(query, around.keys[0], around.values[0], torch.ones(2))
+        if null:  # its value, which glue has as 0
+            assert torch.allclose(found, around.values[0][:, :, :1].expand_as(found))
+        else:
+            assert found.eq(0).all()
+        found.sum().backward()
+        assert query.grad is not None
+        assert given.grad is not None
+        assert torch.isfinite(query.grad).all()
+        assert torch.isfinite(given.grad).all()
+    assert torch.allclose(watch, torch.tensor([[6.0, 0.0, 0.0]])), "attention went nowhere"
+    half = torch.tensor([[0.5, 0.5, 0.0]])
+    sight = Sight(Ground.of(memory, half), View(memory, half, told, told), null=False)
+    some = sight.attend(query, memory.keys[0], memory.values[0], torch.ones(2))
+    kept = Memory(memory.keys, memory.values, memory.ends.masked_fill(memory.peer == 2, NEVER), memory.peer)
+    alone = seen_by(kept, [30, 30, 30], null=False).attend(
+        query, memory.keys[0], memory.values[0], torch.ones(2)
+    )
+    assert torch.allclose(some, alone), "as if the other one were not there"
+
+
 def test_where_attention_goes_is_told() -> None:
     memory = random_memory(2, 6, null=True)
     told = torch.tensor([[4, 20]]).expand(2, -1)

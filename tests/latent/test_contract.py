@@ -170,6 +170,21 @@ def test_the_order_of_experts_is_of_no_account(table: Callable[..., Any]) -> Non
     assert torch.allclose(*found, atol=1e-5)
 
 
+@pytest.mark.parametrize("null", [True, False])
+@pytest.mark.parametrize("gates", [(1.0, 0.0, 0.0), (0.0, 0.0, 0.0)])
+def test_where_no_peer_has_a_gate_the_primary_is_itself_to_the_last_bit(
+    table: Callable[..., Any], null: bool, gates: tuple[float, ...]
+) -> None:
+    around = table(depths=DEPTHS, null=null)
+    row = around.row("llama", ("qwen3", "gpt2"), PLAIN, ANSWER)
+    view, given = around.view("llama", [row], gates=torch.tensor([gates]))
+    with torch.no_grad():
+        alone = around.experts["llama"].model(**given).logits
+    assert torch.equal(around.logits("llama", view, given), alone)
+    even, _ = around.view("llama", [row])
+    assert not torch.allclose(around.logits("llama", even, given), alone, atol=1e-3)
+
+
 def test_a_peer_whose_gate_is_small_is_hardly_heard(table: Callable[..., Any]) -> None:
     around = table(["llama", "opt", "gpt2"])
     row = around.row("llama", ("opt", "gpt2"), PLAIN)
