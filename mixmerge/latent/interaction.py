@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mixmerge.latent.decoders import Anatomy, writing
 from mixmerge.latent.glue import Glue
+from mixmerge.latent.recomputing import asked_to, recomputed
 from mixmerge.latent.records import View
 from mixmerge.latent.sight import Ground, Sight
 
@@ -39,12 +40,14 @@ class Interaction:
     def running(self, view: View) -> Iterator[None]:
         """Within it the model's next forward reads ``view``; the tokens of both must be the same ones, in their order.
 
-        Where a model runs its layers again on the way back (gradient checkpointing), call ``backward`` within it too.
-        No hook is left behind, whatever happens.
+        A model in training mode that computes its layers again on the way back (``gradient_checkpointing_enable``) does
+        so without the glue, which is run once; ``backward`` may be called within or after. No hook is left behind,
+        whatever happens.
         """
         sight = Sight(self._on(view), view, null=self.glue.options.null)
         changes = {depth: self._change(levels, view, sight) for depth, levels in self._levels.items()}
-        with writing(self._anatomy, changes):
+        again = asked_to(list(self._anatomy.layers)) if torch.is_grad_enabled() else []
+        with recomputed(again), writing(self._anatomy, changes):
             yield
 
     def _change(self, levels: list[int], view: View, sight: Sight) -> Callable[[Tensor], Tensor]:

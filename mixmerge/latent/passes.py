@@ -5,15 +5,12 @@ Legend as in ``records``; N tokens to predict, V entries of vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from mixmerge.data.batches import padding
 from mixmerge.engines.decoding import accepted
@@ -21,6 +18,7 @@ from mixmerge.latent.decoders import Anatomy
 from mixmerge.latent.frozen import Frozen, Remembered
 from mixmerge.latent.glue import Glue
 from mixmerge.latent.interaction import Interaction
+from mixmerge.latent.recomputing import recomputed
 from mixmerge.latent.records import Memory, Mode, Reading, View, upto_of
 from mixmerge.latent.texts import Texts
 
@@ -89,7 +87,7 @@ class Passes:
         with ExitStack() as stack:
             stack.enter_context(Interaction(model, self._glue, primary).running(view))
             if self._checkpointing and torch.is_grad_enabled():
-                stack.enter_context(recomputed(model))
+                stack.enter_context(recomputed(Anatomy.of(model).layers))
             return self._answers(primary, readings)
 
     def alone(self, primary: str, rows: Sequence[int]) -> Predicted:
@@ -138,20 +136,3 @@ def _padded(rows: Sequence[Sequence[int]], device: torch.device, *, fill: int = 
     """``(B, T)`` int64, padded on the right."""
     longest = max(map(len, rows))
     return torch.tensor([[*row, *[fill] * (longest - len(row))] for row in rows], device=device)
-
-
-@contextmanager
-def recomputed(model: Any) -> Iterator[None]:
-    """Within it, what layers compute is not kept for the way back but computed again.
-
-    A layer's hooks stay outside: what the glue does between layers is kept. The models of transformers do this in
-    training mode alone, which frozen experts are never in.
-    """
-    layers = list(Anatomy.of(model).layers)
-    for layer in layers:
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del layer.forward

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import warnings
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +28,10 @@ from mixmerge.latent.engine import LatentEngine
 from mixmerge.latent.files import values_of
 from mixmerge.latent.fitting import Asked, Trained, prepare, train
 from mixmerge.latent.frozen import Frozen, Remembered, weights_digest
+from mixmerge.latent.interaction import Interaction
 from mixmerge.latent.options import BridgeOptions
-from mixmerge.latent.passes import Passes, recomputed
+from mixmerge.latent.passes import Passes
+from mixmerge.latent.recomputing import recomputed
 from mixmerge.latent.resuming import read_state
 from mixmerge.latent.settings import LossWeights, RouteOptions, TrainOptions
 from mixmerge.latent.store import Store
@@ -211,10 +216,77 @@ def test_layers_computed_again_give_the_same(
 
 def test_recomputing_leaves_nothing_behind(experts: Mapping[str, Any]) -> None:
     model = experts["llama"].model
-    with suppress(ValueError), recomputed(model):
+    with suppress(ValueError), recomputed(model.model.layers):
         assert any("forward" in vars(layer) for layer in model.model.layers)
         raise ValueError
     assert not any("forward" in vars(layer) for layer in model.model.layers)
+
+
+def hooks_inside(layer: Any, *args: Any, **given: Any) -> Any:
+    """As transformers 5.16 has it, which is allowed: hooks are part of what is computed again."""
+    plain = partial(torch.nn.Module.__call__, layer)
+    if layer.gradient_checkpointing and layer.training:
+        return layer._gradient_checkpointing_func(partial(plain, **{**given, "past_key_values": None}), *args)
+    return plain(*args, **given)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("within", [False, True])
+def test_a_model_that_computes_itself_again_runs_the_glue_once(
+    table: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, inside: bool, reentrant: bool, within: bool
+) -> None:
+    """transformers' own gradient checkpointing, whichever way its version runs hooks."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    from mixmerge.latent.bridge import Bridge
+
+    around = table(("llama", "gpt2"), depths=((0, "last"), (0.5, 0.5), (2, 2)))
+    model = copy.deepcopy(around.experts["llama"].model).train()
+    row = around.row("llama", ("gpt2",), "one two three", " four")
+    _, told = around.view("llama", [row])
+    read, layer_runs, glue_runs = Bridge.read, 0, 0
+
+    def counted(self: Bridge, *args: Any) -> Any:
+        nonlocal glue_runs
+        glue_runs += 1
+        return read(self, *args)
+
+    def run(*_: Any) -> None:
+        nonlocal layer_runs
+        layer_runs += 1
+
+    def gradients() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        around.glue.zero_grad()
+        view, _ = around.view("llama", [row])
+        with ExitStack() as stack:
+            stack.enter_context(Interaction(model, around.glue, "llama").running(view))
+            logits = model(**told).logits
+            if not within:
+                stack.close()
+            logits.square().mean().backward()
+        found = {name: one.grad for name, one in around.glue.named_parameters() if one.grad is not None}
+        return logits.detach(), {name: one.clone() for name, one in found.items()}
+
+    monkeypatch.setattr(Bridge, "read", counted)
+    handles = [layer.mlp.register_forward_pre_hook(run) for layer in model.model.layers]
+    kept, wanted = gradients()
+    assert (layer_runs, glue_runs) == (3, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # newer ones have another name for it
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    if inside:
+        monkeypatch.setattr(GradientCheckpointingLayer, "__call__", hooks_inside)
+    again, found = gradients()
+    assert (layer_runs, glue_runs) == (9, 6), "layers twice more, the glue once"
+    assert torch.equal(kept, again)
+    assert found.keys() == wanted.keys()
+    for name, one in found.items():
+        torch.testing.assert_close(one, wanted[name])
+    assert all(layer.gradient_checkpointing for layer in model.model.layers), "as it was"
+    assert not any("forward" in vars(layer) for layer in model.model.layers)
+    for handle in handles:
+        handle.remove()
 
 
 def test_the_primary_is_itself_before_it_learns(asked: Callable[..., Asked], tmp_path: Path) -> None:
