@@ -7,7 +7,7 @@ from typing import Any
 
 from mixmerge.aggregate.extraction import final_text
 from mixmerge.aggregate.records import Ask, Prompt, Question, Said, Settled
-from mixmerge.decision.records import Pick
+from mixmerge.decision.records import Decision, Pick
 from mixmerge.errors import Fault, MixmergeError
 
 
@@ -30,10 +30,14 @@ def picks_of(question: Question) -> tuple[Pick, ...]:
 
 def ranked(question: Question) -> tuple[str, ...]:
     """The picked experts, each once: the primary, then the others as they were picked."""
-    picks = picks_of(question)
-    return tuple(
-        dict.fromkeys([question.decision.primary or picks[0].expert, *(one.expert for one in picks)])
-    )
+    picks_of(question)
+    return order_of(question.decision)
+
+
+def order_of(decision: Decision) -> tuple[str, ...]:
+    """The same of a decision that picks somebody."""
+    first = decision.primary or decision.picks[0].expert
+    return tuple(dict.fromkeys([first, *(one.expert for one in decision.picks)]))
 
 
 def named(*experts: str | None) -> frozenset[str]:

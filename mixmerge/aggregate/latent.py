@@ -9,8 +9,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mixmerge.aggregate.asking import picks_of, ranked, settle, unanswered
+from mixmerge.aggregate.asking import order_of, picks_of, settle, unanswered
 from mixmerge.aggregate.records import Ask, Composition, Question, Said, Settled
+from mixmerge.decision.records import Decision
 
 
 @dataclass(frozen=True)
@@ -27,25 +28,35 @@ class LatentAnswer(Composition):
     together: bool = False
 
     def first(self, question: Question) -> tuple[Ask, ...]:
-        gates = gates_of(question)
+        gates = _gates(question)
         primary, *peers = gates
         offers = () if self.together else tuple(Ask(peer, offers=True) for peer in peers)
         return (*offers, Ask(primary, reads=tuple((peer, gates[peer]) for peer in peers)))
 
     def then(self, question: Question, said: Sequence[Sequence[Said]]) -> tuple[Ask, ...] | Settled:
         answer = said[0][-1]
-        gates = gates_of(question)
+        gates = _gates(question)
         reason = {"kind": "latent", "primary": answer.ask.expert, "gates": gates}
         if answer.fault is not None:
             return unanswered(said, reason)
         return settle(answer, 0, [[answer]], reason)
 
 
-def gates_of(question: Question) -> dict[str, float]:
-    """Expert -> its gate, the primary first; they add up to 1."""
-    names = ranked(question)
+def _gates(question: Question) -> dict[str, float]:
+    """The same of a question, which somebody is picked for."""
+    picks_of(question)
+    return gates_of(question.decision)
+
+
+def gates_of(decision: Decision) -> dict[str, float]:
+    """Expert -> its gate, the primary first, then the others as they were picked; they add up to 1.
+
+    Args:
+        decision: one that picks somebody.
+    """
+    names = order_of(decision)
     weights = dict.fromkeys(names, 0.0)
-    for pick in picks_of(question):
+    for pick in decision.picks:
         weights[pick.expert] += max(0.0, pick.weight)
     whole = math.fsum(weights.values())
     return {name: weight / whole if whole > 0 else 1 / len(names) for name, weight in weights.items()}

@@ -129,14 +129,27 @@ def slides(model: Any) -> bool:
 
 def left_padded(texts: Sequence[Sequence[int]], *, pad: int, device: Any) -> tuple[Tensor, Tensor]:
     """Tokens and mask, both ``(B, T)``: texts end where the rows end."""
+    longest = max(len(text) for text in texts)
+    return _padded(texts, [longest - len(text) for text in texts], longest, pad, device)
+
+
+def right_padded(texts: Sequence[Sequence[int]], *, pad: int, device: Any) -> tuple[Tensor, Tensor]:
+    """Tokens and mask, both ``(B, T)``, T 1 or more: texts begin where the rows begin. None may look behind itself."""
+    longest = max((len(text) for text in texts), default=0)
+    return _padded(texts, [0] * len(texts), max(1, longest), pad, device)
+
+
+def _padded(
+    texts: Sequence[Sequence[int]], starts: Sequence[int], longest: int, pad: int, device: Any
+) -> tuple[Tensor, Tensor]:
     import torch
 
-    longest = max(len(text) for text in texts)
     ids = torch.full((len(texts), longest), pad, dtype=torch.long)
     mask = torch.zeros_like(ids)
-    for row, text in enumerate(texts):
-        ids[row, longest - len(text) :] = torch.tensor(text)
-        mask[row, longest - len(text) :] = 1
+    for row, (text, start) in enumerate(zip(texts, starts, strict=True)):
+        part = slice(start, start + len(text))
+        ids[row, part] = torch.tensor(text, dtype=torch.long)
+        mask[row, part] = 1
     return ids.to(device), mask.to(device)
 
 

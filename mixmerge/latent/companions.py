@@ -14,7 +14,7 @@ from mixmerge.engines.loading import Dtype, Loaded, load_model, loaded_of
 from mixmerge.engines.records import Message
 from mixmerge.engines.shortage import within_memory
 from mixmerge.errors import Fault, MixmergeError, OutOfMemoryError, OutputError
-from mixmerge.latent.offsets import Reader, TooLong
+from mixmerge.latent.offsets import Reader, TooLong, reader_of
 from mixmerge.latent.peers import latents
 from mixmerge.latent.records import Latents, Reading
 from mixmerge.latent.store import Store
@@ -94,8 +94,7 @@ class Companion:
             raise MixmergeError(
                 Fault(f"expert {self.name}", what, "A folder with config, weights and tokenizer")
             ) from error
-        context = getattr(config.get_text_config(), "max_position_embeddings", None)
-        return Reader(tokenizer, name=self.name, context=context)
+        return reader_of(tokenizer, config, name=self.name)
 
     def reading(self, prompt: Prompt) -> Reading:
         """A prompt, as it reads it for others.

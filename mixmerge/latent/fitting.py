@@ -35,7 +35,7 @@ from mixmerge.latent.files import (
 )
 from mixmerge.latent.frozen import Frozen, Remembered
 from mixmerge.latent.glue import Glue
-from mixmerge.latent.offsets import Reader, TooLong
+from mixmerge.latent.offsets import Reader, TooLong, reader_of
 from mixmerge.latent.options import BridgeOptions
 from mixmerge.latent.passes import Passes
 from mixmerge.latent.records import Depths, Mode, Shape, levels_of
@@ -218,8 +218,7 @@ def _known(expert: Expert) -> tuple[tuple[Path, Path | None], Shape, Reader]:
         raise MixmergeError(Fault(where, "has no tokenizer, so it cannot be shown text"))
     shell = outline(model, where)
     shape = shape_of(shell, name=expert.name, hash=expert_hash(expert))
-    context = getattr(shell.config.get_text_config(), "max_position_embeddings", None)
-    return (model, adapter), shape, Reader(tokenizer, name=expert.name, context=context)
+    return (model, adapter), shape, reader_of(tokenizer, shell.config, name=expert.name)
 
 
 def _twice(shapes: Mapping[str, Shape]) -> list[Fault]:

@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from mixmerge.engines.decoding import accepted
+from mixmerge.engines.decoding import accepted, right_padded
 from mixmerge.latent.closing import Growth
 from mixmerge.latent.decoders import Anatomy, reading
 from mixmerge.latent.glue import Glue
@@ -101,7 +100,7 @@ class Follower:
     def _forward(self, ids: Sequence[Sequence[int]], ends: Sequence[Sequence[int]], rows: int) -> Memory:
         """Read further tokens, padded on the right, and project the states that they leave."""
         device = self._mask.device
-        tokens, mask = _padded(ids, 0), _padded([[1] * len(one) for one in ids], 0)
+        tokens, mask = right_padded(ids, pad=0, device="cpu")
         start = torch.tensor(self._read)[:, None]
         place = (start + mask.cumsum(dim=1) - 1).clamp(min=0)  # (b, t)
         self._mask = torch.cat([self._mask, mask.to(device)], dim=1)
@@ -116,18 +115,9 @@ class Follower:
             out = self._anatomy.trunk(**{name: value for name, value in given.items() if name in self._takes})
         self._cache = out.past_key_values
         self._read = [done + len(one) for done, one in zip(self._read, ids, strict=True)]
-        until = _padded(ends, NEVER).to(device)
+        until, _ = right_padded(ends, pad=NEVER, device=device)
         columns = torch.tensor(self._columns, device=device)
         told = self._glue.told(
             self._name, [states[one] for one in self._depths], until, column=columns, dtype=self._dtype
         )
         return told if len(self.rows) == rows else told.spread(self.rows, rows)
-
-
-def _padded(some: Sequence[Sequence[int]], fill: int) -> Tensor:
-    """``(b, t)`` int64, filled up on the right."""
-    longest = max(1, *(len(one) for one in some)) if some else 1
-    found = torch.full((len(some), longest), fill, dtype=torch.long)
-    for row, one in enumerate(some):
-        found[row, : len(one)] = torch.tensor(list(one), dtype=torch.long)
-    return found

@@ -159,23 +159,29 @@ class Remembered:
             say(min(start + _AT_ONCE, len(unique)), len(unique))
 
     def of(self, expert: str, readings: Sequence[Reading], device: torch.device) -> list[Latents]:
-        """Of each reading its latents, on a device."""
-        return [_moved(self._found(expert, reading), device) for reading in readings]
+        """Of each reading its latents, on a device; those that the disk had no room for are made together."""
+        found: dict[Reading, Latents] = {}
+        for reading in dict.fromkeys(readings):
+            one = self._near.get((expert, reading)) or self._stored(expert, reading)
+            if one is not None:
+                found[reading] = one
+        lacking = [reading for reading in dict.fromkeys(readings) if reading not in found]
+        made = latents(self._frozen[expert], lacking, self._depths[expert]) if lacking else []
+        for reading, one in zip(lacking, made, strict=True):
+            self._store.put(self._key(expert, reading), one)
+            found[reading] = _moved(one, torch.device("cpu"))
+        for reading, one in found.items():
+            self._keep(expert, reading, one)
+        return [_moved(found[reading], device) for reading in readings]
 
-    def _found(self, expert: str, reading: Reading) -> Latents:
-        one = self._near.pop((expert, reading), None)
-        if one is None:
-            one = self._stored(expert, reading)
-            if one is None:  # there was no room on the disk for it
-                (one,) = latents(self._frozen[expert], [reading], self._depths[expert])
-                self._store.put(self._key(expert, reading), one)
-                one = _moved(one, torch.device("cpu"))
-            self._nbytes += one.nbytes
+    def _keep(self, expert: str, reading: Reading, one: Latents) -> None:
+        """In memory, as what was used last."""
+        before = self._near.pop((expert, reading), None)
+        self._nbytes += one.nbytes - (0 if before is None else before.nbytes)
         self._near[expert, reading] = one
         while self._nbytes > _KEPT and len(self._near) > 1:
             first = next(iter(self._near))
             self._nbytes -= self._near.pop(first).nbytes
-        return one
 
     def _key(self, expert: str, reading: Reading) -> str:
         return self._store.key(self._hashes[expert], reading, self._depths[expert], self._frozen.dtype)

@@ -195,3 +195,18 @@ def _cut(reading: Reading, count: int, *, keep: int) -> Reading:
     places = [*range(first), *range(len(reading.ids) - count + first, len(reading.ids))]
     ids, ends, seen = (tuple(one[at] for at in places) for one in (reading.ids, reading.ends, reading.seen))
     return Reading(ids, ends, seen, count, reading.prompt_bytes)
+
+
+def reader_of(tokenizer: Any, config: Any, *, name: str) -> Reader:
+    """How an expert reads texts; its weights are not needed for that.
+
+    Args:
+        tokenizer: of the expert.
+        config: of its model, of transformers: it says how long a text may be.
+        name: for messages.
+
+    Raises:
+        MixmergeError: the tokenizer gives no offsets.
+    """
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return Reader(tokenizer, name=name, context=context)

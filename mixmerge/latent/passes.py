@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from mixmerge.data.batches import padding
-from mixmerge.engines.decoding import accepted
+from mixmerge.engines.decoding import accepted, right_padded
 from mixmerge.latent.decoders import Anatomy
 from mixmerge.latent.frozen import Frozen, Remembered
 from mixmerge.latent.glue import Glue
 from mixmerge.latent.interaction import Interaction
 from mixmerge.latent.recomputing import recomputed
-from mixmerge.latent.records import Memory, Mode, Reading, View, upto_of
+from mixmerge.latent.records import Latents, Memory, Mode, Reading, View, upto_of
 from mixmerge.latent.texts import Texts
 
 
@@ -97,8 +97,8 @@ class Passes:
     def _answers(self, primary: str, readings: Sequence[Reading]) -> Predicted:
         expert = self._frozen[primary]
         model, device = expert.model, expert.model.device
-        ids = _padded([one.ids for one in readings], device, fill=padding(expert.tokenizer))  # (B, T)
-        mask = _padded([[1] * len(one.ids) for one in readings], device)
+        pad = padding(expert.tokenizer)
+        ids, mask = right_padded([one.ids for one in readings], pad=pad, device=device)  # (B, T)
         length, first = ids.shape[1], min(one.answer_from for one in readings)
         keep = length - first + 1
         given = {"input_ids": ids, "attention_mask": mask, "use_cache": False, "logits_to_keep": keep}
@@ -117,22 +117,21 @@ class Passes:
     def _memory(
         self, primary: str, rows: Sequence[int], peers: Sequence[Sequence[str]], device: torch.device
     ) -> Memory:
-        read = []
-        for row, names in zip(rows, peers, strict=True):
-            one = []
+        readers: dict[str, list[int]] = {}  # peer -> places of the rows that read it
+        for at, names in enumerate(peers):
             for name in names:
-                reading = self._texts.peer(name, row, primary)
-                one.append((name, self._remembered.of(name, [reading], device)[0]))
-            read.append(one)
+                readers.setdefault(name, []).append(at)
+        found: dict[tuple[str, int], Latents] = {}
+        for name, places in readers.items():
+            readings = [self._texts.peer(name, rows[at], primary) for at in places]
+            given = self._remembered.of(name, readings, device)
+            found |= {(name, at): one for at, one in zip(places, given, strict=True)}
+        read = [[(name, found[name, at]) for name in names] for at, names in enumerate(peers)]
         return self._glue.memory(primary, read, dtype=self._frozen[primary].model.dtype)
 
     def _places(self, readings: Sequence[Reading], device: torch.device) -> tuple[Tensor, Tensor]:
         """``seen`` and ``upto``, each ``(B, T)``."""
         upto = [upto_of(one, self._mode, self._chunk) for one in readings]
-        return _padded([one.seen for one in readings], device), _padded(upto, device)
-
-
-def _padded(rows: Sequence[Sequence[int]], device: torch.device, *, fill: int = 0) -> Tensor:
-    """``(B, T)`` int64, padded on the right."""
-    longest = max(map(len, rows))
-    return torch.tensor([[*row, *[fill] * (longest - len(row))] for row in rows], device=device)
+        seen = [one.seen for one in readings]
+        first, second = (right_padded(one, pad=0, device=device)[0] for one in (seen, upto))
+        return first, second

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mixmerge.engines.batching import batches
-from mixmerge.engines.decoding import accepted
+from mixmerge.engines.decoding import accepted, right_padded
 from mixmerge.latent.decoders import Anatomy, reading
 from mixmerge.latent.records import Latents, Reading
 
@@ -53,16 +53,11 @@ def latents(
 def _states(
     anatomy: Anatomy, texts: Sequence[Sequence[int]], depths: Sequence[int | Literal["last"]], device: Any
 ) -> dict[int | Literal["last"], Tensor]:
-    longest = max(len(text) for text in texts)
-    ids = torch.zeros(len(texts), longest, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for row, text in enumerate(texts):
-        ids[row, : len(text)] = torch.tensor(text, dtype=torch.int64)
-        mask[row, : len(text)] = 1
+    ids, mask = right_padded(texts, pad=0, device=device)
     given = {
-        "input_ids": ids.to(device),
-        "attention_mask": mask.to(device),
-        "position_ids": torch.arange(longest, device=device).expand(len(texts), -1),
+        "input_ids": ids,
+        "attention_mask": mask,
+        "position_ids": torch.arange(ids.shape[1], device=device).expand(len(texts), -1),
         "use_cache": False,
     }
     takes = accepted(anatomy.trunk)

@@ -257,11 +257,6 @@ class Memory:
             wide(self.peer, 0),
         )
 
-    @property
-    def nbytes(self) -> int:
-        every = (*self.keys, *self.values, self.ends, self.peer)
-        return sum(one.numel() * one.element_size() for one in every)
-
 
 @dataclass(eq=False)
 class View:

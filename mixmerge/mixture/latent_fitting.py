@@ -6,12 +6,12 @@ which names the rows. Experts are not in it or changed.
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mixmerge.aggregate.latent import gates_of
 from mixmerge.bank.publishing import check_free, making
 from mixmerge.data.rows import Row, read_rows, sample_rows
 from mixmerge.decision.records import Query
@@ -140,14 +140,7 @@ class _Decisions:
             shown = ", ".join(map(str, nobody[:_MOST])) + (", ..." if len(nobody) > _MOST else "")
             what = f"the policy picks nobody for {len(nobody):,} rows ({shown})"
             raise MixmergeError(Fault(_WHERE, what, run="Give the policy a fallback, or leave them out"))
-        found = []
-        for one in decisions:
-            weights = {str(one.primary): 0.0}
-            for pick in one.picks:
-                weights[pick.expert] = weights.get(pick.expert, 0.0) + max(0.0, pick.weight)
-            total = math.fsum(weights.values())
-            gates = {name: w / total if total > 0 else 1 / len(weights) for name, w in weights.items()}
-            found.append(Routed(str(one.primary), gates, {}))
+        found = [Routed(str(one.primary), gates_of(one), {}) for one in decisions]
         if all(len(one.gates) == 1 for one in found):
             what = "the policy picks one expert for every row, so nobody is read"
             raise MixmergeError(

@@ -219,7 +219,7 @@ def test_memory_grows_and_rows_leave() -> None:
     kept = both.keep([2, 0])
     assert torch.equal(kept.ends, torch.cat([memory.ends, memory.ends], dim=1)[[2, 0]])
     assert torch.equal(kept.values[0][1], both.values[0][0])
-    assert kept.nbytes * 3 == both.nbytes * 2
+    assert kept.keys[0].shape == (2, 2, 8, 4)
 
 
 SHAPES = (Shape("a.b", 12, 4, "1", 50), Shape("keys", 20, 6, "2", 60, 24))

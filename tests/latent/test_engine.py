@@ -161,15 +161,15 @@ def test_a_prompt_that_a_peer_has_no_room_for(trio: Any, mode: str, tmp_path: Pa
 def test_a_peer_without_offsets_is_refused_by_name(
     trio: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mixmerge.latent import companions
+    from mixmerge.latent import offsets
 
-    class Plain(companions.Reader):
+    class Plain(offsets.Reader):
         def __init__(self, tokenizer: Any, *, name: str, context: int | None) -> None:
             if name == "b":
                 tokenizer = object()  # of no kind that says which characters a token stands for
             super().__init__(tokenizer, name=name, context=context)
 
-    monkeypatch.setattr(companions, "Reader", Plain)
+    monkeypatch.setattr(offsets, "Reader", Plain)
     engine = trio.fitted("prompt-2").engine(expert="a")
     reads, alone = Request("r", "a b", 3, reads=(("b", 0.5),)), Request("s", "a b", 3, reads=(("c", 0.5),))
     fault, answered = engine.generate_each([reads, alone])

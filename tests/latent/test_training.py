@@ -368,6 +368,38 @@ def _sum_without_ends(made: Trained, rows: list[int], work: Path) -> float:
     return -float(sum(part[:-1].sum() for part in logs.split(list(told.counts))))
 
 
+def test_rows_that_the_disk_has_no_room_for_are_read_together(
+    asked: Callable[..., Asked], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mixmerge.latent import frozen as module
+
+    ready = prepare(asked())
+    glue, _ = ready.card.blank()
+    experts = Frozen(ready.places, device="cpu", dtype="float32")
+    hashes = {one.name: one.hash for one in ready.card.experts}
+    name = next(one for one in ready.card.names if one != ready.card.primary)
+    depths = {name: glue.peer_depths(name)}
+    calls: list[int] = []
+    plain = module.latents
+
+    def counted(expert: Any, readings: Any, places: Any) -> Any:
+        calls.append(len(readings))
+        return plain(expert, readings, places)
+
+    monkeypatch.setattr(module, "latents", counted)
+    readings = [ready.texts.peer(name, row, str(ready.card.primary)) for row in (0, 1, 2, 1)]
+    known = Remembered(experts, Store(tmp_path / "room"), hashes=hashes, depths=depths)
+    wanted = [known.of(name, [one], torch.device("cpu"))[0] for one in readings]
+    assert calls == [1, 1, 1], "what is in memory is not made again"
+    scarce = Remembered(experts, Store(tmp_path / "none", limit=1), hashes=hashes, depths=depths)
+    for count in (3, 3):
+        found = scarce.of(name, readings, torch.device("cpu"))
+        for one, other in zip(found, wanted, strict=True):
+            torch.testing.assert_close(one.states, other.states, atol=1e-5, rtol=1e-4)
+            assert torch.equal(one.ends, other.ends)
+        assert calls[3:] == [count]
+
+
 def test_an_expert_that_changes_in_memory_is_noticed(homes: Mapping[str, Path]) -> None:
     frozen = Frozen({"opt": (homes["opt"], None)}, device="cpu", dtype="float32")
     model = frozen["opt"].model
