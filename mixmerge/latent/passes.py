@@ -87,7 +87,7 @@ class Passes:
         with ExitStack() as stack:
             stack.enter_context(Interaction(model, self._glue, primary).running(view))
             if self._checkpointing and torch.is_grad_enabled():
-                stack.enter_context(recomputed(Anatomy.of(model).layers))
+                stack.enter_context(recomputed(list(Anatomy.of(model).layers)))
             return self._answers(primary, readings)
 
     def alone(self, primary: str, rows: Sequence[int]) -> Predicted:

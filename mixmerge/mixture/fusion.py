@@ -113,13 +113,21 @@ def _place(one: ExpertSpec) -> Place:
 
 
 def check_fusion(asked: Asked, report: Report) -> None:
-    """Everything that can be known to be wrong before a file is opened."""
+    """Everything that can be known to be wrong before a file is opened; of a block with faults, what is right of it."""
     check_parts(asked, _ENGINES, report)
-    if asked.compose is None:
-        return
-    told = LogitsOptions.model_validate(asked.compose.options)
+    told, entries = asked.told(LogitsOptions), asked.entries("compose")
     _check_roles(asked, told, report)
     _check_alpha(asked, told, report)
+    _check_fits(asked, told, report)
+    damping = given(entries, "damping")
+    if damping is not None and told.mode != "joint" and not asked.unread(told, "mode"):
+        report.fault(damping, f"has no effect on mode {told.mode}", "mode: joint", "Remove it")
+
+
+def _check_fits(asked: Asked, told: LogitsOptions, report: Report) -> None:
+    """What ``mixmerge fit`` reads, or has read."""
+    if asked.unread(told, "folder", "data"):
+        return
     entries = asked.entries("compose")
     said = [key for key in _FITS if given(entries, key) is not None]
     if told.folder is not None:
@@ -128,16 +136,13 @@ def check_fusion(asked: Asked, report: Report) -> None:
     elif told.data is None:
         for key in said:
             report.fault(entries[key], "has no effect without data", "data: FILE, for mixmerge fit")
-    elif told.mode != "static":
+    elif told.mode != "static" and not asked.unread(told, "mode"):
         what = f"data picks a fixed alpha, and mode {told.mode} has none"
         report.fault(entries["data"], what, "mode: static", "Remove data, or say mode: static")
     elif given(entries, "alpha") is not None:
         report.fault(entries["alpha"], "has no effect: data picks it", run="Remove it, or remove data")
-    damping = given(entries, "damping")
-    if damping is not None and told.mode != "joint":
-        report.fault(damping, f"has no effect on mode {told.mode}", "mode: joint", "Remove it")
     seed = given(entries, "seed")
-    if seed is not None and told.data is not None and told.samples is None:
+    if seed is not None and told.data is not None and given(entries, "samples") is None:
         report.fault(seed, "has no effect without samples", run="Remove it, or say samples")
 
 
@@ -147,9 +152,9 @@ def _check_roles(asked: Asked, told: LogitsOptions, report: Report) -> None:
     entries = asked.entries("compose")
     for key in ("base", "reference"):
         name = getattr(told, key)
-        if name is None:
+        if name is None and not asked.unread(told, key):
             report.fault(node, f"the key {key} is missing", f"{key}: the name of an expert")
-        elif name not in names:
+        elif name is not None and name not in names:
             what = f"the mixture has no expert {show(name)}"
             report.fault(entries[key], what, registry.choices(name, names))
     if told.base is not None and told.base == told.reference:
@@ -164,7 +169,7 @@ def _check_roles(asked: Asked, told: LogitsOptions, report: Report) -> None:
         report.fault(entries["experts"], "one of them is named twice", "Each once")
     left = shifting(told, tuple(names))
     idle = [one for one in names if one not in (told.base, told.reference, *left)]
-    if idle:
+    if idle and not asked.unread(told, "base", "reference"):
         what = f"{', '.join(idle)} of the experts {'has' if len(idle) == 1 else 'have'} no part in it"
         report.fault(entries["experts"], what, run="Name them, or remove them from the mixture")
     if not left and told.base in names and told.reference in names:
@@ -178,8 +183,10 @@ def _check_alpha(asked: Asked, told: LogitsOptions, report: Report) -> None:
     node = given(entries, "alpha")
     if node is None:
         return
-    if told.mode != "static":
+    if told.mode != "static" and not asked.unread(told, "mode"):
         report.fault(node, f"has no effect: mode {told.mode} finds it anew for each token", "mode: static")
+    if asked.unread(told, "alpha", "base", "reference", "experts"):
+        return
     try:
         Settings("static", told.alpha).fixed(shifting(told, tuple(asked.names)))
     except MixmergeError as error:

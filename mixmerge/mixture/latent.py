@@ -126,10 +126,9 @@ def check_latent(asked: Asked, report: Report) -> None:
         _no_effect(entries, _MADE_ALREADY, "on a fitted glue", report, run="Remove it, or remove folder")
         return
     _no_effect(entries, ("encoder",), "before it is fitted", report, run="Say it in route: {encoder: ...}")
-    unread = "mode" not in told.model_fields_set and given(entries, "mode") is not None
-    if told.mode != "chunked" and not unread:
+    if told.mode != "chunked" and not asked.unread(told, "mode"):
         _no_effect(entries, ("chunk",), f"in {told.mode} mode", report)
-    if not told.sources and ("data" in told.model_fields_set or given(entries, "data") is None):
+    if not told.sources and not asked.unread(told, "data"):
         report.fault(compose, "the glue learns from rows, and the key data is missing", "data: FILE")
     routed = given(dict(asked.top), "router") is not None
     _check_route(asked, told, entries, routed=routed, report=report)

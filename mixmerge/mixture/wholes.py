@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from pydantic import ValidationError
 
 from mixmerge import registry
-from mixmerge.document import Node, Report, show
+from mixmerge.document import Node, Report, given, show
 from mixmerge.document.sections import Strict
 from mixmerge.document.tree import to_data
 
@@ -72,6 +72,11 @@ class Asked:
                 continue
             kept[key] = to_data(node)
         return options.model_validate(kept)
+
+    def unread(self, told: Strict, *keys: str) -> bool:
+        """Whether any of these keys of ``compose`` is there and is not what it should be, which was said of it."""
+        entries = self.entries("compose")
+        return any(key not in told.model_fields_set and given(entries, key) is not None for key in keys)
 
 
 @dataclass(frozen=True)

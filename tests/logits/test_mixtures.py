@@ -220,6 +220,47 @@ def test_all_is_said_at_once(tmp_path: Path) -> None:
         assert words in done.stderr, words
 
 
+UNREAD = {
+    "base: bigg, reference: small, mode: two, damping: 2.0, clip: 0": (
+        ("no expert 'bigg'", "expected 'static', 'one'", "a number greater than 0"),
+        ("damping (line 6)",),
+    ),
+    "base: 3, reference: smal, experts: [full, full]": (
+        ("no expert 'smal'", "named twice", "compose.base"),
+        ("key base is missing", "no part in it"),
+    ),
+    "base: big, reference: [x], experts: [full], mode: static, alpha: {nobody: 1.0}": (
+        ("compose.reference",),
+        ("key reference is missing", "no part in it", "called 'nobody'"),
+    ),
+    "base: big, reference: big, data: 3, samples: 0, seed: 1": (
+        ("big is the base", "compose.data", "compose.samples"),
+        ("without data", "without samples"),
+    ),
+    "base: big, reference: small, mode: static, data: x, alpha: 9, samples: 0, seed: 1": (
+        ("data picks it", "less than or equal to 8", "compose.samples"),
+        ("without samples",),
+    ),
+    "base: big, reference: small, folder: 3, data: y, mode: one, alpha: 0.5, gates: 1": (
+        ("compose.folder", "mode one finds it anew", "unknown key 'gates'"),
+        ("fitted mixture", "has none"),
+    ),
+}
+
+
+@pytest.mark.parametrize("options", UNREAD)
+def test_a_key_that_is_wrong_hides_no_other_and_is_not_called_missing(options: str, tmp_path: Path) -> None:
+    experts = "experts:\n" + "".join(
+        f"  {one}: {{model: x/{one}}}\n" for one in ("big", "small", "full", "lora")
+    )
+    (tmp_path / "mix.yaml").write_text(experts + f"compose: {{kind: logits, {options}}}\n")
+    told = run("ask", tmp_path / "mix.yaml", "hello").stderr
+    for words in UNREAD[options][0]:
+        assert words in told, told
+    for words in UNREAD[options][1]:
+        assert words not in told, told
+
+
 def test_the_engine_of_a_whole_is_none_of_an_expert(tmp_path: Path) -> None:
     experts = "experts:\n  a: {model: x, engine: fusion, options: {experts: {b: y}}}\n  b: {model: x, engine: latent}\n"
     (tmp_path / "mix.yaml").write_text(experts + "router: {kind: knn, outcomes: o.jsonl}\n")
