@@ -21,7 +21,7 @@ Models = Annotated[
     list[str],
     typer.Argument(
         metavar="MODEL...",
-        help="What is judged: folders, hub ids or BASE+ADAPTER; NAME=MODEL names one.",
+        help="What is judged: folders, hub ids, BASE+ADAPTER, mixtures that answer as one; NAME=MODEL names one.",
         show_default=False,
     ),
 ]

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mixmerge.checkpoint.locate import locate
-from mixmerge.dynamic.folders import MIXTURE, is_dynamic, parts_of
+from mixmerge.dynamic.folders import is_dynamic, parts_of
 from mixmerge.errors import Fault, MixmergeError, collecting
 from mixmerge.evaluate.flops import flops_per_token
 from mixmerge.evaluate.leaks import Made, read_made
+from mixmerge.evaluate.mixtures import folders_of, is_mixture, load_whole, made_of
 from mixmerge.evaluate.model_records import Role
 from mixmerge.recipe import ModelRef
+
+if TYPE_CHECKING:
+    from mixmerge.mixture import Mixture
 
 Models = Mapping[str, str | Path] | Sequence[str | Path]
 
@@ -28,6 +34,7 @@ class Entry:
         folder: of the model on this machine.
         adapter: of the adapter, if it has one.
         made: what its manifest says.
+        mixture: several models that answer as one; None for a model.
     """
 
     name: str
@@ -36,16 +43,19 @@ class Entry:
     folder: Path
     adapter: Path | None
     made: Made
+    mixture: Mixture | None = None
 
     @property
     def network(self) -> bool:
         """Whether a gate weighs experts in it."""
-        return self.adapter is None and is_dynamic(self.folder)
+        return self.mixture is None and self.adapter is None and is_dynamic(self.folder)
 
     @property
     def storage(self) -> int:
         """Bytes of all weights in its folders."""
         folders = {self.folder} if self.adapter is None else {self.folder, self.adapter}
+        if self.mixture is not None:
+            folders = set(folders_of(self.mixture))
         if self.network:
             folders.add(parts_of(self.folder).base)
         files = {path for folder in folders for path in folder.rglob("*.safetensors")}
@@ -53,7 +63,9 @@ class Entry:
 
     @property
     def flops(self) -> float:
-        """Operations of a token; NaN if that is not known."""
+        """Operations of a token; NaN if that is not known, as where it depends on who is asked."""
+        if self.mixture is not None:
+            return math.nan
         if self.network:
             parts = parts_of(self.folder)
             return flops_per_token(parts.base, parts.bank)
@@ -111,25 +123,14 @@ def entries_of(models: Models, experts: Models, base: str | Path | None, faults:
     return entries
 
 
-def _refuse_mixture(model: str, name: str, where: str) -> None:
-    """What is judged is one model, and a network with a gate is one, too: of other mixtures, their answers are."""
-    folder = is_folder(model)
-    if folder:
-        place = Path(model).expanduser()
-        mixture = (
-            (place / MIXTURE).is_file() and not is_dynamic(place) and not (place / "config.json").is_file()
-        )
-    else:
-        mixture = model.lower().endswith((".yaml", ".yml"))
-    if mixture:
-        what = f"{model} is a mixture of several models, and eval judges one"
-        run = f"Run mixmerge batch {model} -i QUERIES.jsonl -o ANSWERS.jsonl, and score its answers"
-        raise MixmergeError(Fault(f"{where} {name}", what, "A model, or a network with a gate", run))
-
-
 def _entry(role: Role, name: str, model: str) -> Entry:
     where = {"merge": "model", "expert": "experts", "base": "base"}[role]
-    _refuse_mixture(model, name, where)
+    if is_mixture(model, folder=is_folder(model)):
+        if role != "merge":
+            what = f"{model} is a mixture of several models"
+            raise MixmergeError(Fault(f"{where} {name}", what, "A model that was merged, or its base"))
+        whole = load_whole(model, where=f"{where} {name}")
+        return Entry(name, role, ModelRef(model), Path(model).expanduser(), None, made_of(whole), whole)
     ref = ModelRef(model) if is_folder(model) else ModelRef.parse(model, where=where)
     folder = locate(ref.path, ref.revision, where=where)
     adapter = None if ref.adapter is None else locate(ref.adapter, ref.adapter_revision, where=where)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mixmerge.dynamic.engine import DynamicEngine
+from mixmerge.engines.base import Engine
 from mixmerge.engines.local import Dtype, TransformersEngine
 from mixmerge.errors import MixmergeError
 from mixmerge.evaluate.advice import Facts, advise, installed_methods
@@ -15,6 +16,7 @@ from mixmerge.evaluate.flops import CONTEXT
 from mixmerge.evaluate.harness import Figures, run_lm_eval
 from mixmerge.evaluate.heads import HeadSource, score_classes
 from mixmerge.evaluate.intervals import LEVEL
+from mixmerge.evaluate.mixtures import MixtureEngine
 from mixmerge.evaluate.model_entries import Entry, Models
 from mixmerge.evaluate.model_measuring import Judged, info, means_of, measure, spreads_of
 from mixmerge.evaluate.model_records import ModelReport
@@ -58,7 +60,8 @@ def evaluate_models(
     task, drawn for all models together.
 
     Args:
-        models: what is judged: folders, hub ids or ``BASE+ADAPTER``; a mapping names them.
+        models: what is judged: folders, hub ids or ``BASE+ADAPTER``, and YAMLs or fitted folders of mixtures whose
+            experts answer as one, which are asked for texts alone; a mapping names them.
         tasks: a tasks file, its content, or tasks that have been read.
         experts: name -> model; names are what a task's ``expert`` and ``head`` say. Of a list, the last parts of
             the paths are the names.
@@ -92,6 +95,12 @@ def evaluate_models(
     if told:
         note = f"Told which expert each task belongs to, which then answers alone: {', '.join(told)}."
         report = replace(report, notes=(*report.notes, note))
+    wholes = [entry.name for entry in found.entries if entry.mixture is not None]
+    if wholes:
+        note = f"Mixtures, whose experts answer as one in the types their YAML says: {', '.join(wholes)}."
+        report = replace(
+            report, notes=(*report.notes, f"{note} Their tokens/s has the loading of experts in it.")
+        )
     if found.deltas is not None:
         facts = Facts(report, found.deltas, found.may_calibrate, installed_methods())
         report = replace(report, advice=advise(facts))
@@ -132,7 +141,11 @@ class _Loading:
             return _ADAPTER
         return task.spec.expert if entry.network and self.task_id else None
 
-    def engine(self, entry: Entry) -> TransformersEngine:
+    def engine(self, entry: Entry) -> Engine:
+        if entry.mixture is not None:
+            return MixtureEngine(
+                entry.mixture, device=self.device, batch_tokens=self.batch_tokens, name=entry.name
+            )
         if entry.network:
             return DynamicEngine(
                 str(entry.folder),

@@ -14,6 +14,7 @@ from mixmerge.evaluate.harness import Harness, find_harness
 from mixmerge.evaluate.heads import HeadSource, head_faults
 from mixmerge.evaluate.leaks import leak_faults, used_rows
 from mixmerge.evaluate.metrics import text_metric
+from mixmerge.evaluate.mixtures import TEXTS
 from mixmerge.evaluate.model_entries import Entry, Models, entries_of, named
 from mixmerge.evaluate.task_file import EvalTask, read_tasks
 from mixmerge.registry import choices
@@ -145,7 +146,14 @@ def _check(
             with collecting(faults):
                 text_metric(task.metric.name)
         if task.metric.asked == "class" and set(experts) <= set(heads):
-            faults += _heads(entries, task, heads)
+            faults += _heads([entry for entry in entries if entry.mixture is None], task, heads)
+        if task.metric.asked in ("choices", "class"):
+            faults += [_no_text(entry.name, task) for entry in entries if entry.mixture is not None]
+    faults += [
+        Fault(f"model {entry.name}", "is a mixture, which lm-evaluation-harness cannot run")
+        for entry in entries
+        if asked.lm_eval and entry.mixture is not None
+    ]
     faults += [
         Fault(f"model {entry.name}", "has a bank and a gate, which lm-evaluation-harness cannot run")
         for entry in entries
@@ -156,6 +164,13 @@ def _check(
         if not (asked.transductive or entry.made.transductive):
             faults += leak_faults(entry.name, used[entry.name], tasks)
     return used
+
+
+def _no_text(model: str, task: EvalTask) -> Fault:
+    """A task that a mixture cannot be asked."""
+    wanted = "how likely each choice is" if task.metric.asked == "choices" else "for a class of one head"
+    what = f"{model} is a mixture, which generates; {task.metric.name} asks {wanted}"
+    return Fault(f"task {task.name}", what, TEXTS, "Leave the task or the mixture out")
 
 
 def _heads(entries: Sequence[Entry], task: EvalTask, heads: Mapping[str, HeadSource]) -> list[Fault]:

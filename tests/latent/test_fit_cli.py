@@ -181,6 +181,13 @@ def test_rows_that_the_glue_has_learned_from_are_named(
     assert len(used) == 6
     assert used < {row.digest for row in read_rows(str(rows))}
     assert not meant
+    asked = ("eval", tmp_path / "glue", "--task", rows, "--metric", "f1", "--resamples", 100, "-q")
+    refused = run(*asked)
+    assert (refused.exit_code, "was made with 6 of the 16 rows" in plain(refused.stderr)) == (2, True)
+    scored = run(*asked, "--transductive", "--limit", 4, "--json")
+    assert scored.exit_code == 0, scored.output
+    told = json.loads(scored.stdout)
+    assert any("experts answer as one" in note for note in told["notes"])
 
 
 def test_an_adapter_is_an_expert(

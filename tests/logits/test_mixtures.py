@@ -7,15 +7,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from typer.testing import CliRunner, Result
 
 from mixmerge import Mixture
-from mixmerge.batch.records import Item
+from mixmerge.batch.records import Item, Settings
 from mixmerge.engines.local import TransformersEngine
 from mixmerge.engines.records import Message, Request
 from mixmerge.errors import MixmergeError
+from mixmerge.evaluate.models import evaluate_models
 from mixmerge.logits.engine import FusionEngine
 from mixmerge.mixture.fusion_fitting import best_of
 
@@ -297,15 +299,49 @@ def test_answers_that_the_base_was_cut_of_have_no_loss(roles: Any, answers: Path
     assert not (tmp_path / "fit").exists()
 
 
-def test_eval_refuses_what_is_no_single_model(mix: Path, answers: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "fit"
-    folder.mkdir()
-    (folder / "mixture.yaml").write_text(mix.read_text())
-    for place in (mix, folder):
-        done = run("eval", place, "--task", answers, "--metric", "exact")
-        assert done.exit_code == 2
-        assert f"{place} is a mixture of several models, and eval judges one" in done.stderr
-        assert f"mixmerge batch {place} -i" in done.stderr
+def test_eval_scores_what_a_mixture_says(mix: Path, roles: Any, answers: Path, tmp_path: Path) -> None:
+    """As ``batch`` answers, beside models; rows that an expert has seen are refused as a merge's are."""
+    rows = [json.loads(line) for line in answers.read_text().splitlines()]
+    items = [
+        Item(f"r{at}", row["prompt"], settings=Settings(3, temperature=0.0)) for at, row in enumerate(rows)
+    ]
+    said = [one.text for one in Mixture.load(mix).answer(items)]
+    right = [
+        {**row, "answer": text.strip().partition("\n")[0] or "?"}
+        for row, text in zip(rows, said, strict=True)
+    ]
+    (tmp_path / "right.jsonl").write_text("".join(json.dumps(row) + "\n" for row in right))
+    task = {"name": "t", "data": str(tmp_path / "right.jsonl"), "metric": "exact", "max_new_tokens": 3}
+    report = evaluate_models({"fused": mix, "big": roles.base}, tasks={"tasks": [task]}, resamples=100)
+    row = report.row("fused")
+    assert row.scores["t"].value == pytest.approx(np.mean([one["answer"] != "?" for one in right]))
+    assert list(row.answers["t"].given) == said
+    assert row.storage == sum(
+        path.stat().st_size
+        for folder in {roles.base, roles.reference, roles.full, roles.adapter}
+        for path in folder.rglob("*.safetensors")
+    )
+    assert any("Mixtures, whose experts answer as one" in note and "fused" in note for note in report.notes)
+    done = run(
+        "eval", mix, "--task", answers, "--metric", "f1", "--resamples", 100, "--limit", 2, "--json", "-q"
+    )
+    assert done.exit_code == 0, done.output
+
+
+def test_eval_refuses_what_a_mixture_cannot_be_asked(mix: Path, answers: Path, tmp_path: Path) -> None:
+    (tmp_path / "choices.jsonl").write_text('{"prompt": "a", "choices": ["b", "c"], "label": 0}\n')
+    done = run("eval", mix, "--task", tmp_path / "choices.jsonl", "--metric", "choice")
+    assert done.exit_code == 2
+    assert "mix.yaml is a mixture, which generates; choice asks how likely each choice is" in done.stderr
+    assert "exact, f1, rouge1" in done.stderr
+    done = run("eval", mix, "--base", mix, "--task", answers, "--metric", "exact")
+    assert (done.exit_code, "base base: " in done.stderr) == (2, True)
+    routed = tmp_path / "routed.yaml"
+    routed.write_text(mix.read_text().partition("compose:")[0] + "router: {kind: knn, outcomes: o.jsonl}\n")
+    done = run("eval", routed, "--task", answers, "--metric", "exact")
+    assert done.exit_code == 2
+    assert f"{routed} is a mixture of several models that answer one by one" in done.stderr
+    assert f"mixmerge batch {routed} -i" in done.stderr
 
 
 def test_best_alpha() -> None:
