@@ -18,7 +18,8 @@ class BridgeOptions(BaseModel):
         dropout: of what a token has read, in training; 0 to below 1.
         reach: bytes that count as one step of ALiBi's distances before training, above 0. The nearest head's attention
             falls by e^(-2^(-8/H)) in so many bytes, the farthest one's by e^(-1/256). Below 1 a token reads little but
-            what stands where it stands, which is what generalises where a peer has a word's meaning at its last letter.
+            what stands where it stands, which is what generalises where a peer's last state has a word's meaning at its
+            last letter; an answer that goes on for long is then too far from its prompt to learn to read it.
         null: give every token an empty latent to look at, so that it may read nothing.
     """
 

@@ -61,6 +61,24 @@ def test_distances_start_like_alibi_over_eight_bytes() -> None:
     assert slopes.tolist() == pytest.approx([0.25 / 8, 0.0625 / 8, 2**-6 / 8, 2**-8 / 8], rel=1e-3)
 
 
+def test_the_default_reads_from_far_and_a_short_reach_does_not() -> None:
+    """Against the empty latent, 200 bytes on: what the documentation says of the default, and of 0.03."""
+    zeros = torch.zeros(1, 8, 2, 4)
+    memory = memory_of(zeros, zeros, [0, 10], [NOBODY, 1])
+    shares = {}
+    for reach in (BridgeOptions().reach, 0.03):
+        bridge = Bridge(4, 4, BridgeOptions(width=32, heads=8, reach=reach), same=True, seed=0)
+        slopes = torch.nn.functional.softplus(bridge.slopes.detach())
+        told, values = torch.tensor([[210]]), zeros.clone()
+        values[:, :, 1] = 1.0
+        sight = Sight(Ground.of(memory, None), View(memory, None, told, told), null=True)
+        shares[reach] = sight.attend(zeros[:, :, :1], zeros, values, slopes)[0, :, 0, 0]
+        wanted = [1 / (1 + math.exp(min(700, 200 * 2 ** -(head + 1) / reach))) for head in range(8)]
+        assert shares[reach].tolist() == pytest.approx(wanted, abs=1e-6)
+    assert shares[8.0][-1].item() == pytest.approx(0.4756, abs=1e-3)
+    assert shares[0.03].max().item() < 1e-11
+
+
 def random_memory(rows: int, count: int, *, null: bool) -> Memory:
     draw = torch.Generator().manual_seed(3)
     keys, values = (torch.randn(rows, 2, count, 4, generator=draw) for _ in range(2))
