@@ -58,6 +58,9 @@ Latents = Annotated[
 BatchTokens = Annotated[
     int, typer.Option("--batch-tokens", min=1, help="Of a batch: prompts and what may be generated.")
 ]
+Apart = Annotated[
+    bool, typer.Option("--apart", help="Experts run in processes of their own, on the CPU too.")
+]
 Deadline = Annotated[
     float | None, typer.Option(help="Seconds after which no batch is started.", show_default=False)
 ]
@@ -125,9 +128,7 @@ def batch(
     latents: Latents = None,
     batch_tokens: BatchTokens = 8192,
     deadline: Deadline = None,
-    apart: Annotated[
-        bool, typer.Option("--apart", help="Experts run in processes of their own, on the CPU too.")
-    ] = False,
+    apart: Apart = False,
     ray: Ray = None,
     ray_cpus: RayCpus = 4,
     overwrite: Annotated[

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 _SWITCH = "gradient_checkpointing"  # of a layer of transformers
-_CACHES = ("past_key_values", "past_key_value", "layer_past")
+_NO_CACHE = {"use_cache": False, "past_key_values": None, "past_key_value": None, "layer_past": None}
 
 
 def asked_to(layers: Sequence[nn.Module]) -> list[nn.Module]:
@@ -30,35 +29,37 @@ def recomputed(layers: Sequence[nn.Module]) -> Iterator[None]:
     """
     with ExitStack() as stack:
         for layer in layers:
-            stack.enter_context(_off(layer))
-            layer.forward = partial(_again, layer, layer.forward)
+            stack.enter_context(_Off(layer))
+            stack.callback(layer.register_forward_pre_hook(_without_cache, with_kwargs=True).remove)
+            layer.forward = partial(
+                checkpoint, layer.forward, use_reentrant=False, context_fn=partial(_around, layer)
+            )
             stack.callback(delattr, layer, "forward")
         yield
 
 
-def _again(layer: nn.Module, forward: Callable[..., Any], *args: Any, **given: Any) -> Any:
-    if not torch.is_grad_enabled():
-        return forward(*args, **given)
-    without: dict[str, Any] = {name: None for name in _CACHES if given.get(name) is not None}
-    if given.get("use_cache"):
-        without["use_cache"] = False
-    return checkpoint(partial(_plain, layer, forward), *args, use_reentrant=False, **{**given, **without})
+def _without_cache(
+    layer: nn.Module, args: tuple[Any, ...], given: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return args, {name: _NO_CACHE.get(name, value) for name, value in given.items()}
 
 
-def _plain(layer: nn.Module, forward: Callable[..., Any], *args: Any, **given: Any) -> Any:
-    with _off(layer):  # on the way back the switch may be on again
-        return forward(*args, **given)
+def _around(layer: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Of computing it, and of computing it again: by then its switch may be on again."""
+    return nullcontext(), _Off(layer)
 
 
-@contextmanager
-def _off(layer: nn.Module) -> Iterator[None]:
-    """A layer that does not compute itself again."""
-    was = getattr(layer, _SWITCH, None)
-    if was is None:
-        yield
-        return
-    setattr(layer, _SWITCH, False)
-    try:
-        yield
-    finally:
-        setattr(layer, _SWITCH, was)
+class _Off(AbstractContextManager[None]):
+    """Within it a layer does not compute itself again; as often as one likes."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self._layer, self._was = layer, getattr(layer, _SWITCH, None)
+
+    def __enter__(self) -> None:
+        self._was = getattr(self._layer, _SWITCH, None)
+        if self._was is not None:
+            setattr(self._layer, _SWITCH, False)
+
+    def __exit__(self, *_: object) -> None:
+        if self._was is not None:
+            setattr(self._layer, _SWITCH, self._was)
