@@ -158,9 +158,9 @@ def _with_data(facts: Facts) -> tuple[str, str] | None:
     if not facts.data or (facts.best is not None and facts.best.worst is None):
         return None
     order = (
-        ("adamerging", "regmean", "fisher")
+        ("learned_spectrum", "regmean", "adamerging", "fisher")
         if facts.classifies
-        else ("expert_merging", "regmean_plus", "regmean")
+        else ("learned_spectrum", "expert_merging", "regmean_plus", "regmean")
     )
     names = facts.first(*order)
     if not names:
@@ -268,7 +268,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "data",
         _with_data,
-        "AdaMerging (Yang et al., ICLR 2024), RegMean (Jin et al., ICLR 2023), Expert Merging",
+        "mixmerge's docs/real-models.md; RegMean (Jin et al., ICLR 2023), Expert Merging (arXiv:2509.25712)",
     ),
     Rule("uneven", _uneven, "AdaMerging (Yang et al., ICLR 2024), Iso-C (Marczak et al., 2025)"),
     Rule("worst task", _worst_task, "AdaMerging (Yang et al., ICLR 2024): coefficients of tasks differ"),

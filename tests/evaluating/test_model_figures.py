@@ -209,6 +209,10 @@ def test_advice() -> None:
     assert any(
         one.startswith("Use your data: try expert_merging or regmean.") for one in _texts(DELTAS, data=True)
     )
+    more = HERE | {"learned_spectrum"}
+    assert any(
+        "try learned_spectrum or expert_merging" in one for one in _texts(DELTAS, data=True, methods=more)
+    )
     far = Deltas((0.9, 0.1), (0.02, 0.001), 0.05, 0.48, 0.5, 10_000, False)
     assert any(one.startswith("Do not drop entries at random") for one in _texts(far))
     assert any("9.0 times the smallest" in one for one in _texts(far))
