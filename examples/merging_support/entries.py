@@ -28,6 +28,7 @@ class Entry:
         data: which split's rows calibrate it; none: it needs none.
         examples: calibration rows of each expert.
         calibration: more keys of the recipe's calibration block.
+        generators: keys of that block that are other for generators.
         seeds: it draws or learns, so it is run three times.
         per_task: its result is one trunk for each task; ``top`` gets this parameter with the expert's number.
         search: what a search may change, as in a space of ``mixmerge search``; starts from the recipe.
@@ -43,6 +44,7 @@ class Entry:
     data: Data = ""
     examples: int = 256
     calibration: dict[str, Any] = field(default_factory=dict)
+    generators: dict[str, Any] = field(default_factory=dict)
     seeds: bool = False
     per_task: str = ""
     search: dict[str, Any] = field(default_factory=dict)
@@ -58,10 +60,12 @@ class Entry:
         dtype: str,
         seed: int,
         value: float | None,
+        generators: bool = False,
     ) -> dict[str, Any]:
         """The recipe over these experts (task: folder).
 
         Args:
+            generators: whether they are.
             rows: task to its JSONL file of calibration rows.
             value: of the parameter that ``sweep`` names.
         """
@@ -81,6 +85,7 @@ class Entry:
                 "per_expert": per_expert,
                 "max_examples": self.examples,
                 **self.calibration,
+                **(self.generators if generators else {}),
             }
             if self.data == "test":
                 made["calibration"]["transductive"] = True
@@ -105,6 +110,7 @@ _ADA = {"max_steps": 300, "lr": 1e-3, "init_values": 0.3, "batch_size": 8}
 _STEPS = {"steps": 300, "rows": 8, "learning_rate": 1e-3, "clamp": "none"}
 _HALF_FLOATS = {"precision": "bfloat16"}  # of the passes, which take half as long then
 _SHORT = {"max_tokens": 48, "batch_size": 8}
+_WHOLE = {"max_tokens": 128}  # a question, its answer and the template around them
 
 
 def _adamerging(name: str, data: Data, *, method: str = "adamerging", granularity: str = "layer") -> Entry:
@@ -194,7 +200,7 @@ def _without_data() -> tuple[Entry, ...]:
 
 def _with_statistics() -> tuple[Entry, ...]:
     return (
-        Entry("Fisher", "fisher", data="train", calibration=_SHORT),
+        Entry("Fisher", "fisher", data="train", calibration=_SHORT, generators=_WHOLE),
         Entry(
             "Fisher, squares of batches",
             "fisher",
@@ -202,6 +208,7 @@ def _with_statistics() -> tuple[Entry, ...]:
             data="train",
             calibration={**_SHORT, "batch_size": _FISHER["batch_size"]},
             against=("fisher", _FISHER),
+            suites=("encoders",),
         ),
         Entry(
             "Fisher, floors by norm",
@@ -217,9 +224,17 @@ def _with_statistics() -> tuple[Entry, ...]:
             top={"alpha": 0.9},
             data="train",
             calibration=_SHORT,
+            generators=_WHOLE,
             against=("regmean", _REGMEAN),
         ),
-        Entry("RegMean++", "regmean_plus", top={"alpha": 0.9}, data="train", calibration=_SHORT),
+        Entry(
+            "RegMean++",
+            "regmean_plus",
+            top={"alpha": 0.9},
+            data="train",
+            calibration=_SHORT,
+            generators=_WHOLE,
+        ),
         Entry(
             "TIES by activations",
             "activation_ties",
@@ -227,6 +242,7 @@ def _with_statistics() -> tuple[Entry, ...]:
             sweep=("lambda", (1.0, 1.5)),
             data="train",
             calibration=_SHORT,
+            generators=_WHOLE,
         ),
     )
 

@@ -166,6 +166,7 @@ def merge_and_score(
             dtype=suite.dtype,
             seed=seed,
             value=value,
+            generators=bool(suite.skills),
         )
         if extra:
             made["parameters"] = made.get("parameters", {}) | extra
@@ -200,7 +201,10 @@ def accuracy(found: dict[str, Any]) -> float:
 def run_entry(suite: Suite, entry: Entry) -> None:
     """Tune on validation where the entry says so, then score the test split for every seed."""
     told: dict[str, Any] = {"entry": entry, "inputs": suite.identity}
-    told["entry"] = {key: value for key, value in vars(entry).items() if key not in ("against", "suites")}
+    apart = ("against", "suites", "generators")
+    told["entry"] = {key: value for key, value in vars(entry).items() if key not in apart}
+    if suite.skills and entry.generators:
+        told["generators"] = entry.generators
     value = None
     if entry.sweep:
         values = entry.sweep[1]
