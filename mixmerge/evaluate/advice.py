@@ -160,7 +160,7 @@ def _with_data(facts: Facts) -> tuple[str, str] | None:
     order = (
         ("learned_spectrum", "regmean", "adamerging", "fisher")
         if facts.classifies
-        else ("learned_spectrum", "expert_merging", "regmean_plus", "regmean")
+        else ("regmean", "learned_spectrum", "expert_merging", "regmean_plus")
     )
     names = facts.first(*order)
     if not names:
