@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from merging_support.entries import ENTRIES
 from merging_support.fusion import read
 from merging_support.page import results_of
@@ -71,9 +72,10 @@ def _line(result: Result, experts: dict[str, float], start: float, stored: str, 
 def _bars(twins: dict[str, dict[str, Any]], best: Result, start: float, ceiling: float) -> list[str]:
     """Whether a twin with its own router meets the bar, said of each."""
     lines = []
+    usual = {task: np.mean([right[task] for right in best.seeds], 0).tolist() for task in best.seeds[0]}
     for name, twin in twins.items():
         average = Result(name, (twin["own"],)).average()
-        low, high = interval(twin["own"], best.seeds[0])
+        low, high = interval(twin["own"], usual)
         gap, stored = recovery(average, start, ceiling), twin["storage"] / twin["experts"]
         met = low > 0 and gap >= GAP and stored <= STORAGE
         lines.append(
@@ -88,7 +90,11 @@ def draw_ranks(work: Path, out: Path) -> None:
     """Average retention over the rank of the parts: own router, told the task, and the best static merge."""
     from mixmerge.evaluate.drawing import COLOURS, as_png, new_panels
 
-    there = [suite for suite in ("encoders", "generative") if (work / suite / "twins").is_dir()]
+    swept_in = {
+        suite: {rank: twin for rank in RANKS for twin in _of_rank(work / suite, rank)}
+        for suite in ("encoders", "generative")
+    }
+    there = [suite for suite, swept in swept_in.items() if swept]
     if not there:
         return
     figure, panels = new_panels(4.5 * len(there), 3.6, 1, len(there))
@@ -97,7 +103,7 @@ def draw_ranks(work: Path, out: Path) -> None:
         panel.set_title(suite)
         own = read(folder / "test-experts.json")["right"]
         ceiling = sum(sum(right) / len(right) for right in own.values()) / len(own)
-        swept = {rank: twin for rank in RANKS for twin in _of_rank(folder, rank)}
+        swept = swept_in[suite]
         for colour, (key, label) in zip(
             COLOURS, (("own", "own router"), ("oracle", "told the task")), strict=False
         ):
