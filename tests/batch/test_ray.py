@@ -268,9 +268,17 @@ def test_a_job_gives_the_same_bytes_there_though_workers_are_killed(
     engines: list[RayEngine] = []
 
     def opened(
-        unit: Sequence[Expert], *, device: str, apart: bool, cluster: Cluster, latents: Path
+        unit: Sequence[Expert],
+        *,
+        device: str,
+        apart: bool,
+        cluster: Cluster,
+        latents: Path,
+        latents_bytes: int | None,
     ) -> Engine:
-        made = open_engine(unit, device=device, apart=apart, cluster=cluster, latents=latents)
+        made = open_engine(
+            unit, device=device, apart=apart, cluster=cluster, latents=latents, latents_bytes=latents_bytes
+        )
         engines.extend([made] if isinstance(made, RayEngine) else [])
         return made
 
