@@ -178,7 +178,7 @@ def _without_data() -> tuple[Entry, ...]:
         Entry("Iso-C", "iso_c", sweep=wider),
         Entry("Iso-CTS", "iso_cts", sweep=wider),
         Entry("WUDI, Adam", "wudi", top={"steps": 300}),
-        Entry(  # as many as FusionBench can be waited for: a step of one wide matrix takes it seconds
+        Entry(  # fewer than published, on both sides: FusionBench takes five processor seconds for each
             "WUDI, Adam, 20 steps",
             "wudi",
             top={"steps": 20},

@@ -215,15 +215,15 @@ class LatentEngine(Engine):
 
     def _with_latents(self, asked: Sequence[Request] | Sequence[Scoring], work: Callable[[], T]) -> T:
         """What ``work`` gives; again, if engines that share the store needed the room of what it was to read."""
-        for left in reversed(range(_AGAIN)):
+        prompts = self._parts().card.mode == "prompt"
+        for _ in range(_AGAIN - 1):
             try:
                 return work()
             except OutOfMemoryError:
-                prompts = self._parts().card.mode == "prompt"
-                if not left or not prompts or not self._parts().offers.lacking(_wanted(asked))[0]:
+                if not prompts or not self._parts().offers.lacking(_wanted(asked))[0]:
                     raise
             self._prepare(asked)
-        raise AssertionError("it returns or raises")
+        return work()
 
     def _unreadable(self, one: Request | Scoring, lost: Mapping[Wanted, Fault]) -> Fault | None:
         """What keeps a request from reading its peers; ``lost``: latents that could not be made."""
