@@ -1,15 +1,16 @@
 """What learning coefficients costs beside a plain forward and backward pass of one model, in one run.
 
     python examples/bench_learn.py [--experts 4] [--tokens 1024] [--precision float32] [--layers 30] [--repeats 5]
-                                  [--threads 1]
+                                  [--threads 1] [--density 0.2]
     python examples/bench_learn.py --attention
 
 A model of SmolLM2-135M's geometry with random weights, and experts a little off it, are written to a folder in
 bfloat16. Plain: forward, backward and gradients of every tensor of one such model, on the same tokens and loss.
 Learning: the same pass, the inner products of all gradients with all deltas, the step, and the weights made anew.
 Passes of the two take turns; the figures are medians. Exits with 1 if a step takes more than 1.3 times the processor
-time. On a machine that others use too, only one thread gives times that mean something. With ``--attention`` it times
-torch's fused attention beside the plain form instead, forward and backward: what ``quick_attention`` chooses between.
+time. On a machine that others use too, only one thread gives times that mean something. ``--density`` below 1 is for
+deltas trimmed and sign-elected, as AdaMerging++ has them. With ``--attention`` it times torch's fused attention beside
+the plain form instead, forward and backward: what ``quick_attention`` chooses between.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def bench(options: argparse.Namespace, folder: Path) -> float:
 
     from mixmerge.calibrate.coefficients import CoefficientSpace
     from mixmerge.calibrate.mixed import Mixed
-    from mixmerge.engine.streams import FileDeltas
+    from mixmerge.engine.streams import FileDeltas, tensor_cuts
     from mixmerge.engine.worker import Adapters
     from mixmerge.plan import make_plan
 
@@ -83,7 +84,11 @@ def bench(options: argparse.Namespace, folder: Path) -> float:
         }
     )
     dtype = getattr(torch, options.precision)
-    deltas = FileDeltas([task for task in plan.tasks if not task.copied], Adapters())
+    tasks = [task for task in plan.tasks if not task.copied]
+    deltas = FileDeltas(tasks, Adapters())
+    if options.density < 1:
+        shares = dict.fromkeys(deltas.shapes, [options.density] * options.experts)
+        deltas = FileDeltas(tasks, Adapters(), cuts=tensor_cuts(deltas, shares))
     model = LlamaForCausalLM.from_pretrained(base, dtype=dtype).eval()
     ids = torch.randint(0, 49152, (options.tokens // 256, 256), generator=torch.Generator().manual_seed(1))
     space = CoefficientSpace()
@@ -130,7 +135,10 @@ def bench(options: argparse.Namespace, folder: Path) -> float:
         f"{elements / 1e6:.0f} M parameters in {options.precision}, {options.experts} experts in bfloat16, ",
         end="",
     )
-    print(f"{ids.numel():,} tokens a step, {torch.get_num_threads()} threads; medians of {options.repeats}")
+    trimmed = f"trimmed to {options.density:g} and sign-elected, " if options.density < 1 else ""
+    print(
+        f"{trimmed}{ids.numel():,} tokens a step, {torch.get_num_threads()} threads; medians of {options.repeats}"
+    )
     for name, seconds in medians.items():
         print(f"  {name:<18} {seconds:8.3f} s of processor time")
     ratio = statistics.median(b / a for a, b in zip(times["plain"], times["learning"], strict=True))
@@ -176,6 +184,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--density", type=float, default=1.0)
     parser.add_argument("--attention", action="store_true")
     options = parser.parse_args()
     if options.attention:

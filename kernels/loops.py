@@ -37,8 +37,10 @@ inverse_chunk = Loop(
 
 compare_chunk = Loop("compare.compare_chunk", f"{_CHUNK} f4[:,:] u1[:,:] f8[:,:] f8[:,:] i8[:,:] f8[:] u4[:]")
 
-gradient_products = Loop("mixing.gradient_products", "i8[:] i8[:] i8 i8 u1[:] i8 f4[:,:] f4[:] f8[:,:] f8[:]")
-mixed_chunk = Loop("mixing.mixed_chunk", "i8[:] i8[:] i8 i8 f4[:] u1[:] i8 f4[:,:]")
+gradient_products = Loop(
+    "mixing.gradient_products", "i8[:] i8[:] u1[:,:] i8 i8 u1[:] i8 f4[:,:] f4[:] f8[:,:] f8[:]"
+)
+mixed_chunk = Loop("mixing.mixed_chunk", "i8[:] i8[:] u1[:,:] i8 i8 f4[:] u1[:] i8 f4[:,:]")
 
 product = Loop("lowrank.product", "f4[:,:] f4[:,:] f4[:,:] f4[:,:]")
 row_norms = Loop("lowrank.row_norms", "f4[:,:] f8[:] f8[:]")

@@ -177,14 +177,7 @@ def _without_data() -> tuple[Entry, ...]:
         Entry("Iso-C, 1", "iso_c", against=("iso_c", {"scaling_factor": 1.0, **_NO_TABLES})),
         Entry("Iso-C", "iso_c", sweep=wider),
         Entry("Iso-CTS", "iso_cts", sweep=wider),
-        Entry("WUDI, Adam", "wudi", top={"steps": 300}),
-        Entry(  # fewer than published, on both sides: FusionBench takes five processor seconds for each
-            "WUDI, Adam, 20 steps",
-            "wudi",
-            top={"steps": 20},
-            against=("wudi", {"iter_num": 20, **_NO_TABLES}),
-            suites=encoders,
-        ),
+        Entry("WUDI, Adam", "wudi", top={"steps": 300}, against=("wudi", {"iter_num": 300, **_NO_TABLES})),
         Entry("WUDI, closed", "wudi", top={"solver": "closed"}),
         Entry("DOGE-TA", "doge_ta", top={"steps": 400}),
         Entry(

@@ -108,17 +108,18 @@ def learn_coefficients(
     experts = [plan.models[number].ref for number in experts_of(plan)]
     rows = [_ordered(data.rows[number], plan.recipe.seed) for number in experts_of(plan)]
     model, tokenizer = _load(plan, device)
-    deltas = FileDeltas(tasks, adapters, cuts=_cuts(plan, tasks, files, adapters, threads))
+    cuts = _cuts(plan, tasks, files, adapters, threads)
     parameters, same = _parameters(model, tasks)
     first = {name for name in parameters if name not in same}
     heads = _heads(plan, tasks, model, parameters, files)
     by_name = {task.target.name: task for task in tasks}
     own = {id(value) for name, value in model.named_parameters() if any(name in head for head in heads)}
+    deltas = FileDeltas([task for task in tasks if task.target.name in first], adapters, cuts=cuts)
     lesson = Lesson(
         model=model,
         tokenizer=tokenizer,
         parameters={name: parameters[name] for name in parameters if name in first},
-        deltas=FileDeltas([task for task in tasks if task.target.name in first], adapters, cuts=deltas.cuts),
+        deltas=deltas,
         rows=rows,
         labels=[str(expert) for expert in experts],
         start={task.target.name: _weights(task) for task in tasks if task.target.name in first},

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -39,15 +39,17 @@ def code_of(tensor: torch.Tensor) -> int | None:
 class Inputs:
     """Where the inputs of one tensor lie in memory, row 0 the base: ``addresses`` and ``codes`` (T + 1).
 
-    Whoever makes it keeps that memory for as long as this is used.
+    ``masks`` (T, bytes) say which entries of the deltas are kept, or have no row where all are. Whoever makes it keeps
+    that memory for as long as this is used.
     """
 
     addresses: NDArray[np.int64]
     codes: NDArray[np.int64]
+    masks: Raw = field(default_factory=lambda: np.empty((0, 0), np.uint8))
 
     @classmethod
     def of(cls, tensors: Sequence[torch.Tensor]) -> Inputs | None:
-        """None where the loops cannot read one of them."""
+        """Of tensors whose deltas are kept whole; None where the loops cannot read one."""
         codes = [code_of(tensor) for tensor in tensors]
         if None in codes:
             return None
@@ -71,10 +73,10 @@ class Inputs:
         def one(piece: tuple[int, int]) -> NDArray[np.float64]:
             start, stop = piece
             part, sums = raw[(start - first) * width : (stop - first) * width], np.empty(experts)
-            scratch, lanes = np.empty((3, BLOCK), np.float32), np.empty(LANES, np.float32)
-            wide = np.empty((experts, LANES))
+            scratch, lanes = _scratch(), np.empty(LANES, np.float32)
+            wide, count = np.empty((experts, LANES)), stop - start
             loops.gradient_products(
-                self.addresses, self.codes, start, stop - start, part, code, scratch, lanes, wide, sums
+                self.addresses, self.codes, self.masks, start, count, part, code, scratch, lanes, wide, sums
             )
             return sums
 
@@ -97,8 +99,10 @@ class Inputs:
         def one(piece: tuple[int, int]) -> None:
             start, stop = piece
             part = raw[(start - first) * width : (stop - first) * width]
-            scratch = np.empty((3, BLOCK), np.float32)
-            loops.mixed_chunk(self.addresses, self.codes, start, stop - start, factors, part, code, scratch)
+            count, scratch = stop - start, _scratch()
+            loops.mixed_chunk(
+                self.addresses, self.codes, self.masks, start, count, factors, part, code, scratch
+            )
 
         for _ in _each(one, pieces, pool):
             pass
@@ -110,6 +114,10 @@ def bytes_of(tensor: torch.Tensor) -> Raw:
 
     raw: Raw = tensor.detach().view(torch.uint8).numpy()
     return raw
+
+
+def _scratch() -> NDArray[np.float32]:
+    return np.empty((4, BLOCK + 8), np.float32)
 
 
 def _each(work: Callable[[Any], Any], pieces: Pieces, pool: ThreadPoolExecutor | None) -> Any:

@@ -8,12 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mixmerge.engine.kept_entries import KeptEntries, of_rows
 from mixmerge.engine.mixing import Inputs, code_of
 from mixmerge.engine.reading import TORCH
 from mixmerge.engine.worker import Adapters
@@ -38,7 +40,8 @@ class FileDeltas:
 
     def __init__(self, tasks: Sequence[Task], adapters: Adapters, *, cuts: Thresholds | None = None) -> None:
         self._tasks = {task.target.name: task for task in tasks}
-        self._adapters, self.cuts = adapters, cuts
+        self._adapters, self._cuts = adapters, cuts
+        self._kept = KeptEntries(self.experts)
         self._files: dict[Path, NDArray[np.uint8]] = {}
         self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
         self._pool: ThreadPoolExecutor | None = None
@@ -53,10 +56,25 @@ class FileDeltas:
         return {name: task.target.shape for name, task in self._tasks.items()}
 
     def gathers(self, name: str) -> bool:
-        """Whether ``read_rows`` can read single rows of a tensor: it is stored as it is merged."""
+        """Whether ``read_rows`` can read single rows of a tensor: it is stored as it is merged, and where entries are
+        trimmed a row's bits are whole bytes."""
+        whole = self._cuts is None or self._tasks[name].target.shape[-1] % 8 == 0
+        return whole and self._is_stored(name)
+
+    def _is_stored(self, name: str) -> bool:
         task = self._tasks[name]
         sources = (*task.sources, *((task.base,) if task.base else ()))
-        return self.cuts is None and not any(source.adapter for source in sources)
+        return not any(source.adapter for source in sources)
+
+    def _bits(self, name: str) -> NDArray[np.uint8] | None:
+        """Which entries of the deltas are kept; None where all are."""
+        from mixmerge.calibrate.deltas import pieces
+
+        if self._cuts is None:
+            return None
+        elements = math.prod(self._tasks[name].target.shape)
+        parts = pieces(self, name, unit=8)
+        return self._kept.bits(name, elements, parts, lambda start, stop: self.read(name, start, stop)[1])
 
     def read(self, name: str, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Elements ``start`` to ``stop`` of the base (n,) and of the deltas (T, n), in buffers that are used again."""
@@ -69,8 +87,8 @@ class FileDeltas:
             self._load(source, start, stop, row)
             if not source.delta_only:
                 row -= base
-        if self.cuts is not None:
-            self._elect(self.cuts[name], start, deltas)
+        if self._cuts is not None:
+            self._elect(self._cuts[name], start, deltas)
         return base, deltas
 
     def read_rows(self, name: str, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -82,7 +100,8 @@ class FileDeltas:
             raise TypeError(f"{name} has no base")
         base = self._stored(task.base).reshape(task.target.shape)[rows].float()
         experts = [self._stored(source).reshape(task.target.shape)[rows].float() for source in task.sources]
-        return base, torch.stack(experts).sub_(base)
+        deltas, bits = torch.stack(experts).sub_(base), self._bits(name)
+        return base, deltas if bits is None else deltas.mul_(of_rows(bits, rows, base.shape[1]))
 
     def products(self, name: str, start: int, gradient: torch.Tensor) -> torch.Tensor:
         """Inner products (T,), float64, of a gradient (n,) with every delta from ``start`` on."""
@@ -111,9 +130,12 @@ class FileDeltas:
     def _inputs(self, name: str) -> Inputs | None:
         """Where a tensor's inputs are mapped; None if the loops cannot mix what is stored there as it is."""
         task = self._tasks[name]
-        if task.base is None or not self.gathers(name):
+        if task.base is None or not self._is_stored(name):
             return None
-        return Inputs.of([self._stored(source) for source in (task.base, *task.sources)])
+        found = Inputs.of([self._stored(source) for source in (task.base, *task.sources)])
+        if found is None or (bits := self._bits(name)) is None:
+            return found
+        return replace(found, masks=bits)
 
     def _threads(self) -> ThreadPoolExecutor | None:
         """As many threads as torch has; None for one."""

@@ -18,8 +18,10 @@ def run(*options: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-def test_a_step_beside_a_plain_pass() -> None:
-    done = run("--layers", "1", "--experts", "1", "--tokens", "256")
+@pytest.mark.parametrize("density", ["1", "0.2"])
+def test_a_step_beside_a_plain_pass(density: str) -> None:
+    done = run("--layers", "1", "--experts", "1", "--tokens", "256", "--density", density)
+    assert ("trimmed to 0.2 and sign-elected" in done.stdout) == (density == "0.2")
     seconds = {
         name: float(found) for name, found in re.findall(r"^  (.+?) +([\d.]+) s of", done.stdout, re.M)
     }
