@@ -113,6 +113,11 @@ def test_two_experts_with_one_last_part() -> None:
     ]
 
 
+def test_one_expert_twice_is_one_expert() -> None:
+    made, faults = block("calibration: {per_expert: {code: c}}", experts=[ModelRef("a/code")] * 2)
+    assert (made and made.per_expert, faults) == ({"a/code": "c"}, [])
+
+
 def test_a_method_without_data_drops_the_block_and_says_so() -> None:
     text = "{merge_method: linear, models: [{model: a}, {model: b}], parameters: {weight: 1}, calibration: {data: c}}"
     parsed = parse(text)

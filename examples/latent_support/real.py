@@ -21,8 +21,8 @@ from mixmerge.evaluate import Question, answers, load
 PRIMARY = "smollm2"
 SHOTS = "2 + 3 = 5\n"  # without it SmolLM2 does not see that a sum is asked for
 SUMS = "sums"  # its own task
-SIZES = Sizes(asked=60, lessons=400)
-STEPS = Steps(first=600, second=0, glue=300, batch=12)
+SIZES = Sizes(asked=60, lessons=3000)
+STEPS = Steps(first=600, second=0, glue=1200, batch=12)
 BOTH = "latent, (0, last), near"
 
 
@@ -153,6 +153,7 @@ def _mixture(suite: Suite, base: Path) -> dict[str, Any]:
                 "batch_size": suite.steps.batch,
                 "rows_at_once": suite.steps.batch,
                 "learning_rate": 5e-4,
+                "precision": "bfloat16",
                 "holdout": 0.03,
                 "evaluate_every": max(1, suite.steps.glue // 4),
             },

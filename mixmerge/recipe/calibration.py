@@ -174,7 +174,7 @@ def _expert(name: str, node: Node, experts: Sequence[ModelRef] | None, report: R
     if name in written:
         return name
     last = [PurePath(expert.adapter or expert.path).name for expert in experts]
-    meant = [whole for whole, part in zip(written, last, strict=True) if part == name]
+    meant = list(dict.fromkeys(whole for whole, part in zip(written, last, strict=True) if part == name))
     if len(meant) == 1:
         return meant[0]
     if meant:

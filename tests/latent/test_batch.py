@@ -7,6 +7,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -475,6 +477,29 @@ def test_a_file_of_requests(mixed: Callable[..., Path]) -> None:
     assert not (mixture.parent / ".out.jsonl.job").exists()
     one = json.loads(command("ask", mixture, PROMPTS[0], "--json").stdout)
     assert one["answer"] == found[0]["answer"]
+
+
+@pytest.mark.slow
+def test_a_cluster_gives_the_same_bytes(mixed: Callable[..., Path]) -> None:
+    """Workers of a Ray cluster of this machine leave latents to each other, with room for all of them or hardly any."""
+    pytest.importorskip("ray")
+    mixture = mixed()
+    more = ("--batch-tokens", 60)
+    command(*batched(mixture, "here.jsonl", *more))
+    wanted = (mixture.parent / "here.jsonl").read_bytes()
+    for name, room in (("wide.jsonl", ()), ("narrow.jsonl", ("--latents", 1e-6))):
+        given = batched(mixture, name, *more, *room, "--ray", "--ray-cpus", 1, "--json")
+        done = subprocess.run(
+            [sys.executable, "-P", "-m", "mixmerge", *map(str, given)],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, "RAY_USAGE_STATS_ENABLED": "0"},
+        )
+        assert done.returncode == 0, done.stderr
+        assert {one["device"] for one in json.loads(done.stdout)["loads"]} <= {"ray:0", "ray:1"}
+        assert (mixture.parent / name).read_bytes() == wanted
+        assert not (mixture.parent / f".{name}.job").exists()
 
 
 @pytest.mark.slow
