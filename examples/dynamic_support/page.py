@@ -6,18 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from merging_support.entries import ENTRIES
 from merging_support.fusion import read
 from merging_support.page import results_of
 from merging_support.suites import slug
 from merging_support.table import Result, interval, recovery, retention
 
+from dynamic_support.small import NAME, entries_of
 from dynamic_support.twins import RANKS
 
-GAP, STORAGE = (
-    0.8,
-    0.2,
-)  # the bar: recovered of what the best static merge leaves, share of the experts' bytes
+SUITES = (NAME, "encoders", "generative")
+# The bar: recovered of what the best static merge leaves, and share of the experts' bytes.
+GAP, STORAGE = 0.8, 0.2
+SHOWN = 4  # static merges in a table
 
 
 def found_twins(folder: Path) -> dict[str, dict[str, Any]]:
@@ -28,8 +28,15 @@ def found_twins(folder: Path) -> dict[str, dict[str, Any]]:
 
 def statics(folder: Path, suite: str) -> list[Result]:
     """Rows of merge_real that are one model for all tasks."""
-    entries = [entry for entry in ENTRIES if suite in entry.suites and not entry.per_task]
+    entries = [entry for entry in entries_of(suite) if not entry.per_task]
     return [row for entry in entries if (row := results_of(folder, entry))]
+
+
+def shown_statics(folder: Path, suite: str, twins: dict[str, Any]) -> list[Result]:
+    """The best static merges, best first, and those that are the shared part of a twin."""
+    found = sorted(statics(folder, suite), key=Result.average, reverse=True)
+    shared = {name.partition("--")[0] for name in twins}
+    return [row for place, row in enumerate(found) if place < SHOWN or slug(row.name) in shared]
 
 
 def twins_text(work: Path, suite: str) -> str:
@@ -43,17 +50,19 @@ def twins_text(work: Path, suite: str) -> str:
     ceiling = sum(experts.values()) / len(experts)
     best = max(statics(folder, suite), key=Result.average)
     start = best.average()
+    whole = f"{max(twin['experts'] for twin in twins.values()) / 1e6:.1f} MB = 100%"
     lines = [
         f"Experts {ceiling:.1%}; the best static merge on the same test rows is {best.name}, {start:.1%}.",
         "",
-        f"| model | {' | '.join(experts)} | average | 95 % interval | of the gap | worst task keeps | stored "
-        "| tokens/s |",
+        f"| model | {' | '.join(experts)} | average | 95 % interval | of the gap | worst task keeps | stored beside "
+        "one model | tokens/s, of the shared model's |",
         f"|---|{'--:|' * len(experts)}--:|:-:|--:|--:|--:|--:|",
-        _line(best, experts, start, "", ""),
+        _line(Result("experts, each on its own task", (own,)), experts, start, whole, ""),
+        *(_line(row, experts, start, "0", "") for row in shown_statics(folder, suite, twins)),
     ]
     for name, twin in twins.items():
         stored = f"{twin['storage'] / 1e6:.1f} MB = {twin['storage'] / twin['experts']:.1%}"
-        speed = f"{twin['speed']['mixture'] / twin['speed']['shared']:.2f} of the shared model's"
+        speed = f"{twin['speed']['mixture']:,.0f} of {twin['speed']['shared']:,.0f}"
         lines.append(_line(Result(f"{name}, own router", (twin["own"],)), experts, start, stored, speed))
         lines.append(_line(Result(f"{name}, told the task", (twin["oracle"],)), experts, start, stored, ""))
     return "\n".join([*lines, "", *_bars(twins, best, start, ceiling)]) + "\n"
@@ -91,8 +100,7 @@ def draw_ranks(work: Path, out: Path) -> None:
     from mixmerge.evaluate.drawing import COLOURS, as_png, new_panels
 
     swept_in = {
-        suite: {rank: twin for rank in RANKS for twin in _of_rank(work / suite, rank)}
-        for suite in ("encoders", "generative")
+        suite: {rank: twin for rank in RANKS for twin in _of_rank(work / suite, rank)} for suite in SUITES
     }
     there = [suite for suite, swept in swept_in.items() if swept]
     if not there:

@@ -15,13 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 from merging_support import encoders, generative
-from merging_support.entries import available
 from merging_support.fusion import cost, read, run_ours
 from merging_support.stages import stage, write_json
 from merging_support.suites import Suite, accuracy, slug
 from merging_support.texts import SOURCES, read_task
 
+from dynamic_support import small
 from mixmerge.errors import Fault, MixmergeError
+from mixmerge.evaluate import Question
+from mixmerge.zoo import Zoo
 
 if TYPE_CHECKING:
     from mixmerge import DynamicModel
@@ -111,7 +113,7 @@ def twins(best: dict[str, Any], *, tokens: int | None = None) -> tuple[Twin, ...
 
 
 Right = dict[str, list[bool]]
-Scored = tuple[Right, dict[str, float]]
+Scored = tuple[Right, Right, dict[str, float]]  # by its own router, told the task; tokens a second
 
 
 def run_twin(suite: Suite, twin: Twin) -> None:
@@ -130,8 +132,7 @@ def _run(suite: Suite, twin: Twin, out: Path) -> None:
     merged = suite.folder / "merges" / f"twin-{out.stem}"
     merged.parent.mkdir(parents=True, exist_ok=True)
     spent = cost(run_ours(recipe.resolve(), merged.resolve()))
-    score = _score_encoders if suite.name == "encoders" else _score_generators
-    own, oracle, speed = score(suite, merged)
+    own, oracle, speed = SCORES[suite.name](suite, merged)
     bank = sum(file.stat().st_size for file in (merged / "bank").rglob("*") if file.is_file())
     write_json(
         out,
@@ -165,7 +166,7 @@ def _rates(model: DynamicModel, batches: list[Any], under: Callable[[Any, bool],
     return {name: tokens / seconds for name, seconds in spent.items()}
 
 
-def _score_encoders(suite: Suite, merged: Path) -> tuple[Right, Right, dict[str, float]]:
+def _score_encoders(suite: Suite, merged: Path) -> Scored:
     import torch
 
     from mixmerge import DynamicModel
@@ -203,25 +204,65 @@ def _score_encoders(suite: Suite, merged: Path) -> tuple[Right, Right, dict[str,
     return own, oracle, speed
 
 
-def _score_generators(suite: Suite, merged: Path) -> tuple[Right, Right, dict[str, float]]:
-    import torch
+@dataclass(frozen=True)
+class Exam:
+    """What a generator is asked of one task.
 
+    Args:
+        right: whether a text answers the question of this number.
+        longest: tokens of an answer, at most.
+        stop: texts that end an answer.
+    """
+
+    task: str
+    prompts: list[str]
+    right: Callable[[int, str], bool]
+    longest: int
+    stop: tuple[str, ...] = ()
+
+
+def _score_generators(suite: Suite, merged: Path) -> Scored:
     from mixmerge import DynamicModel
 
     model = DynamicModel.load(merged, dtype="bfloat16")
-    own: Right = {}
-    oracle: Right = {}
-    names = dict(zip(suite.headed, model.experts, strict=True))
+    exams = []
     for skill in suite.skills:
         prompts = [generative.chat(model.tokenizer, item.question) for item in skill.test]
         longest = max(len(model.tokenizer(item.answer)["input_ids"]) for item in skill.test) + 8
-        told = {name: float(name == names[skill.name]) for name in model.experts}
+
+        def right(number: int, text: str, skill: generative.Skill = skill) -> bool:
+            return skill.correct(text.strip(), skill.test[number])
+
+        exams.append(Exam(skill.name, prompts, right, longest))
+    return _examined(suite, model, exams)
+
+
+def _score_small(suite: Suite, merged: Path) -> Scored:
+    from mixmerge import DynamicModel
+
+    zoo, exams = Zoo.open(suite.base.parent), []
+    for task in suite.experts:
+        questions = small.asked(zoo, task)
+
+        def right(number: int, text: str, questions: list[Question] = questions) -> bool:
+            return small.is_right(text, questions[number])
+
+        exams.append(Exam(task, [one.prompt for one in questions], right, small.ANSWER, small.STOP))
+    return _examined(suite, DynamicModel.load(merged), exams)
+
+
+def _examined(suite: Suite, model: DynamicModel, exams: list[Exam]) -> Scored:
+    import torch
+
+    own: Right = {}
+    oracle: Right = {}
+    names = dict(zip(suite.headed, model.experts, strict=True))
+    for exam in exams:
+        told = {name: float(name == names[exam.task]) for name in model.experts}
         for found, weights in ((own, None), (oracle, told)):
-            answers = model.generate(prompts, weights=weights, max_new_tokens=longest)
-            found[skill.name] = [
-                skill.correct(text.strip(), item) for text, item in zip(answers, skill.test, strict=True)
-            ]
-    asked = model.tokenizer(prompts, padding=True, return_tensors="pt")
+            said = model.generate(exam.prompts, weights=weights, max_new_tokens=exam.longest, stop=exam.stop)
+            found[exam.task] = [exam.right(number, text) for number, text in enumerate(said)]
+    asked = model.tokenizer(exams[-1].prompts, padding=True, return_tensors="pt")
     batches = [{key: asked[key][start : start + 8] for key in asked} for start in range(0, 8 * TIMED, 8)]
 
     def under(batch: Any, mixed: bool) -> None:
@@ -231,6 +272,13 @@ def _score_generators(suite: Suite, merged: Path) -> tuple[Right, Right, dict[st
     return own, oracle, _rates(model, batches, under)
 
 
+SCORES: dict[str, Callable[[Suite, Path], Scored]] = {
+    "encoders": _score_encoders,
+    "generative": _score_generators,
+    small.NAME: _score_small,
+}
+
+
 def best_static(suite: Suite) -> dict[str, Any]:
     """Method and parameters of the best single model that merge_real has scored on this suite's validation rows.
 
@@ -238,7 +286,7 @@ def best_static(suite: Suite) -> dict[str, Any]:
         MixmergeError: it has scored none.
     """
     found = []
-    for entry in available(suite.name):
+    for entry in small.entries_of(suite.name):
         if entry.sweep is None or entry.per_task or entry.search or entry.data:
             continue
         for file in sorted((suite.folder / "validation").glob(f"{slug(entry.name)}-*.json")):
