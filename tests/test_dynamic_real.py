@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -40,7 +41,8 @@ def test_the_table_and_the_bar_by_hand(scored: Path) -> None:
     assert "| 88.0% | 78.0% | 83.0% |" in row
     assert "93%" in row  # (83 - 55) / (85 - 55)
     assert "= 10.0%" in row
-    assert "0.50 of the shared model's" in row
+    assert row.endswith("| 100 of 200 |")
+    assert text.index("| experts, each on its own task |") < text.index("| TSV-M, 1 |")
     bars = [line for line in text.splitlines() if line.startswith("- iso-c")]
     assert [line.endswith(": met") for line in bars] == [True, False]
     assert twins_text(scored, "generative") == "not run yet\n"
@@ -51,6 +53,36 @@ def test_the_figure_is_drawn(scored: Path, tmp_path: Path) -> None:
 
     draw_ranks(scored, tmp_path / "figures" / "ranks.png")
     assert (tmp_path / "figures" / "ranks.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_a_twin_of_the_zoo_is_merged_and_scored(
+    zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dynamic_support import small
+    from dynamic_support.page import twins_text
+    from dynamic_support.twins import Twin, best_static, run_twin
+    from merging_support.entries import ENTRIES
+    from merging_support.suites import run_entry
+
+    from mixmerge.errors import MixmergeError
+    from mixmerge.zoo import Zoo
+
+    monkeypatch.setattr(small, "TEST", slice(0, 4))
+    monkeypatch.setattr(small, "VALIDATION", slice(4, 6))
+    suite = small.open_small(tmp_path, Zoo.open(zoo))
+    with pytest.raises(MixmergeError, match="no static merge has been scored"):
+        best_static(suite)
+    (tsv,) = [entry for entry in ENTRIES if entry.name == "TSV-M"]
+    run_entry(suite, replace(tsv, sweep=("lambda", (1.0,))))
+    shared = best_static(suite)
+    assert shared["merge_method"] == "tsv_m"
+    run_twin(suite, Twin("tsv_m, rank 4", shared, rank=4, gate={"epochs": 1}))
+    found = json.loads((tmp_path / "small" / "twins" / "tsv-m--rank-4.json").read_text())
+    assert {task: len(right) for task, right in found["own"].items()} == dict.fromkeys(suite.experts, 4)
+    text = twins_text(tmp_path, "small")
+    assert "| TSV-M |" in text, "the shared part"
+    assert "| tsv-m--rank-4, told the task |" in text
 
 
 @pytest.mark.slow

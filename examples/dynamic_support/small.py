@@ -39,9 +39,9 @@ def is_right(said: str, question: Question) -> bool:
     return said.strip().partition("\n")[0] == question.answer.strip()
 
 
-def open_small(work: Path) -> Suite:
+def open_small(work: Path, zoo: Zoo | None = None) -> Suite:
     """The zoo, made or taken from its cache, its training questions as rows, and its experts scored."""
-    zoo = build(Spec())
+    zoo = zoo or build(Spec())
     suite = Suite(
         name=NAME,
         work=work.resolve(),

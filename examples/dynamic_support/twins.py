@@ -29,7 +29,9 @@ if TYPE_CHECKING:
     from mixmerge import DynamicModel
 
 RANKS = (1, 4, 16, 64)
-ROWS = 800  # of each task's train split, for the router: it learns whose rows they are, and ``by_task`` their labels
+# Of each task's train split, for the router: it learns whose rows they are, and ``by_task`` their labels. Skills that
+# are asked in other words take few, and a generator reads them slowly.
+ROWS = {"encoders": 800, small.NAME: 800, "generative": 160}
 TOKENS = 128  # of such a row
 TIMED = 4  # batches
 # A linear map of the means of all layers: the published network of the last layer's takes more texts for another's.
@@ -74,7 +76,7 @@ class Twin:
             "gate": self.gate,
             "calibration": {
                 "per_expert": {suite.headed[task]: str(file) for task, file in rows.items()},
-                "max_examples": ROWS,
+                "max_examples": ROWS[suite.name],
                 "max_tokens": self.tokens or TOKENS,
             },
             "dtype": suite.dtype,
@@ -119,7 +121,7 @@ Scored = tuple[Right, Right, dict[str, float]]  # by its own router, told the ta
 def run_twin(suite: Suite, twin: Twin) -> None:
     """Merge and score, unless both have been done."""
     asked = {name: value for name, value in vars(twin).items() if value is not None}
-    told = {"twin": asked, "inputs": suite.identity, "rows": ROWS}
+    told = {"twin": asked, "inputs": suite.identity, "rows": ROWS[suite.name]}
     name = f"{suite.name}/twins/{slug(twin.name)}.json"
     stage(suite.work, name, told, lambda out: _run(suite, twin, out))
 
@@ -127,7 +129,7 @@ def run_twin(suite: Suite, twin: Twin) -> None:
 def _run(suite: Suite, twin: Twin, out: Path) -> None:
     recipe = suite.folder / "recipes" / f"twin-{out.stem}.yaml"
     recipe.parent.mkdir(parents=True, exist_ok=True)
-    made = twin.recipe(suite, suite.rows("train", ROWS))
+    made = twin.recipe(suite, suite.rows("train", ROWS[suite.name]))
     recipe.write_text(yaml.safe_dump(made, sort_keys=False), encoding="utf-8")
     merged = suite.folder / "merges" / f"twin-{out.stem}"
     merged.parent.mkdir(parents=True, exist_ok=True)
@@ -263,7 +265,8 @@ def _examined(suite: Suite, model: DynamicModel, exams: list[Exam]) -> Scored:
             said = model.generate(exam.prompts, weights=weights, max_new_tokens=exam.longest, stop=exam.stop)
             found[exam.task] = [exam.right(number, text) for number, text in enumerate(said)]
     asked = model.tokenizer(exams[-1].prompts, padding=True, return_tensors="pt")
-    batches = [{key: asked[key][start : start + 8] for key in asked} for start in range(0, 8 * TIMED, 8)]
+    starts = range(0, min(8 * TIMED, len(exams[-1].prompts)), 8)
+    batches = [{key: asked[key][start : start + 8] for key in asked} for start in starts]
 
     def under(batch: Any, mixed: bool) -> None:
         with torch.inference_mode():
