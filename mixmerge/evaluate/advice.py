@@ -160,7 +160,7 @@ def _with_data(facts: Facts) -> tuple[str, str] | None:
     order = (
         ("learned_spectrum", "regmean", "adamerging", "fisher")
         if facts.classifies
-        else ("regmean", "learned_spectrum", "expert_merging", "regmean_plus")
+        else ("regmean", "regmean_plus", "learned_spectrum", "expert_merging")
     )
     names = facts.first(*order)
     if not names:
