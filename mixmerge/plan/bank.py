@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -148,6 +148,8 @@ def plan_bank(
     tasks: Sequence[Task],
     values: Lookup,
     faults: list[Fault],
+    *,
+    own: Collection[str] = (),
 ) -> BankPlan:
     """The bank of a recipe.
 
@@ -158,6 +160,7 @@ def plan_bank(
         tasks: of the shared part.
         values: the method's parameters for a tensor.
         faults: gets what no bank can be made of.
+        own: tensors of heads that are kept whole for every expert: whoever takes an expert's head has all of it.
     """
     sites, vectors, left_out = [], {}, {}
     asked: dict[str, Value] = {}
@@ -167,7 +170,7 @@ def plan_bank(
             left_out[target.name] = "no floating-point numbers"
             continue
         asked = values(target.name)
-        why = _why_not(task, asked)
+        why = "each expert's own is kept in heads/" if target.name in own else _why_not(task, asked)
         if why:
             left_out[target.name] = why
         elif len(target.shape) == 1:

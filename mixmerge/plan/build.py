@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +83,7 @@ def make_plan(
     tasks = _tasks(recipe, method, groups, targets, models[donor].config, faults)
     tasks = replayed(recipe, method, tasks, faults, warnings)
     _check_scope(tasks, faults)
-    bank = _bank(parsed.recipe, names_of(models, entries), tasks, faults)
+    bank = _bank(parsed.recipe, names_of(models, entries), tasks, split.own, faults)
     masks = plan_masks(method, names_of(models, entries), tasks, faults)
     warnings += bank.notes() if bank else []
     if faults:
@@ -219,7 +219,7 @@ def _tasks(
 
 
 def _bank(
-    recipe: Recipe, experts: Sequence[str], tasks: Sequence[Task], faults: list[Fault]
+    recipe: Recipe, experts: Sequence[str], tasks: Sequence[Task], own: Collection[str], faults: list[Fault]
 ) -> BankPlan | None:
     """The bank of a recipe whose method leaves one."""
     if recipe.shared is None:
@@ -230,7 +230,7 @@ def _bank(
     def asked(name: str) -> dict[str, Value]:
         return values.of(name, _position(name, stacks)).merge
 
-    return plan_bank(recipe, method, experts, tasks, asked, faults)
+    return plan_bank(recipe, method, experts, tasks, asked, faults, own=own)
 
 
 def _position(name: str, stacks: Mapping[str, int]) -> float:

@@ -47,6 +47,11 @@ class Trunks:
         """The heads are alike, and merged too."""
         return not any(self.outside.values())
 
+    @property
+    def own(self) -> frozenset[str]:
+        """Names of the tensors of all heads."""
+        return frozenset(name for tensors in self.heads.values() for name in tensors)
+
 
 def trunks(models: Sequence[Model]) -> Trunks:
     """Tell the trunks of the inputs from their heads; without any head, the inputs as they are."""
