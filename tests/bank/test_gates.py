@@ -271,7 +271,9 @@ def test_ranks_that_a_router_chooses() -> None:
     router = torch.tensor([[0.0, 0.0], [math.log(3), 0.0], [0.0, -math.log(3)]])  # sigmoids: 1/2, 3/4, 1/4
     u = torch.ones(1, 1, 2)
     found = ranks_of("smora", {"active": 2}, bank, u, router=router)
-    torch.testing.assert_close(found, torch.tensor([2 * 0.4, 2 * 0.6, 0.0]))
+    torch.testing.assert_close(found, torch.tensor([3 * 0.4, 3 * 0.6, 0.0]))  # alpha / 3 becomes alpha / 2
+    plain = ranks_of("smora", {"active": 2, "gain": 1.0}, bank, u, router=router)
+    torch.testing.assert_close(plain, torch.tensor([2 * 0.4, 2 * 0.6, 0.0]))
     moved = ranks_of(
         "smora", {"active": 2, "gain": 10.0}, bank, u, router=router, bias=torch.tensor([0, 0, 1.0])
     )

@@ -26,12 +26,13 @@ class SmoraOptions(SiteOptions):
 
     Args:
         active: k, ranks of a token: 8 of 64.
-        gain: multiplies the weights. The change is scaled by alpha / k: 1 where the bank's scale is that, rank / k
-            where the adapter was read with LoRA's alpha / rank.
+        gain: multiplies the weights. By default what makes the published scale, alpha / k, of a bank's, which PEFT's
+            adapters have as alpha / rank: at each site rank / k, of the rank of each adapter; say 1 where the scale is
+            alpha / k already, sqrt(rank) / k of rsLoRA.
     """
 
     active: int = Field(default=8, ge=1)
-    gain: float = Field(default=1.0, gt=0)
+    gain: float | None = Field(default=None, gt=0)
 
 
 class FlyloraOptions(SiteOptions):
@@ -77,6 +78,8 @@ class RankGate(SiteGate[Said]):
 class SmoraGate(RankGate[SmoraOptions]):
     """``g_i = k p_i / sum of p over the k largest``, ``p = sigmoid(W u) + b``; 0 for the other ranks.
 
+    The change is ``(alpha / k) B (g * A u)``: see ``gain``.
+
     Source: SMoRA (2026), its release: b is part of the values, not of the choice alone.
 
     Given: ``SITE.router`` of ``(R, d)``; ``SITE.bias`` of ``(R,)``, 0 if it is not there.
@@ -92,12 +95,22 @@ class SmoraGate(RankGate[SmoraOptions]):
         totals = {site: sum(ranks) for site, ranks in places.ranks.items()}
         self.router = PerSite({site: torch.zeros(totals[site], places.widths[site]) for site in totals})
         self.bias = PerSite({site: torch.zeros(total) for site, total in totals.items()})
+        gains = {site: _gains(ranks, options) for site, ranks in places.ranks.items()}
+        self._gains = PerSite(gains, saved=False)
 
     def decide(self, site: str, u: Tensor, run: Run) -> Mix:
         p = torch.sigmoid(dots(u, self.router[site])) + self.bias[site]
         kept = p * strongest(p, self.said.active)
-        total = min(self.said.active, p.shape[-1]) * self.said.gain
-        return Mix(kept * (total / kept.sum(-1, keepdim=True)), by="rank")
+        total = min(self.said.active, p.shape[-1])
+        return Mix(kept * (total / kept.sum(-1, keepdim=True)) * self._gains[site], by="rank")
+
+
+def _gains(ranks: tuple[int, ...], options: SmoraOptions) -> Tensor:
+    """``(R,)``: what a rank's weight is multiplied with."""
+    own = torch.tensor([float(rank) for rank in ranks for _ in range(rank)])
+    if options.gain is not None:
+        return torch.full_like(own, options.gain)
+    return own / min(options.active, max(1, len(own)))
 
 
 class _OwnFactors(RankGate[Said]):
