@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mixmerge.bank.folded import folded
+from mixmerge.bank.folded import Folded
 from mixmerge.bank.gate import Gate, Run
-from mixmerge.bank.mix import Mix
+from mixmerge.bank.mix import How, Mix
 from mixmerge.bank.picks import Shared
 from mixmerge.bank.records import Bank, Site
 from mixmerge.bank.run import Again, run
@@ -68,14 +68,12 @@ class Attached:
             finally:
                 self._run = before
 
-    @contextmanager
-    def folded(self, weights: Tensor) -> Iterator[None]:
-        """Within it the model's own weights are those of one mixture for all rows: a constant gate at no cost.
-
-        Holds the changed tensors beside the kept ones, which come back as they were.
+    def folding(self, weights: Tensor, how: How = "outputs") -> Folded:
+        """One mixture for all rows as changed tensors, for ``within``; they are made when they are first wanted.
 
         Args:
             weights: ``(E,)``.
+            how: as in ``Mix``.
         """
         held = {
             name: [place]
@@ -85,7 +83,21 @@ class Attached:
             head = self.model.get_output_embeddings() if site.tied else None  # type: ignore[operator]
             if head is not None:
                 held[name].append((head, "weight"))
-        with self.running(), folded(held, self.bank, weights):
+        return Folded(held, self.bank, weights, how)
+
+    @contextmanager
+    def within(self, folded: Folded) -> Iterator[None]:
+        """Within it the model's own weights are those of one mixture: a constant gate at no cost. One thread at a time.
+
+        Holds the changed tensors beside the kept ones, which come back as they were.
+        """
+        with self.running(), folded.held():
+            yield
+
+    @contextmanager
+    def folded(self, weights: Tensor, how: How = "outputs") -> Iterator[None]:
+        """``within`` of a mixture that is made for this. Arguments as of ``folding``."""
+        with self.within(self.folding(weights, how)):
             yield
 
     @contextmanager

@@ -6,7 +6,7 @@ Legend as in ``records``.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from mixmerge.bank.assembling import outer, turned
 from mixmerge.bank.factors import low_rank, scaled
 from mixmerge.bank.layout import Layout, layout_of
-from mixmerge.bank.mix import How
+from mixmerge.bank.mix import How, crossed
 from mixmerge.bank.records import Bank, Entry, Site
 from mixmerge.checkpoint.reader import Checkpoint, open_checkpoint
 from mixmerge.errors import Fault, MixmergeError
@@ -153,16 +153,9 @@ def _side_by_side(site: Site, weights: Tensor) -> Entry:
 
 
 def _crossed(site: Site, weights: Tensor) -> Entry:
-    """``(sum_f w_f s_f B_f) (sum_e w_e A_e)``."""
-    shares = weights.to(site.scale)[site.owners]  # (R,)
-    count = sum(1 for rank in site.ranks if rank)
-    b = (site.b.float() * (shares * site.scale)[:, None]).view(count, -1, site.b.shape[1]).sum(0)
-    if site.kind == "embedding":
-        a = (site.a.float() * shares).view(len(site.a), count, -1).sum(1)
-    else:
-        a = (site.a.float() * shares[:, None]).view(count, -1, site.a.shape[1]).sum(0)
-    whole = scaled(Entry(a, b, 1.0, site.kind, site.tied))
-    return whole if a.any() and b.any() else replace(_side_by_side(site, torch.zeros_like(weights)))
+    whole = scaled(crossed(site, weights))
+    there = bool(whole.a.any() and whole.b.any())
+    return whole if there else _side_by_side(site, torch.zeros_like(weights))
 
 
 def _together(parts: Sequence[Entry]) -> Entry:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from mixmerge.bank.records import Site
+from mixmerge.bank.records import Entry, Site
 
 if TYPE_CHECKING:
     from mixmerge.bank.picks import Shared
@@ -80,6 +80,23 @@ def change(site: Site, u: Tensor, mix: Mix) -> Tensor:
     spread = z.repeat(1, 1, count)  # (B, T, R)
     added: Tensor = (spread * (g * s)) @ site.b
     return added
+
+
+def crossed(site: Site, weights: Tensor) -> Entry:
+    """The factors of one mixture, mixed apart: ``(sum_f w_f s_f B_f) (sum_e w_e A_e)``.
+
+    Args:
+        site: whose ranks that are not 0 are equal.
+        weights: ``(E,)``.
+    """
+    shares = weights.to(site.scale)[site.owners]  # (R,)
+    count = sum(1 for rank in site.ranks if rank)
+    b = (site.b.float() * (shares * site.scale)[:, None]).view(count, -1, site.b.shape[1]).sum(0)
+    if site.kind == "embedding":
+        a = (site.a.float() * shares).view(len(site.a), count, -1).sum(1)
+    else:
+        a = (site.a.float() * shares[:, None]).view(count, -1, site.a.shape[1]).sum(0)
+    return Entry(a, b, 1.0, site.kind, site.tied)
 
 
 def apply(

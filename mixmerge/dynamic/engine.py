@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from mixmerge.dynamic.folders import is_dynamic, nbytes, parts_of
+from mixmerge.dynamic.folders import folded_nbytes, is_constant, is_dynamic, nbytes, parts_of
 from mixmerge.engines.batching import batches
 from mixmerge.engines.decoding import Beside, Told
 from mixmerge.engines.loading import Dtype, Loaded, load_model, loaded_of
 from mixmerge.engines.local import FULL, TransformersEngine
+from mixmerge.engines.records import Chunk, Generation, Likelihood, Request, Scoring
 from mixmerge.errors import Fault, MixmergeError
 from mixmerge.registry import choices
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from mixmerge.bank.folded import Folded
     from mixmerge.dynamic.running import Running
 
 
@@ -24,13 +27,16 @@ class DynamicEngine(TransformersEngine):
     """A network whose weights depend on the input, as an expert. What holds for ``TransformersEngine`` holds for it.
 
     A request's ``adapter`` names an expert of the bank that alone answers it; without one the gate decides, row by row.
-    A gate of prompts decides once for each request, by its prompt alone.
+    A gate of prompts decides once for each request, by its prompt alone. Where all rows without a name get the same, by
+    a gate of constants or ``weights``, the layers hold that mixture while they are answered: in float32 alone, since
+    shorter types would round changes away.
 
     Args:
         model: a model folder with ``bank/``, or a fitted mixture's folder.
         adapters: further names that a request's ``adapter`` may have -> experts of the bank.
         base: where the base is, if it is not where the folder says.
         weights: of experts, in place of the gate: a fixed mixture.
+        fold: False: layers never hold a mixture, which takes the memory of the changed tensors once more.
         encoder: folder or hub id of the text encoder, for a gate of texts.
         dtype, device, batch_tokens, name: as of ``TransformersEngine``.
     """
@@ -43,6 +49,7 @@ class DynamicEngine(TransformersEngine):
         base: str | None = None,
         weights: Mapping[str, float] | None = None,
         encoder: str | None = None,
+        fold: bool = True,
         dtype: Dtype = "auto",
         device: str = "cpu",
         batch_tokens: int = 8192,
@@ -51,22 +58,29 @@ class DynamicEngine(TransformersEngine):
         super().__init__(model, dtype=dtype, device=device, batch_tokens=batch_tokens, name=name)
         self._names = dict(adapters or {})
         self._base, self._weights, self._encoder = base, weights, encoder
+        self._fold = fold
+        self._folded: Folded | None = None
         self._running: Running | None = None
         self._mixtures: dict[str, Tensor] = {}
         self._experts: tuple[str, ...] | None = None
 
     @classmethod
     def over(
-        cls, running: Running, mixtures: Mapping[str, Tensor] | None = None, *, batch_tokens: int = 8192
+        cls,
+        running: Running,
+        mixtures: Mapping[str, Tensor] | None = None,
+        *,
+        fold: bool = True,
+        batch_tokens: int = 8192,
     ) -> Self:
         """An engine of a network that is loaded already.
 
         Args:
             running: it.
             mixtures: further names that a request's ``adapter`` may have -> ``(E,)`` weights.
-            batch_tokens: of a batch.
+            fold, batch_tokens: as of the engine.
         """
-        made = cls(running.name, batch_tokens=batch_tokens)
+        made = cls(running.name, fold=fold, batch_tokens=batch_tokens)
         made._running, made._mixtures = running, dict(mixtures or {})
         made._loaded = loaded_of(running.model, running.tokenizer, running.name)
         return made
@@ -84,18 +98,33 @@ class DynamicEngine(TransformersEngine):
         what = "a fitted bank takes no further adapters"
         raise MixmergeError(Fault(f"engine {self.name}: adapter {name}", what, run="Fit the mixture again"))
 
+    def generate(self, requests: Sequence[Request]) -> list[Generation]:
+        with self._folding():
+            return super().generate(requests)
+
+    def stream(self, request: Request) -> Iterator[Chunk]:
+        with self._folding():
+            yield from super().stream(request)
+
+    def loglikelihood(self, scorings: Sequence[Scoring]) -> list[Likelihood]:
+        with self._folding():
+            return super().loglikelihood(scorings)
+
     def unload(self) -> None:
-        self._running = None
+        self._running = self._folded = None
         super().unload()
 
     def memory(self) -> int | None:
         """Bytes of the weights, those of the bank included."""
         if self._loaded is not None and self._running is not None:
             base = sum(int(one.numel() * one.element_size()) for one in self._loaded.model.parameters())
-            return base + self._running.attached.bank.nbytes
+            folded = self._made(self._running)
+            return base + self._running.attached.bank.nbytes + (0 if folded is None else folded.nbytes)
         if not is_dynamic(self.model):
             return None
-        return nbytes(parts_of(self.model, base=self._base), FULL.get(self.dtype))
+        parts, held = parts_of(self.model, base=self._base), FULL.get(self.dtype)
+        fixed = self._fold and (self._weights is not None or is_constant(parts))
+        return nbytes(parts, held) + (folded_nbytes(parts, held) if fixed else 0)
 
     def _bank_experts(self) -> tuple[str, ...]:
         if self._running is not None:
@@ -137,6 +166,26 @@ class DynamicEngine(TransformersEngine):
             for batch in chosen:
                 yield [some[at] for at in batch]
 
+    @contextmanager
+    def _folding(self) -> Iterator[None]:
+        """A mixture that layers hold is kept from batch to batch, and no longer. Who still needs it has it."""
+        try:
+            yield
+        finally:
+            self._folded = None
+
+    def _constant(self, running: Running) -> Folded | None:
+        """The mixture of rows without a name, if it is folded: by network and options, whoever shares the batch."""
+        if self._folded is None:
+            self._folded = self._made(running)
+        return self._folded
+
+    def _made(self, running: Running) -> Folded | None:
+        from mixmerge.dynamic.weights import fixed_weights
+
+        told = None if self._weights is None else fixed_weights(self._weights, running.experts)
+        return running.folding(told) if self._fold else None
+
     def _beside(self, rows: Sequence[Told]) -> Beside:
         import torch
 
@@ -144,6 +193,8 @@ class DynamicEngine(TransformersEngine):
         running = self._running
         if running is None:
             raise MixmergeError(Fault(f"engine {self.name}", "is not loaded"))
+        if all(row.adapter is None for row in rows) and (folded := self._constant(running)) is not None:
+            return running.rows(rows, folded=folded)
         mixtures = [self._mixture(row.adapter, running.experts) for row in rows]
         whole = [one for one in mixtures if one is not None]
         return running.rows(rows, torch.stack(whole) if len(whole) == len(rows) else None)

@@ -10,11 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mixmerge import registry
 from mixmerge.bank.building import fingerprint_of
 from mixmerge.bank.cards import CARD, FOLDER, BankCard, read_card
+from mixmerge.bank.gate import Gate
+from mixmerge.bank.gate_files import GATE
 from mixmerge.bank.mask_files import has_masks
 from mixmerge.checkpoint.header import DTYPE_BYTES, TensorHeader, read_header
 from mixmerge.checkpoint.locate import locate
+from mixmerge.checkpoint.reader import read_json
 from mixmerge.document import Kind, Report, load, read_file
 from mixmerge.document.tree import to_data
 from mixmerge.errors import CheckpointError, Fault, MixmergeError
@@ -134,3 +138,26 @@ def nbytes(parts: Parts, dtype: str | None = None) -> int:
     if dtype is None:
         return sum(header.nbytes for header in headers)
     return sum(header.elements for header in headers) * DTYPE_BYTES[dtype]
+
+
+def is_constant(parts: Parts) -> bool:
+    """Whether the network's gate is of a kind whose weights are the same for every input, as far as its card tells."""
+    path = parts.bank / GATE
+    found = read_json(path).get("kind") if path.is_file() else None
+    known = registry.table("gate")
+    return found in known and registry.find("gate", found).fixed is not Gate.fixed
+
+
+def folded_nbytes(parts: Parts, dtype: str | None = None) -> int:
+    """Bytes of the base's tensors that the bank changes, for layers that hold one mixture; 0 of types that are shorter.
+
+    Args:
+        dtype: as in ``nbytes``.
+    """
+    card = read_card(parts.folder)
+    changed = {*card.sites, *card.vectors}
+    headers = [one for path in parts.base.glob("*.safetensors") for one in read_header(path).values()]
+    types = {dtype or one.dtype for one in headers if one.name in changed}
+    if not types <= {"F32", "F64"}:
+        return 0
+    return sum(one.elements * DTYPE_BYTES[dtype or one.dtype] for one in headers if one.name in changed)

@@ -155,7 +155,8 @@ class DynamicModel:
         Args:
             input_ids: ``(B, T)``.
             attention_mask: ``(B, T)``, 1 for tokens that are no padding, on whichever side that is.
-            weights: of the experts, in place of the gate: one mixture, or one for each row (``weights_of_rows``).
+            weights: of the experts, in place of the gate: one mixture, or one for each row (``weights_of_rows``). They
+                mix as the gate does where it is a constant (``gate.fixed``), else as ``outputs``.
             token_type_ids: ``(B, T)``, of encoders that tell two texts apart.
             prompt: how many tokens of each row are its prompt, which a gate of prompts reads; None: all.
             texts: the prompts, for a gate of texts; None: what the tokens say.

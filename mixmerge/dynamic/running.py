@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,8 +16,9 @@ from torch import Tensor
 
 from mixmerge.bank.attach import Attached
 from mixmerge.bank.features import states_of
+from mixmerge.bank.folded import Folded
 from mixmerge.bank.gate import Gate, Run
-from mixmerge.bank.mix import Mix
+from mixmerge.bank.mix import How, Mix
 from mixmerge.bank.records import Bank
 from mixmerge.dynamic.explaining import Tally
 from mixmerge.engines.decoding import Told, accepted
@@ -29,7 +31,13 @@ Embed = Callable[[Sequence[str]], Tensor]  # texts -> (B, f)
 
 @dataclass(frozen=True, eq=False)
 class Forced(Run):
-    """A batch whose ``rows`` are weights of experts, ``(B, E)``, whatever the gate would say."""
+    """A batch whose ``rows`` are weights of experts, ``(B, E)``, whatever the gate would say; mixed as ``how`` says."""
+
+    how: How = "outputs"
+
+    @cached_property
+    def of_rows(self) -> Mix | None:
+        return None if self.rows is None else Mix(self.rows, how=self.how)
 
 
 class _Either(Gate):
@@ -91,14 +99,36 @@ class Running:
     def experts(self) -> tuple[str, ...]:
         return self.attached.bank.experts
 
-    def rows(self, told: Sequence[Told], weights: Tensor | None = None) -> GatedRows:
+    @property
+    def how(self) -> How:
+        """How weights that are said mix: as those of the gate where they are constants, which others stand for."""
+        own = self.gate.fixed()
+        return "outputs" if own is None else own[1]
+
+    def folding(self, weights: Tensor | None = None) -> Folded | None:
+        """A mixture of all rows for layers to hold, if there is one and they can hold all of it.
+
+        Args:
+            weights: ``(E,)``, in place of the gate; None: the gate's own, where they are constants.
+        """
+        own = self.gate.fixed()
+        told = weights if weights is not None or own is None else own[0]
+        if told is None:
+            return None
+        made = self.attached.folding(told, self.how)
+        return made if made.exact else None
+
+    def rows(
+        self, told: Sequence[Told], weights: Tensor | None = None, *, folded: Folded | None = None
+    ) -> GatedRows:
         """What answers the rows of a batch.
 
         Args:
             told: of the rows.
             weights: ``(B, E)``: of the experts for each row; None: the gate decides.
+            folded: of ``folding``: layers hold this mixture while the rows are answered.
         """
-        return GatedRows(self, told, weights)
+        return GatedRows(self, told, weights, folded)
 
     def hidden(self, given: Mapping[str, Any], cache: Any = None) -> Tensor:
         """``(B, T, h)``: the base's last hidden states of tokens; those of all layers if its gate reads them.
@@ -130,8 +160,11 @@ class GatedRows:
     has a second cache of keys and values, that of the base.
     """
 
-    def __init__(self, running: Running, told: Sequence[Told], weights: Tensor | None) -> None:
+    def __init__(
+        self, running: Running, told: Sequence[Told], weights: Tensor | None, folded: Folded | None
+    ) -> None:
         self._running, self._told, self._forced = running, told, weights is not None
+        self._folded = folded
         device = next(running.model.parameters()).device
         self._rows = None if weights is None else weights.to(device)
         self._cache: Any = None
@@ -141,7 +174,15 @@ class GatedRows:
 
     @contextmanager
     def running(self, given: Mapping[str, Any]) -> Iterator[None]:
-        attached, run = self._running.attached, self._run(given)
+        attached = self._running.attached
+        if self._folded is not None:
+            with attached.within(self._folded):
+                yield
+            if self._tally is not None:
+                tokens = given["input_ids"].shape[1]
+                self._tally.add(self._constant(), self._left, _padding(given), tokens=tokens)
+            return
+        run = self._run(given)
         with attached.running(run):
             if self._tally is None:
                 yield
@@ -169,10 +210,17 @@ class GatedRows:
             return None
         return self._tally.explanation(row).as_dict()
 
+    def _constant(self) -> list[tuple[str, Mix]]:
+        """What every site would be told, were it asked."""
+        if self._folded is None:
+            return []
+        bank, mix = self._running.attached.bank, Mix(self._folded.weights.expand(len(self._left), -1))
+        return [(name, mix) for name in (*bank.sites, *bank.vectors)]
+
     def _run(self, given: Mapping[str, Any]) -> Run:
         mask = _padding(given)
         if self._forced:
-            return Forced(self._rows, None, mask)
+            return Forced(self._rows, None, mask, self._running.how)
         gate, hidden = self._running.gate, None
         reads = gate.features in ("hidden", "layers") and not self._begun
         if gate.second_pass or reads:
