@@ -67,8 +67,8 @@ def adapter_entries(
 def base_faults(adapters: Mapping[str, Path], base: Path) -> list[Fault]:
     """What speaks against adapters of this base, and of one base, in what their configs call it.
 
-    A base that they name by a folder which is here is compared by the first bytes of its tensors. Of hub ids nothing
-    can be known but that they differ from each other.
+    A base that they name by a folder which is here is compared by the first values of its tensors, in the
+    shorter of two types. Of hub ids nothing can be known but that they differ from each other.
 
     Args:
         adapters: name -> folder.
@@ -89,8 +89,10 @@ def base_faults(adapters: Mapping[str, Path], base: Path) -> list[Fault]:
         place = Path(said).expanduser()
         if not (place / "config.json").is_file():
             named[name] = said
-        elif place.resolve() != base.resolve() and not _same_weights(place, base):
+        elif place.resolve() != base.resolve() and (same := _same_weights(place, base)) is not True:
             what = f"was trained on {said}, whose weights are not those of {base}"
+            if same is None:
+                what = f"was trained on {said}, which has no tensor to compare with those of {base}"
             faults.append(Fault(f"expert {name}", what, "Adapters of one base", "Name the base it is of"))
     if len({said.rstrip("/").rpartition("/")[2] for said in named.values()}) > 1:
         listed = ", ".join(f"{name} of {said}" for name, said in named.items())
@@ -99,22 +101,40 @@ def base_faults(adapters: Mapping[str, Path], base: Path) -> list[Fault]:
     return faults
 
 
-def _same_weights(one: Path, other: Path) -> bool:
-    """Whether all tensors that both have, of one shape and type, begin with the same bytes."""
+def _same_weights(one: Path, other: Path) -> bool | None:
+    """Whether all floating tensors that both have begin with the same values; None if none can be compared.
+
+    Of two types the values are compared in the shorter one, into which the other was rounded.
+    """
     mine, (theirs, _) = read_weights(one)[0], read_weights(other)
+    found = None
     for name, header in mine.items():
         known = theirs.get(name)
-        if known is None or (known.shape, known.dtype) != (header.shape, header.dtype):
+        if known is None or known.shape != header.shape or not {known.dtype, header.dtype} <= _TORCH.keys():
             continue
-        if _start(known) != _start(header):
+        if not _same_start(known, header):
             return False
-    return True
+        found = True
+    return found
 
 
-def _start(header: TensorHeader) -> bytes:
+def _same_start(one: TensorHeader, other: TensorHeader) -> bool:
+    left, right = _start(one), _start(other)
+    count = min(len(left), len(right))
+    left, right = left[:count], right[:count]
+    if left.dtype.itemsize == right.dtype.itemsize and left.dtype != right.dtype:
+        # Each rounded what neither has: they differ by a step of bfloat16 at most, or are beyond float16.
+        return bool(torch.isclose(left.float(), right.float(), rtol=2**-7, atol=2**-14).all())
+    shorter = min(left.dtype, right.dtype, key=lambda dtype: dtype.itemsize)
+    return bool(torch.equal(left.to(shorter), right.to(shorter)))
+
+
+def _start(header: TensorHeader) -> Tensor:
     with header.file.open("rb") as file:
         file.seek(header.offset)
-        return file.read(min(SAMPLE, header.nbytes))
+        data = bytearray(file.read(min(SAMPLE, header.nbytes)))
+    dtype = _TORCH[header.dtype]
+    return torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
 
 
 class _Reading:
