@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from mixmerge.dynamic.folders import folded_nbytes, is_constant, is_dynamic, nbytes, parts_of
+from mixmerge.bank.gate import RowGate
+from mixmerge.dynamic.folders import MIXTURE, folded_nbytes, is_constant, is_dynamic, nbytes, parts_of
 from mixmerge.engines.batching import batches
 from mixmerge.engines.decoding import Beside, Told
 from mixmerge.engines.loading import Dtype, Loaded, load_model, loaded_of
@@ -198,6 +199,21 @@ class DynamicEngine(TransformersEngine):
         mixtures = [self._mixture(row.adapter, running.experts) for row in rows]
         whole = [one for one in mixtures if one is not None]
         return running.rows(rows, torch.stack(whole) if len(whole) == len(rows) else None)
+
+    def _unable(self, request: Request) -> Fault | None:
+        fault = super()._unable(request)
+        if fault is not None or request.adapter is not None or not self._mute():
+            return fault
+        what = f"names no expert, and the gate of {self.name} has no weights of its own"
+        known = f"Known: {', '.join(self.adapters)}"
+        return Fault(f"request {request.id}", what, known, "Name one, or fit the mixture with another gate")
+
+    def _mute(self) -> bool:
+        """Whether the network was fitted with a gate that says nothing, and is its base then. A twin is more."""
+        self._expert()
+        if self._running is None or self._weights is not None or self._running.gate.kind != RowGate.kind:
+            return False
+        return (Path(self.model).expanduser() / MIXTURE).is_file()
 
     def _mixture(self, adapter: str | None, experts: Sequence[str]) -> Tensor | None:
         """``(E,)``: what a request's ``adapter`` means; None for the gate."""

@@ -9,9 +9,8 @@ from typing import Literal
 from torch import Tensor
 
 from mixmerge.bank.files import load_bank
-from mixmerge.bank.gate_files import GATE, load_gate
 from mixmerge.bank.mix import How
-from mixmerge.dynamic.folders import Parts, checked_card
+from mixmerge.dynamic.folders import Parts, checked_card, gate_of
 from mixmerge.dynamic.weights import Named, fixed_weights
 from mixmerge.errors import Fault, MixmergeError
 
@@ -26,10 +25,8 @@ def own_mixture(parts: Parts) -> tuple[dict[str, float], How]:
             on the input.
     """
     card = checked_card(parts)
-    kind, found = "given", None
-    if (parts.bank / GATE).is_file():
-        gate = load_gate(parts.bank, bank=card.hash, earlier=card.earlier, experts=card.experts)
-        kind, found = gate.kind, gate.fixed()
+    gate = gate_of(parts, card)
+    kind, found = ("given", None) if gate is None else (gate.kind, gate.fixed())
     if found is None:
         what = f"are not said, and the gate {kind} has none that are the same for every input"
         run = "Say them: --weights NAME=WEIGHT,..."

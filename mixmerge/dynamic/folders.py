@@ -14,7 +14,7 @@ from mixmerge import registry
 from mixmerge.bank.building import fingerprint_of
 from mixmerge.bank.cards import CARD, FOLDER, BankCard, read_card
 from mixmerge.bank.gate import Gate
-from mixmerge.bank.gate_files import GATE
+from mixmerge.bank.gate_files import GATE, GATE_STATE, load_gate
 from mixmerge.bank.mask_files import has_masks
 from mixmerge.checkpoint.header import DTYPE_BYTES, TensorHeader, read_header
 from mixmerge.checkpoint.locate import locate
@@ -23,7 +23,7 @@ from mixmerge.document import Kind, Report, load, read_file
 from mixmerge.document.tree import to_data
 from mixmerge.errors import CheckpointError, Fault, MixmergeError
 
-MIXTURE = "mixture.yaml"
+MIXTURE, TRAINING = "mixture.yaml", "training.json"
 _KIND = Kind("mixture", needs="compose: {kind: adapters, base: FOLDER}")
 _WANTED = f"A model folder with {FOLDER}/, or a folder that mixmerge fit made"
 
@@ -120,6 +120,29 @@ def checked_card(parts: Parts) -> BankCard:
             Fault(str(parts.folder), what, more, "Give the base it was made for, or fit it again")
         )
     return card
+
+
+def gate_of(parts: Parts, card: BankCard) -> Gate | None:
+    """The gate beside a bank; None of a merge that was asked to leave it out.
+
+    Args:
+        parts: of the network.
+        card: of its bank.
+
+    Raises:
+        MixmergeError: there was one, and it is gone; it is damaged, or of another bank.
+    """
+    path = parts.bank / GATE
+    if path.is_file():
+        return load_gate(parts.bank, bank=card.hash, earlier=card.earlier, experts=card.experts)
+    fitted = (parts.folder / MIXTURE).is_file()
+    if fitted or any((parts.bank / name).is_file() for name in (GATE_STATE, TRAINING)):
+        run = "mixmerge fit MIXTURE.yaml OUT" if fitted else "mixmerge merge RECIPE.yaml OUT"
+        what = "is missing, and without its gate the network would answer as its base"
+        raise CheckpointError(
+            Fault(str(path), what, f"The {GATE} that was written with its bank", f"Again: {run}")
+        )
+    return None
 
 
 def weights_of(parts: Parts) -> list[TensorHeader]:

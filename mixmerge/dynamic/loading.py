@@ -6,8 +6,7 @@ from typing import Any
 
 from mixmerge.bank.files import load_bank
 from mixmerge.bank.gate import Gate, RowGate
-from mixmerge.bank.gate_files import GATE, load_gate
-from mixmerge.dynamic.folders import Parts, checked_card
+from mixmerge.dynamic.folders import Parts, checked_card, gate_of
 from mixmerge.dynamic.running import Embed, Running
 from mixmerge.experts.encoding import TextEncoder
 
@@ -25,12 +24,10 @@ def running(
         encoder: folder or hub id of a text encoder, in place of it; by default the one that gate or mixture name.
 
     Raises:
-        MixmergeError: bank or gate are damaged, of another base or of another bank.
+        MixmergeError: bank or gate are damaged, of another base or of another bank; the gate is gone.
     """
     card = checked_card(parts)
-    gate: Gate = RowGate()
-    if (parts.bank / GATE).is_file():
-        gate = load_gate(parts.bank, bank=card.hash, earlier=card.earlier, experts=card.experts)
+    gate: Gate = gate_of(parts, card) or RowGate()
     if gate.features == "text" and embed is None:
         told = encoder or getattr(gate, "encoder", "") or parts.encoder
         embed = None if not told else TextEncoder(str(told), device=str(model.device))

@@ -121,6 +121,13 @@ def _check_gate(
     if not isinstance(kind, str):
         report.fault(node, "the key kind is missing", registry.choices("", list(registry.table("gate"))))
         return
+    if kind == "given":
+        others = [name for name in registry.table("gate") if name != kind]
+        what = "given has no weights of its own, and queries of a mixture say none: every answer would be the base's"
+        report.fault(
+            inner(node)["kind"], what, f"Known: {', '.join(others)}", "From Python: DynamicModel, weights="
+        )
+        return
     said = {key: value for key, value in options.gate.items() if key != "kind"}
     asked, wants = None, None
     try:

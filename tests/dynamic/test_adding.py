@@ -84,7 +84,6 @@ def same(one: Path, other: Path) -> None:
         "gate: {kind: arrow, top_k: 2}",
         "gate: {kind: smile, gate_k: 2}, bits: 8",
         "gate: {kind: self_rank, active: 3}",
-        "gate: {kind: given}",
     ],
     ids=lambda text: text.split("kind: ")[1].split("}")[0].split(",")[0],
 )
