@@ -37,7 +37,7 @@ def export(
         str | None,
         typer.Option(
             "--mix",
-            help="outputs: exact, the default; factors: A and B mixed apart, as LoraHub's gate says by itself.",
+            help="outputs: exact, the default; factors: A and B mixed apart, the default of LoraHub's gate.",
             show_default=False,
         ),
     ] = None,
@@ -51,11 +51,12 @@ def export(
 ) -> None:
     """A fixed mixture of a network's experts as an ordinary model or adapter."""
     from mixmerge.dynamic.exporting import export as write
-    from mixmerge.dynamic.exporting import own_mixture
+    from mixmerge.dynamic.exporting import mixing, own_mixture
     from mixmerge.dynamic.folders import parts_of
 
     told, chosen = None if weights is None else _weights(weights), _form(form)
-    how, own, parts = None if mix is None else _how(mix), _how("outputs"), parts_of(folder, base=base)
+    how, parts = None if mix is None else _how(mix), parts_of(folder, base=base)
+    own = mixing(parts)
     if told is None:
         told, own = own_mixture(parts)
     with byte_progress("writing", quiet=quiet) as progress:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import Tensor
 
@@ -13,6 +13,7 @@ from mixmerge.bank.mix import How
 from mixmerge.dynamic.folders import Parts, checked_card, gate_of
 from mixmerge.dynamic.weights import Named, fixed_weights
 from mixmerge.errors import Fault, MixmergeError
+from mixmerge.registry import choices
 
 Form = Literal["checkpoint", "adapter", "vllm"]
 
@@ -33,6 +34,33 @@ def own_mixture(parts: Parts) -> tuple[dict[str, float], How]:
         raise MixmergeError(Fault("weights", what, f"Experts: {', '.join(card.experts)}", run))
     weights, how = found
     return dict(zip(card.experts, weights.tolist(), strict=True)), how
+
+
+def check_form(form: str, how: str | None) -> None:
+    """Refuse what is no form and no way to mix.
+
+    Raises:
+        MixmergeError: both at once.
+    """
+    asked = (("form", form, get_args(Form)), ("how", how, get_args(How)))
+    faults = [
+        Fault(name, f"is {value!r}", choices(str(value), list(known)))
+        for name, value, known in asked
+        if value is not None and value not in known
+    ]
+    if faults:
+        raise MixmergeError(faults)
+
+
+def mixing(parts: Parts) -> How:
+    """How weights that are said for a network mix: as its gate's where those are constants, else as outputs.
+
+    Raises:
+        MixmergeError: as ``own_mixture``, of bank and gate.
+    """
+    gate = gate_of(parts, checked_card(parts))
+    own = None if gate is None else gate.fixed()
+    return "outputs" if own is None else own[1]
 
 
 def export(
@@ -60,11 +88,13 @@ def export(
         of an adapter its largest rank.
 
     Raises:
-        MixmergeError: the bank is damaged or of another base; weights of other experts; the mixture has no such form.
+        MixmergeError: no such form or way to mix; the bank is damaged or of another base; weights of other experts; the
+            mixture has no such form.
         OutputError: the folder exists, or cannot be written.
     """
     from mixmerge.bank.fold import export_adapter, export_checkpoint
 
+    check_form(form, how)
     card = checked_card(parts)
     told = weights if isinstance(weights, Tensor) else fixed_weights(weights, card.experts)
     bank = load_bank(parts.folder)

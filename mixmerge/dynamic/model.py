@@ -85,14 +85,14 @@ class DynamicModel:
             embed: the same as a function of texts.
 
         Raises:
-            MixmergeError: there is no bank; it is damaged or of another base; its gate is of another bank.
+            MixmergeError: no such dtype; there is no bank; it is damaged or of another base; its gate is gone, or of
+                another bank.
         """
         parts = parts_of(folder, base=base)
         if head is None:
             expert = load_expert(parts.base, device=device, dtype=dtype)
         else:
-            full = "float32" if dtype == "auto" else dtype
-            expert = load_with_head(parts.base, head, device=device, dtype=full)
+            expert = load_with_head(parts.base, head, device=device, dtype=dtype)
         return cls.around(parts, expert.model, expert.tokenizer, embed=embed, encoder=encoder)
 
     @classmethod
@@ -274,18 +274,20 @@ class DynamicModel:
             out: the folder to make.
             form: ``checkpoint``: the base with the changes in it; ``adapter``: the factors side by side, exact too;
                 ``vllm``: an adapter that vLLM can serve, or a refusal by name.
-            how: as in ``bank.mix.Mix``; by default ``outputs``, or as the gate mixes where the weights are its own.
+            how: as in ``bank.mix.Mix``; by default as in ``generate``: as the gate mixes where it is a constant, else
+                ``outputs``.
             overwrite: replace the folder.
 
         Raises:
-            MixmergeError: weights of other experts; none, and a gate that weighs by the input; the folder exists; the
-                mixture has no such form.
+            MixmergeError: no such form or way to mix; weights of other experts; none, and a gate that weighs by the
+                input; the folder exists; the mixture has no such form.
         """
-        from mixmerge.dynamic.exporting import export, own_mixture
+        from mixmerge.dynamic.exporting import check_form, export, own_mixture
 
+        check_form(form, how)
         if self._parts is None:
             raise MixmergeError(Fault("export", "the network came from no folder", run="Load it from one"))
-        own: How = "outputs"
+        own = self._running.how
         if weights is None:
             weights, own = own_mixture(self._parts)
         told = weights_of_rows(weights, self.experts, 1)[0]

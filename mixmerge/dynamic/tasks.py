@@ -144,8 +144,7 @@ class TaskModel:
         if head is None:
             expert = load_expert(opened.folder, device=device, dtype=dtype)
         else:
-            full = "float32" if dtype == "auto" else dtype
-            expert = load_with_head(opened.folder, head, device=device, dtype=full)
+            expert = load_with_head(opened.folder, head, device=device, dtype=dtype)
         return cls(expert.model, expert.tokenizer, opened)
 
     @property

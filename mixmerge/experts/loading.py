@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from mixmerge.data.batches import padding
 from mixmerge.errors import DependencyError, Fault, MixmergeError
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Kind = Literal["causal", "classifier", "other"]
+Dtype = Literal["float32", "bfloat16", "float16", "auto"]
 HEADS, HEAD_WEIGHTS = "heads", "head.safetensors"
 _CAUSAL = ("ForCausalLM", "LMHeadModel")
 
@@ -52,7 +54,7 @@ def load_expert(
     revision: str | None = None,
     adapter_revision: str | None = None,
     device: str = "cpu",
-    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32",
+    dtype: Dtype = "float32",
 ) -> LoadedExpert:
     """Load an expert by the class its config names.
 
@@ -64,13 +66,15 @@ def load_expert(
         dtype: of the weights in memory.
 
     Raises:
-        MixmergeError: it cannot be read, lacks tensors, or is of a class that transformers does not have.
+        MixmergeError: no such dtype; it cannot be read, lacks tensors, or is of a class that transformers does not
+            have.
         DependencyError: an adapter, and no ``peft``.
     """
     import torch
     from transformers import AutoConfig
 
     name = str(model) if adapter is None else f"{model}+{adapter}"
+    _check_dtype(dtype, name)
     check_device(device, name)
     with _reading(name):
         config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False)
@@ -92,7 +96,7 @@ def load_with_head(
     head: str,
     *,
     device: str = "cpu",
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    dtype: Dtype = "float32",
 ) -> LoadedExpert:
     """The merged trunk of a folder with one expert's head. Nothing else is the expert's.
 
@@ -100,10 +104,10 @@ def load_with_head(
         folder: as ``mixmerge merge`` writes it.
         head: a folder of its ``heads/``.
         device: a torch device.
-        dtype: of the weights in memory.
+        dtype: of the weights in memory; ``auto``: as most of the trunk is stored.
 
     Raises:
-        MixmergeError: no such head; or trunk and head do not make a whole model.
+        MixmergeError: no such head or dtype; or trunk and head do not make a whole model.
     """
     import torch
     from safetensors.torch import load_file
@@ -117,6 +121,7 @@ def load_with_head(
         )
         raise MixmergeError(Fault(str(folder), f"no head is called {head!r}", allowed))
     name = f"{folder} with head {head}"
+    _check_dtype(dtype, name)
     check_device(device, name)
     with _reading(name):
         config = AutoConfig.from_pretrained(folder / HEADS / head, trust_remote_code=False)
@@ -124,10 +129,11 @@ def load_with_head(
         own = load_file(folder / HEADS / head / HEAD_WEIGHTS)
         trunk = _stored(folder)
         prefix = f"{kind.base_model_prefix}."
+        held = _type_of(trunk) if dtype == "auto" else getattr(torch, dtype)
         bare = not any(tensor.startswith(prefix) for tensor in trunk)
         state = {f"{prefix}{tensor}" if bare else tensor: value for tensor, value in trunk.items()} | own
         found, info = kind.from_pretrained(
-            None, config=config, state_dict=state, dtype=getattr(torch, dtype), output_loading_info=True
+            None, config=config, state_dict=state, dtype=held, output_loading_info=True
         )
     _refuse_missing(info["missing_keys"], name)
     return _ready(found, _tokenizer(folder, None, name), device, name)
@@ -259,6 +265,20 @@ def _refuse_missing(missing: Any, name: str) -> None:
     if lacking:
         what = f"its files lack {len(lacking)} tensors, {lacking[0]} for one"
         raise MixmergeError(Fault(name, what, "A whole model: it would work with random weights"))
+
+
+def _check_dtype(dtype: str, name: str) -> None:
+    if dtype not in get_args(Dtype):
+        raise MixmergeError(Fault(f"{name}: dtype", f"is {dtype!r}", choices(dtype, list(get_args(Dtype)))))
+
+
+def _type_of(tensors: Mapping[str, Tensor]) -> Any:
+    """The floating type that most entries have."""
+    counts: Counter[Any] = Counter()
+    for one in tensors.values():
+        if one.is_floating_point():
+            counts[one.dtype] += one.numel()
+    return counts.most_common(1)[0][0]
 
 
 def _stored(folder: Path) -> dict[str, Tensor]:

@@ -123,3 +123,12 @@ def test_a_gate_learns_through_the_experts_own_heads(tmp_path: Path, tokenizer: 
     network = DynamicModel.load(tmp_path / "out", head="second")
     batch = network.tokenizer(TEXTS, padding=True, return_tensors="pt")
     assert network(batch["input_ids"], batch["attention_mask"]).isfinite().all()
+
+
+def test_a_head_is_of_the_type_of_its_trunk(tmp_path: Path, tokenizer: Any) -> None:
+    recipe, _ = written(tmp_path, tokenizer, adapters=False)
+    merge({**recipe, "dtype": "bfloat16"}, tmp_path / "out")
+    for asked, held in (("auto", torch.bfloat16), ("float32", torch.float32)):
+        network = DynamicModel.load(tmp_path / "out", head="first", dtype=asked)  # type: ignore[arg-type]
+        assert {one.dtype for one in network.model.parameters()} == {held}
+        assert {one.b.dtype for one in network.bank.sites.values()} == {held}
