@@ -68,7 +68,7 @@ def costs(site: Site, picks: Picks, tokens: int) -> dict[Executor, float]:
     gather = 6 * CALL + own / COPY + own / READ
     if tokens > 1 or short:
         gather += multiplied / ((thin if tokens > 1 else SHORT_ROW) * threads)
-    if pairs * rank > 2 * max(site.rank, n):  # its copies would be far larger than factors and inputs
+    if _copies_too_much(site, picks, tokens):
         gather = math.inf
     return {"concat": concat, "segmented": segmented, "gather": gather}
 
@@ -129,4 +129,11 @@ def _by_rule(site: Site, picks: Picks, tokens: int) -> Executor:
     few = picks.units * tokens <= 64
     if picks.by == "rank" or picks.how == "factors" or site.rank <= (width // 2 if few else width // 8):
         return "concat"
+    if _copies_too_much(site, picks, tokens):
+        return "segmented"
     return "gather" if few or tokens > 1 else "segmented"
+
+
+def _copies_too_much(site: Site, picks: Picks, tokens: int) -> bool:
+    """Whether the factors that ``gather`` copies would be far larger than the bank's and the inputs."""
+    return picks.units * picks.each * max(site.ranks) > 2 * max(site.rank, picks.units * tokens)

@@ -346,3 +346,15 @@ def test_another_number_of_rows_is_refused() -> None:
         apply(site, u, y, Mix(torch.ones(2, 2)))
     found = apply(site, u[:1], y[:1], Mix(torch.eye(2)))  # positions that all rows share
     torch.testing.assert_close(found, y[:1] + change(site, u[:1], Mix(torch.eye(2))))
+
+
+@pytest.mark.parametrize("tokens", [1, 8])
+def test_no_device_copies_the_factors_of_all_experts_for_each_row(tokens: int) -> None:
+    """Weights of a row, for prompts of some tokens: where nothing was measured, too."""
+    site = site_of((4,) * 12).to("meta", torch.float32)
+    many = Mix(torch.rand(30, 12))
+    one = Mix(torch.rand(30, 1), torch.zeros(30, 1, dtype=torch.int64))
+    assert cheapest(site, picks_of(many, 12), tokens) != "gather"
+    assert cheapest(site, picks_of(one, 12), tokens) in ("gather", "segmented")
+    few = Mix(torch.rand(4, 1), torch.zeros(4, 1, dtype=torch.int64))
+    assert cheapest(site, picks_of(few, 12), 1) == "gather"
