@@ -25,8 +25,8 @@ _MERGE = "Leave that expert out, or merge it (mixmerge merge) instead"
 def to_low_rank(
     expert: str | Path,
     base: str | Path,
-    *,
     rank: int | Mapping[str, int] | None = None,
+    *,
     energy: float | None = None,
     budget: int | None = None,
 ) -> tuple[dict[str, Entry], dict[str, Tensor]]:

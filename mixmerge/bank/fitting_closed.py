@@ -69,9 +69,7 @@ def given_ranks(kind: type[SiteGate[SiteOptions]], options: SiteOptions, job: Jo
         MixmergeError: tensors that it has no place for, of another shape, or not finite; sites without a router.
     """
     gate = kind(Places.of(job.bank), options)
-    holders = {
-        name: one for name, one in gate.named_children() if isinstance(one, PerSite) and name != "absent"
-    }
+    holders = {name: one for name, one in gate.named_children() if isinstance(one, PerSite) and one.saved}
     slots = {f"{site}.{name}": holder[site] for name, holder in holders.items() for site in holder}
     faults = []
     for name, tensor in job.given.items():

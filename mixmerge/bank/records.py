@@ -134,10 +134,9 @@ class Site:
         """``sum_e w_e * delta_e``, dense and in float32: ``(o, d)``; of an embedding ``(V, o)``.
 
         Args:
-            weights: ``(E,)``, or ``(R,)`` one of each rank.
+            weights: ``(E,)``.
         """
-        each = weights if len(weights) == self.rank != len(self.ranks) else weights[self.owners]
-        b = self.b.float() * (self.scale * each.to(self.scale))[:, None]
+        b = self.b.float() * (self.scale * weights[self.owners].to(self.scale))[:, None]
         return self.a.float() @ b if self.kind == "embedding" else b.T @ self.a.float()
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Site:

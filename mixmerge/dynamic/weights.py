@@ -13,6 +13,7 @@ from mixmerge.registry import choices
 
 Named = Mapping[str, float]
 Weights = Tensor | Named | Sequence[float] | Sequence[Named]
+_ALLOWED = "By name, or a number for each expert, of all rows or of each"
 
 
 def fixed_weights(weights: Named, experts: Sequence[str], *, where: str = "weights") -> Tensor:
@@ -49,6 +50,8 @@ def weights_of_rows(weights: Weights, experts: Sequence[str], rows: int) -> Tens
     Raises:
         MixmergeError: as ``fixed_weights``; numbers of another shape.
     """
+    if not isinstance(weights, Mapping | Tensor | Sequence):
+        raise MixmergeError(Fault("weights", f"are {weights!r}", _ALLOWED))
     if isinstance(weights, Mapping):
         return fixed_weights(weights, experts).expand(rows, -1)
     if not isinstance(weights, Tensor) and any(isinstance(one, Mapping) for one in weights):
@@ -60,8 +63,7 @@ def weights_of_rows(weights: Weights, experts: Sequence[str], rows: int) -> Tens
         try:
             made = torch.as_tensor(weights, dtype=torch.float32)
         except (TypeError, ValueError, RuntimeError) as error:
-            allowed = "By name, or a number for each expert, of all rows or of each"
-            raise MixmergeError(Fault("weights", f"are {weights!r}", allowed)) from error
+            raise MixmergeError(Fault("weights", f"are {weights!r}", _ALLOWED)) from error
     shape = tuple(made.shape)
     if made.dim() == 1:
         made = made.expand(rows, -1)

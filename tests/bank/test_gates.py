@@ -338,3 +338,15 @@ def test_arrow_is_that_of_peft(family: Any, tmp_path: Any) -> None:
     theirs = create_arrow_model(base, paths, ArrowConfig(top_k=2, router_temperature=0.7, rng_seed=0)).eval()
     with torch.no_grad():
         torch.testing.assert_close(ours, theirs(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_only_what_is_learned_is_given() -> None:
+    with pytest.raises(MixmergeError, match="there is no such place"):
+        ranks_of(
+            "smora",
+            {},
+            bank_of(ones(3, 2)),
+            torch.ones(1, 1, 2),
+            router=torch.ones(3, 2),
+            _gains=torch.ones(3),
+        )

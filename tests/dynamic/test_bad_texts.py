@@ -27,6 +27,7 @@ Make = Callable[..., DynamicModel]
             "weights: are [[1.0, 2.0], [1.0]]",
         ),
         (lambda model: model.generate(["a"], weights="one"), "weights: are 'one'"),
+        (lambda model: model.generate(["a"], weights=1.0), "weights: are 1.0. By name, or a number for each"),
         (lambda model: model.generate(["a"], weights={"one": "much"}), "weights.one: is 'much'"),
     ],
 )

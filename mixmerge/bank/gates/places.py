@@ -107,7 +107,7 @@ class PerSite(nn.Module):
 
     def __init__(self, tensors: Mapping[str, Tensor], *, learned: bool = False, saved: bool = True) -> None:
         super().__init__()
-        self.sites = tuple(tensors)
+        self.sites, self.saved = tuple(tensors), saved
         for site, tensor in tensors.items():
             if learned:
                 self.register_parameter(_key(site), nn.Parameter(tensor))
