@@ -94,6 +94,30 @@ def chosen(bank: Bank, experts: Sequence[str]) -> Bank:
     return assembled({name: known[name] for name in experts})
 
 
+def compact(bank: Bank) -> Bank:
+    """The same bank, factors in bfloat16 or float16 at sites where that holds every one of them exactly."""
+    sites = {
+        name: replace(one, a=a, b=b) for name, one in bank.sites.items() for a, b in [_short(one.a, one.b)]
+    }
+    return Bank(bank.experts, sites, bank.vectors)
+
+
+def compact_changes(changes: Changes) -> Changes:
+    """The same of one expert's changes."""
+    entries, vectors = changes
+    return {
+        name: replace(one, a=a, b=b) for name, one in entries.items() for a, b in [_short(one.a, one.b)]
+    }, vectors
+
+
+def _short(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    for dtype in (torch.bfloat16, torch.float16):
+        shorter = a.to(dtype), b.to(dtype)
+        if all(torch.equal(one.to(other.dtype), other) for one, other in zip(shorter, (a, b), strict=True)):
+            return shorter
+    return a, b
+
+
 def turned(entry: Entry) -> Entry:
     """The change of a tied head that goes with that of its table."""
     return Entry(entry.b, entry.a.T.contiguous(), entry.scale)

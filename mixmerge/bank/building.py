@@ -8,7 +8,15 @@ from pathlib import Path
 from torch import Tensor
 
 from mixmerge.bank.adapters import adapter_entries, base_faults
-from mixmerge.bank.assembling import Changes, assembled, changes_of, chosen, extended
+from mixmerge.bank.assembling import (
+    Changes,
+    assembled,
+    changes_of,
+    chosen,
+    compact,
+    compact_changes,
+    extended,
+)
 from mixmerge.bank.checkpoints import Difference, to_low_rank
 from mixmerge.bank.factors import allocate, check_size, low_rank, spectrum
 from mixmerge.bank.records import Bank
@@ -19,6 +27,7 @@ from mixmerge.checkpoint.identity import fingerprint
 from mixmerge.checkpoint.pickled import read_bin_header
 from mixmerge.checkpoint.reader import open_checkpoint
 from mixmerge.errors import Fault, MixmergeError
+from mixmerge.registry import choices
 
 __all__ = [
     "Changes",
@@ -28,6 +37,8 @@ __all__ = [
     "bank_of",
     "changes_of",
     "chosen",
+    "compact",
+    "compact_changes",
     "extended",
     "fingerprint_of",
     "low_rank",
@@ -40,7 +51,7 @@ def bank_of(
     base: str | Path,
     experts: Mapping[str, str | Path],
     *,
-    rank: int | None = None,
+    rank: int | Mapping[str, int] | None = None,
     energy: float | None = None,
     budget: int | None = None,
 ) -> Bank:
@@ -49,14 +60,14 @@ def bank_of(
     Args:
         base: its model folder.
         experts: name -> folder of a PEFT adapter, which is taken exactly, or of a full model, which is made low-rank.
-        rank, energy: of full experts, as ``to_low_rank`` takes them.
+        rank, energy: of full experts, as ``to_low_rank`` takes them; a rank for all, or by expert one for each.
         budget: numbers in the factors of all full experts together; shared out by ``allocate``, where each expert's
             energy counts as much.
 
     Raises:
         CheckpointError: a folder cannot be read.
-        MixmergeError: adapters of another base; a full expert and no size; or as ``adapter_entries``, ``to_low_rank``
-            and ``assembled``. The faults of all experts at once.
+        MixmergeError: adapters of another base; a full expert and no size; a rank of none of the full experts; or as
+            ``adapter_entries``, ``to_low_rank`` and ``assembled``. The faults of all experts at once.
     """
     headers = open_checkpoint(Path(base), name=str(base)).tensors
     folders = {name: Path(folder) for name, folder in experts.items()}
@@ -76,10 +87,11 @@ def bank_of(
             faults += error.faults
     if faults:
         raise MixmergeError(faults)
-    ranks = {} if budget is None else _shared_out(differences, budget, rank)
+    own = {name: rank.get(name) if isinstance(rank, Mapping) else rank for name in whole}
+    ranks = {} if budget is None else _shared_out(differences, budget, own)
     for name, one in differences.items():
         try:
-            changes[name] = one.entries(rank=ranks.get(name, rank), energy=energy)
+            changes[name] = one.entries(rank=ranks.get(name, own[name]), energy=energy)
         except MixmergeError as error:
             faults += error.faults
     if faults:
@@ -102,22 +114,35 @@ def fingerprint_of(folder: str | Path) -> str:
 
 
 def _size_faults(
-    whole: Mapping[str, Path], rank: int | None, energy: float | None, budget: int | None
+    whole: Mapping[str, Path],
+    rank: int | Mapping[str, int] | None,
+    energy: float | None,
+    budget: int | None,
 ) -> list[Fault]:
-    if not whole:
-        return []
-    if rank is None and energy is None and budget is None:
-        what = f"{', '.join(whole)}: full experts, and no size for their factors"
-        return [Fault("bank", what, "rank, energy or budget")]
-    try:
-        check_size(rank, energy, "bank")
-    except MixmergeError as error:
-        return list(error.faults)
-    return []
+    each = rank if isinstance(rank, Mapping) else dict.fromkeys(whole, rank)
+    faults = [
+        Fault(
+            f"bank: rank.{name}",
+            "is no full expert",
+            choices(name, list(whole)) if whole else "There is none",
+        )
+        for name in each
+        if name not in whole
+    ]
+    sized = energy is not None or budget is not None
+    if lacking := [name for name in whole if each.get(name) is None and not sized]:
+        what = f"{', '.join(lacking)}: full experts, and no size for their factors"
+        faults.append(Fault("bank", what, "rank, energy or budget"))
+    for name in whole:
+        try:
+            check_size(each.get(name), energy, f"bank: {name}" if isinstance(rank, Mapping) else "bank")
+        except MixmergeError as error:
+            faults += [one for one in error.faults if one not in faults]
+    return faults
 
 
 def _shared_out(
-    differences: Mapping[str, Difference], budget: int, rank: int | None
+    differences: Mapping[str, Difference], budget: int, most: Mapping[str, int | None]
 ) -> dict[str, dict[str, int]]:
     """For each expert the rank it may have at each site."""
     found: dict[str, dict[str, Tensor]] = {}
@@ -135,8 +160,8 @@ def _shared_out(
         return {}
     spectra = {site: [one.get(site, none[:0]) for one in found.values()] for site in sides}
     ranks = allocate(spectra, sides, budget=budget, by_expert=True)
-    most = max(map(max, ranks.values())) if rank is None else rank
+    bounds = {name: most.get(name) or max(map(max, ranks.values())) for name in found}
     return {
-        name: {site: min(each[number], most) for site, each in ranks.items()}
+        name: {site: min(each[number], bounds[name]) for site, each in ranks.items()}
         for number, name in enumerate(found)
     }

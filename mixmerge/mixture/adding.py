@@ -234,12 +234,12 @@ class _Addition:
             return ()
 
     def _changes(self, parts: Parts, folder: Path) -> Changes:
-        from mixmerge.bank.building import adapter_entries, to_low_rank
+        from mixmerge.bank.building import adapter_entries, compact_changes, to_low_rank
         from mixmerge.checkpoint.reader import open_checkpoint
 
         if (folder / CONFIG).is_file():
             headers = open_checkpoint(parts.base, name=str(parts.base)).tensors
-            return adapter_entries(folder, headers, where=f"expert {self._new.name}")
+            return compact_changes(adapter_entries(folder, headers, where=f"expert {self._new.name}"))
         return to_low_rank(folder, parts.base, rank=self._new.rank)
 
     def _grown(self, gate: Gate, bank: Any, parts: Parts, rows: Sequence[Row]) -> Gate:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
 from mixmerge import registry
 from mixmerge.document import Node, Report, given, show
@@ -18,6 +18,13 @@ _ENGINES = ("transformers", "dynamic")
 _MADE_ALREADY = ("gate", "data", "split", "samples", "rank", "energy", "budget", "bits", "given", "seed")
 
 
+_Rank = Annotated[int, Field(ge=1)]
+Ranks = Annotated[
+    Annotated[_Rank, Tag("rank")] | Annotated[dict[str, _Rank], Tag("ranks")],
+    Discriminator(lambda value: "ranks" if isinstance(value, dict) else "rank"),  # for one fault and not two
+]
+
+
 class AdaptersOptions(Strict):
     """What ``compose: {kind: adapters}`` says: either what ``mixmerge fit`` is to make, or the ``folder`` it made.
 
@@ -28,8 +35,10 @@ class AdaptersOptions(Strict):
         data: rows of text the gate learns from, by expert; or one source for all, where a gate takes that.
         split: which part of the data, where it has parts.
         samples: rows of each source at most; which ones depends on them and the seed.
-        rank, energy, budget: how small full experts are made: as ``bank.building.bank_of`` takes them.
-        bits: of the factors on disk; by default as the experts store them.
+        rank, energy, budget: how small full experts are made: as ``bank.building.bank_of`` takes them; ``rank`` is one
+            for all, or by expert.
+        bits: of the factors on disk; by default 16 at matrices where a type of 16 bits holds all experts' factors
+            exactly, as it does of adapters stored so, else 32. Scales are stored apart, in float32.
         given: safetensors of a router that was trained elsewhere, for gates that take one.
         encoder: of texts, a folder or hub id, for gates that read them.
         dtype: of the network in memory; ``auto``: as its base is stored.
@@ -42,7 +51,7 @@ class AdaptersOptions(Strict):
     data: str | dict[str, str] | None = None
     split: str | None = Field(default=None, min_length=1)
     samples: int | None = Field(default=None, ge=1)
-    rank: int | None = Field(default=None, ge=1)
+    rank: Ranks | None = None
     energy: float | None = Field(default=None, gt=0, le=1)
     budget: int | None = Field(default=None, ge=1)
     bits: Literal[8, 16, 32] | None = None
@@ -64,7 +73,7 @@ def check_gated(asked: Asked, report: Report) -> None:
                 )
         return
     _check_base(asked.top, asked.experts, options, report)
-    _check_sizes(asked.top, asked.experts, report)
+    _check_sizes(asked.top, asked.experts, options, report)
     _check_gate(asked.top, asked.names, options, report)
 
 
@@ -87,13 +96,17 @@ def _check_base(
     report.fault(top["compose"], what, "base: of all experts, a folder or hub id")
 
 
-def _check_sizes(top: Mapping[str, Node], experts: Mapping[str, ExpertSpec], report: Report) -> None:
+def _check_sizes(
+    top: Mapping[str, Node], experts: Mapping[str, ExpertSpec], options: AdaptersOptions, report: Report
+) -> None:
     full = [name for name, one in experts.items() if one.adapter is None]
     entries = inner(top["compose"])
     sizes = [key for key in ("rank", "energy", "budget") if given(entries, key) is not None]
     if full and not sizes:
         what = f"{', '.join(full)} {'is a full model' if len(full) == 1 else 'are full models'}, and no size is said"
         report.fault(top["compose"], what, "rank, energy or budget of their factors")
+    if isinstance(options.rank, dict) and full:
+        _check_ranks(entries["rank"], options.rank, full, sizes == ["rank"], report)
     if sizes and not full and len(experts) == len(inner(top["experts"])):
         report.fault(
             entries[sizes[0]],
@@ -101,6 +114,19 @@ def _check_sizes(top: Mapping[str, Node], experts: Mapping[str, ExpertSpec], rep
             "It is for full models",
             "Remove it",
         )
+
+
+def _check_ranks(
+    node: Node, ranks: Mapping[str, int], full: Sequence[str], alone: bool, report: Report
+) -> None:
+    """Ranks by expert: of full models, and where nothing else says how small, of each of them."""
+    for name in ranks:
+        if name not in full:
+            what = f"{show(name)} is no expert that is a full model"
+            report.fault(inner(node)[name], what, registry.choices(name, list(full)))
+    lacking = [name for name in full if name not in ranks]
+    if lacking and alone:
+        report.fault(node, f"there is no rank of {', '.join(lacking)}", "One for each full model")
 
 
 def _check_gate(
@@ -142,12 +168,27 @@ def _check_gate(
     if getattr(asked, "features", "") == "text":
         wants = (*wants, "encode")
     _check_data(entries, compose, names, options, kind, wants, report)
+    _check_unused(entries, kind, wants, report)
     for want, key, what in (
         ("encode", "encoder", "reads texts by an encoder"),
         ("given", "given", "takes a router that was trained elsewhere"),
     ):
         if want in wants and given(entries, key) is None:
             report.fault(compose, f"{kind} {what}, and the key {key} is missing")
+
+
+def _check_unused(entries: dict[str, Node], kind: str, wants: Sequence[str], report: Report) -> None:
+    """Keys that nothing reads."""
+    takes = "given" in wants or registry.find("gate", kind).fitter.endswith(":given_ranks")
+    unused = {
+        "given": "" if takes else f"{kind} takes no router that was trained elsewhere",
+        "encoder": "" if "encode" in wants else f"{kind} reads no texts by an encoder",
+    }
+    if given(entries, "data") is None:
+        unused |= dict.fromkeys(("split", "samples"), "has no effect without data")
+    for key, what in unused.items():
+        if what and given(entries, key) is not None:
+            report.fault(entries[key], what, run="Remove it")
 
 
 def _check_names(

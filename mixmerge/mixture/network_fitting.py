@@ -50,7 +50,7 @@ class _Network:
             raise MixmergeError(Fault("compose.folder", what, run="Name gate and data to fit another"))
 
     def fit(self, out: Path) -> Fitted:
-        from mixmerge.bank.building import bank_of, fingerprint_of
+        from mixmerge.bank.building import bank_of, compact, fingerprint_of
         from mixmerge.bank.files import load_bank, save_bank
         from mixmerge.bank.gate_files import save_gate
         from mixmerge.bank.publishing import check_free, making
@@ -67,6 +67,7 @@ class _Network:
             self._progress("bank", 0, 1)
             bank = bank_of(base, experts, rank=told.rank, energy=told.energy, budget=told.budget)
             hashes = {name: fingerprint_of(folder) for name, folder in experts.items()}
+            bank = bank if told.bits is not None else compact(bank)
             card = save_bank(new, bank, base=fingerprint_of(base), hashes=hashes, bits=told.bits)
             self._progress("bank", 1, 1)
             gate = self._gate(load_bank(new), base, rows, given, encoder)
