@@ -106,6 +106,7 @@ def entropy(lesson: Lesson, *, progress: Progress | None = None) -> Learned:
     learning = Learning(
         steps=int(lesson.number("steps")),
         learning_rate=lesson.number("learning_rate"),
+        turn=schedule.turn,
         seed=lesson.seed % 2**63,
     )
     return _learn(lesson, objective, space, learning, shown, progress)
@@ -136,6 +137,7 @@ def alignment(lesson: Lesson, *, progress: Progress | None = None) -> Learned:
             period=int(lesson.number("period")),
             clip=lesson.number("clip"),
             regulariser=lesson.number("regulariser"),
+            turn=objective.schedule.turn,
             seed=lesson.seed % 2**63,
         )
         first = _learn(lesson, objective, space, learning, shown, progress)

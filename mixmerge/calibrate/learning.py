@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from mixmerge.calibrate.coefficients import CoefficientSpace, Layout
@@ -72,6 +72,8 @@ class Learning:
         clip: greatest norm of the gradient of all free coefficients; 0 for no limit.
         regulariser: times the mean distance of all free coefficients from their start.
         patience: steps in a row without a finite gradient, or with twice the loss of the start, before it stops.
+        turn: steps in which every batch has been taken. Two losses are compared over these, or over ``steps`` where
+            there are fewer: that of one step is also of how hard its rows are.
         seed: of whatever in the model is random.
     """
 
@@ -84,7 +86,13 @@ class Learning:
     clip: float = 0.0
     regulariser: float = 0.0
     patience: int = 5
+    turn: int = 1
     seed: int = 0
+
+    @property
+    def window(self) -> int:
+        """Steps over which losses are compared."""
+        return max(1, min(self.turn, self.steps))
 
     def rate(self, step: int) -> float:
         """The learning rate of a step."""
@@ -109,40 +117,90 @@ class Learned:
 
 @dataclass
 class _Course:
-    """How the loss goes: what is best so far, and whether to go on."""
+    """How the loss goes: what is best so far, and whether to go on.
 
-    patience: int
-    losses: list[float]
+    Args:
+        learning: how long a turn is, and what stops it.
+        measure: the mean loss over a turn of coefficients that are what is learned, and no more than that.
+        free: what is learned.
+        best_free: a copy of it where the mean over the last turn was lowest; the start until there was one turn.
+    """
+
+    learning: Learning
+    measure: Callable[[Tensor], float]
     free: Tensor
+    start_free: Tensor
     best_free: Tensor
+    losses: list[float] = field(default_factory=list)
     best: float = math.inf
     best_at: int = 0
     level: float = math.nan
     high: int = 0
     skipped: int = 0
     skipped_now: int = 0
+    _at_start: float | None = None
+
+    @property
+    def at_start(self) -> float:
+        """The mean loss of the start over a turn; measured when first asked for."""
+        if self._at_start is None:
+            self._at_start = self.measure(self.start_free)
+        return self._at_start
 
     def saw(self, loss: float, step: int) -> str:
         """Note a finite loss, of the coefficients before their update; why to stop, or nothing."""
         self.losses.append(loss)
         self.level = loss if math.isnan(self.level) else 0.8 * self.level + 0.2 * loss
-        if self.level < self.best:
-            self.best, self.best_at = self.level, step
+        window = self.learning.window
+        recent = _mean(self.losses[-window:])
+        if len(self.losses) == window:
+            self.best = recent
+        elif len(self.losses) > window and recent < self.best:
+            self.best, self.best_at = recent, step
             self.best_free.copy_(self.free)
-        self.high = self.high + 1 if self.level > 2 * abs(self.losses[0]) + 1e-6 else 0
-        return (
-            f"the loss rose to twice its start and stayed there ({loss:.4g})"
-            if self.high >= self.patience
-            else ""
-        )
+        first = self.losses[0] if self._at_start is None else self._at_start
+        self.high = self.high + 1 if _doubled(self.level, first) else 0
+        if self.high < self.learning.patience or not _doubled(self.level, self.at_start):
+            return ""
+        return f"the loss rose to twice its start and stayed there ({loss:.4g})"
+
+    def settle(self, stopped: str, done: int) -> tuple[Tensor, int, str]:
+        """What to keep: the learned coefficients, how many steps made them, and what to say of it."""
+        if stopped:
+            said = f"learning stopped after {done} steps: {stopped}"
+        elif self.skipped_now:
+            said = "the last steps were not finite"
+        elif not self._may_have_risen or self.measure(self.free) <= self.at_start:
+            return self.free, done, ""
+        else:
+            said = "the loss did not fall"
+        if self.best_at and self.measure(self.best_free) > self.at_start:
+            self.best_free, self.best_at = self.start_free, 0
+        return self.best_free, self.best_at, f"{said}; the best coefficients are kept"
+
+    @property
+    def _may_have_risen(self) -> bool:
+        """Whether a look at the losses leaves a doubt: only then is it worth to measure."""
+        window = max(1, min(self.learning.window, len(self.losses) // 2))
+        return self.level > self.losses[0] or _mean(self.losses[-window:]) > _mean(self.losses[:window])
 
     def skip(self) -> str:
         """Note a step without an update; why to stop, or nothing."""
         self.skipped += 1
         self.skipped_now += 1
         return (
-            f"{self.skipped_now} steps in a row were not finite" if self.skipped_now >= self.patience else ""
+            f"{self.skipped_now} steps in a row were not finite"
+            if self.skipped_now >= self.learning.patience
+            else ""
         )
+
+
+def _mean(losses: Sequence[float]) -> float:
+    return sum(losses) / len(losses)
+
+
+def _doubled(level: float, start: float) -> bool:
+    return level > 2 * abs(start) + 1e-6
 
 
 def learn(
@@ -172,7 +230,8 @@ def learn(
 
     Returns:
         The coefficients after the last step. After a stop, after a last step that was not finite, or where the loss
-        ended above its start, those with the lowest loss, smoothed over a few steps.
+        over a turn of the batches is above that of the start over the same turn, those with the lowest mean of the
+        losses of a turn, or the start where that is lower.
 
     Raises:
         MethodError: experts that equal the base or each other, a model that has not every tensor, no step
@@ -212,7 +271,13 @@ def descend(
     start = space.coefficients(free).detach().clone()
     held.build(start, everything=True)
     optimiser = _optimiser(free, learning)
-    course = _Course(learning.patience, [], free.detach(), free.detach().clone())
+
+    def measure(values: Tensor) -> float:
+        held.build(space.coefficients(values))
+        return _mean_loss(objective, learning.window)
+
+    now = free.detach()
+    course = _Course(learning, measure, now, now.clone(), now.clone())
     stopped, done = "", 0
     with held.watched():
         for step in range(learning.steps):
@@ -224,7 +289,7 @@ def descend(
             held.build(space.coefficients(free.detach()))
             if progress is not None:
                 progress(done, learning.steps, loss)
-    return _finish(space, layout, course, free.detach(), stopped, done, objective.notes())
+    return _finish(space, layout, course, stopped, done, objective.notes())
 
 
 def _optimiser(free: Tensor, learning: Learning) -> Optimizer:
@@ -244,6 +309,15 @@ def _backward(objective: Objective, held: Held, step: int) -> float:
             return math.nan
         loss.backward()  # type: ignore[no-untyped-call]
     return total
+
+
+def _mean_loss(objective: Objective, steps: int) -> float:
+    """The mean loss of the first steps, of weights that stay as they are; infinite if one is not finite."""
+    import torch
+
+    with torch.no_grad():
+        total = sum(float(loss) for step in range(steps) for loss in objective.losses(step))
+    return total / steps if math.isfinite(total) else math.inf
 
 
 def _update(
@@ -284,7 +358,6 @@ def _finish(
     space: CoefficientSpace,
     layout: Layout,
     course: _Course,
-    free: Tensor,
     stopped: str,
     done: int,
     notes: tuple[str, ...],
@@ -294,15 +367,10 @@ def _finish(
         raise MethodError(
             Fault("learning", what, run="Look at the rows of data, and start with smaller weights")
         )
-    warnings, kept = list(notes), done
-    if stopped:
-        warnings.append(f"learning stopped after {done} steps: {stopped}; the best coefficients are kept")
-    elif course.skipped_now:
-        warnings.append("the last steps were not finite; the best coefficients are kept")
-    elif course.level > course.losses[0]:
-        warnings.append("the loss did not fall; the best coefficients are kept")
-    if stopped or course.skipped_now or course.level > course.losses[0]:
-        free, kept = course.best_free, course.best_at
+    warnings = list(notes)
+    free, kept, said = course.settle(stopped, done)
+    if said:
+        warnings.append(said)
     if course.skipped:
         warnings.append(f"{course.skipped} steps were skipped: their loss or gradient was not finite")
     values = space.coefficients(free).tolist()

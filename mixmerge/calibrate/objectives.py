@@ -53,6 +53,11 @@ class Schedule:
             what = f"no rows of data for expert {', '.join(str(number + 1) for number in empty)}"
             raise MethodError(Fault("calibration", what if empty else "there is no expert"))
 
+    @property
+    def turn(self) -> int:
+        """Steps after which every batch of every expert was taken."""
+        return max(-(-count // min(self.each, count)) for count in self.counts)
+
     def of(self, step: int, expert: int) -> list[int]:
         """Numbers of the batches of one expert in one step."""
         import torch
@@ -137,6 +142,10 @@ class Entropy:
                 yield compute, self.tokens[expert][number]
 
     def _note(self, expert: int, logits: Tensor) -> None:
+        import torch
+
+        if not torch.is_grad_enabled():  # a loss is measured; no step is taken
+            return
         picked: list[int] = logits.detach().argmax(-1).tolist()
         if len(self._first[expert]) < _RECENT * len(picked):
             self._first[expert] += picked

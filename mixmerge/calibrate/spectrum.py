@@ -204,14 +204,15 @@ def spectrum(lesson: Lesson, *, progress: Progress | None = None) -> Learned:
     found = {name: parts for name, parts in found.items() if parts}
     if not found:  # deltas that cancel out
         raise MethodError(nothing)
-    learning = Learning(
-        steps=int(lesson.number("steps")),
-        learning_rate=lesson.number("learning_rate"),
-        regulariser=lesson.number("regulariser"),
-        seed=lesson.seed % 2**63,
-    )
     with tempfile.TemporaryDirectory(prefix="mixmerge-teachers-", dir=lesson.scratch) as folder:
         objective = aligned(lesson, shown, each, Path(folder))
+        learning = Learning(
+            steps=int(lesson.number("steps")),
+            learning_rate=lesson.number("learning_rate"),
+            regulariser=lesson.number("regulariser"),
+            turn=objective.schedule.turn,
+            seed=lesson.seed % 2**63,
+        )
         held = Stretched(lesson.parameters, found, lesson.group)
         space = CoefficientSpace(clamp="none")
         return descend(held, held.layout, objective, space, learning=learning, progress=progress)

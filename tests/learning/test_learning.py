@@ -275,6 +275,46 @@ def test_a_diverging_loss_stops_and_the_best_is_kept() -> None:
     assert {value for rows in unbounded.weights.values() for row in rows for value in row} == {0.3}
 
 
+class Uneven:
+    """Distance of a weight to a target, of batches of which each adds what it is hard by; ``slope`` may mislead."""
+
+    def __init__(self, weight: nn.Parameter, hard: list[float], slope: float = 1.0) -> None:
+        self.weight, self.hard, self.slope = weight, hard, slope
+
+    def losses(self, step: int) -> Iterator[Tensor]:
+        gap = (self.weight - 0.8).square().sum()
+        seen = (1 - self.slope) * gap.detach() + self.slope * gap
+        yield self.hard[step % len(self.hard)] + seen
+
+    def notes(self) -> tuple[str, ...]:
+        return ()
+
+
+def uneven(hard: list[float], *, steps: int = 12, slope: float = 1.0) -> Learned:
+    weight = nn.Parameter(torch.zeros(1))
+    deltas = MemoryDeltas({"weight": torch.zeros(1)}, [{"weight": torch.ones(1)}])
+    learning = Learning(steps=steps, learning_rate=0.01, turn=len(hard))
+    space = CoefficientSpace(start=0.3, clamp="none")
+    return learn({"weight": weight}, deltas, Uneven(weight, hard, slope), space, learning=learning)
+
+
+def test_how_hard_the_first_batch_is_decides_nothing() -> None:
+    """Losses of other rows are not compared: neither does an easy first batch undo what was learned, nor stop it."""
+    plain = uneven([1.0, 1.0, 1.0])
+    easy = uneven([1.0, 1.3, 1.3])
+    assert easy.losses[-1] > easy.losses[0]
+    assert (easy.kept, easy.warnings) == (12, ())
+    assert easy.weights["weight"][0] == pytest.approx(plain.weights["weight"][0], abs=1e-6)
+    near_nothing = uneven([-0.24, 1.3, 1.3], steps=30)
+    assert (near_nothing.kept, near_nothing.stopped, near_nothing.warnings) == (30, "", ())
+    # it rises, and the hard first batch hides that
+    risen = uneven([5.0, 1.0, 1.0], slope=-1.0)
+    assert risen.losses[-1] < risen.losses[0]
+    assert risen.kept == 0
+    assert risen.weights["weight"] == ((0.3,),)
+    assert risen.warnings == ("the loss did not fall; the best coefficients are kept",)
+
+
 def test_experts_that_cannot_be_told_apart() -> None:
     model = small_model()
     base, experts = states(model, 1)

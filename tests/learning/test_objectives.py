@@ -77,6 +77,7 @@ def test_every_batch_has_its_turn_before_any_has_another() -> None:
     assert sorted(seen[:5]) == sorted(seen[5:]) == list(range(5))
     assert seen != list(range(10))
     assert sorted(schedule.of(0, 1)) == [0, 1]
+    assert (schedule.turn, Schedule((2, 3), each=3).turn) == (3, 1)
     assert schedule.of(4, 0) == Schedule((5, 2), each=2, seed=3).of(4, 0)
     with pytest.raises(MethodError, match="no rows of data for expert 2"):
         Schedule((3, 0))
@@ -98,6 +99,9 @@ def test_a_collapse_is_said() -> None:
     objective = Entropy(predict, [[4]], Schedule((1,)), ["./a"])
     for step in range(60):
         list(objective.losses(step))
+    with torch.no_grad():  # a loss that is measured is none of a step
+        predict.calls = 0  # type: ignore[attr-defined]
+        list(objective.losses(0))
     assert objective.notes() == (
         "./a: 100% of the predictions on its rows are one class, 50% at the start: entropy may have collapsed",
     )
