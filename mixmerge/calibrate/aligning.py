@@ -78,6 +78,7 @@ def aligned(lesson: Lesson, shown: Sequence[Sequence[Batch]], each: int, folder:
             temperature=lesson.number("temperature"),
             importance=tuple(map(float, options["importance"])),
         ),
+        lesson.answers,
     )
 
 

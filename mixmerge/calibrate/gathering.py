@@ -159,6 +159,8 @@ class Reader:
         """
         if KINDS[kind].gradients and self.kind == "other":
             what = f"is a {self.architecture}: it predicts neither a token nor a class"
+            if "For" in self.architecture:
+                what = f"is a {self.architecture}: gradients of such predictions are not taken yet"
             raise MixmergeError(Fault(self.name, what, "A causal language model or a sequence classifier"))
         check_tokenizer(self.tokenizer, self.name)
         if getattr(self.config, "is_encoder_decoder", False) and self.kind == "other":

@@ -13,7 +13,7 @@ from mixmerge.calibrate.anatomy import Anatomy, Need, Shown
 from mixmerge.calibrate.coefficients import CoefficientSpace
 from mixmerge.calibrate.deltas import PIECE, Deltas, pieces
 from mixmerge.calibrate.learning import Learned, Learning, Objective, Progress, learn
-from mixmerge.calibrate.lessons import ALIGNING, Lesson, all_batches, check_outputs, step_sizes
+from mixmerge.calibrate.lessons import ALIGNING, Lesson, all_batches, check_answers, check_outputs, step_sizes
 from mixmerge.calibrate.objectives import POSITIONS, TOKENS, Entropy, Schedule, chunk_counts
 from mixmerge.calibrate.spectrum import spectrum
 from mixmerge.calibrate.students import ClassifierStudent, choice_batches, choice_logits
@@ -75,9 +75,11 @@ def entropy(lesson: Lesson, *, progress: Progress | None = None) -> Learned:
     """AdaMerging: minimise the entropy of what the merged model predicts on each expert's rows.
 
     Raises:
-        MethodError: a model without a head, a language model whose rows have no choices, and what ``learn`` raises.
+        MethodError: a model without a head, experts that give numbers, a language model whose rows have no choices,
+            and what ``learn`` raises.
     """
     check_outputs("entropy", lesson.kind, type(lesson.model).__name__)
+    check_answers("entropy", lesson.answers, lesson.labels)
     size, each = step_sizes(int(lesson.number("rows")), lesson.batch_size)
     if lesson.kind == "causal":
         found = [
@@ -94,7 +96,7 @@ def entropy(lesson: Lesson, *, progress: Progress | None = None) -> Learned:
         predict = ClassifierStudent(lesson.model, lesson.heads, shown).predict
     schedule = Schedule(tuple(map(len, shown)), each, lesson.seed)
     objective = Entropy(
-        predict, [[batch.tokens for batch in part] for part in shown], schedule, lesson.labels
+        predict, [[batch.tokens for batch in part] for part in shown], schedule, lesson.labels, lesson.answers
     )
     task = lesson.options["granularity"] == "task"
     space = CoefficientSpace(

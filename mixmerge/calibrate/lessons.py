@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mixmerge.calibrate.deltas import Deltas
+from mixmerge.calibrate.losses import Answers
 from mixmerge.calibrate.students import choice_batches
 from mixmerge.data.batches import Batch, make_batches
 from mixmerge.data.rows import Row
@@ -46,6 +47,7 @@ class Lesson:
         max_tokens, batch_size, layout: of the data, as in ``make_batches``.
         seed: of the recipe.
         gathers: whether single rows of a tensor of this name can be read.
+        answers: what the outputs of each expert say; none: one class, or token, is right.
         scratch: folder for the experts' states; removed by whoever made it. The system's own without.
     """
 
@@ -65,6 +67,7 @@ class Lesson:
     layout: Literal["padded", "packed"] = "padded"
     seed: int = 0
     gathers: Callable[[str], bool] = lambda name: False
+    answers: Sequence[Answers] = ()
     scratch: Path | None = None
 
     def number(self, name: str) -> float:
@@ -122,9 +125,34 @@ def check_outputs(learner: str, kind: Kind, architecture: str) -> None:
     """Raise unless a model's outputs are what a learner compares.
 
     Raises:
-        MethodError: it has no head.
+        MethodError: it has no head, or is of another kind than a classifier of texts or a causal language model.
     """
-    if kind == "other":
-        what = _COMPARES[learner]
-        allowed = "A classifier, or a language model and rows with choices"
-        raise MethodError(Fault("base_model", f"{architecture} has no head, and {what}", allowed))
+    if kind != "other":
+        return
+    allowed = "A classifier, or a language model and rows with choices"
+    if learner in ALIGNING:
+        allowed = "A classifier of texts, or a causal language model"
+    what = f"{architecture} has no head, and {_COMPARES[learner]}"
+    if "For" in architecture:
+        what = f"coefficients are not learned of a {architecture} yet"
+    raise MethodError(Fault("base_model", what, allowed))
+
+
+def check_answers(learner: str, answers: Sequence[Answers], labels: Sequence[str]) -> None:
+    """Raise unless the outputs of each expert say what a learner takes them for.
+
+    Args:
+        learner: one of ``LEARNERS``.
+        answers: of each expert.
+        labels: of the experts, for errors.
+
+    Raises:
+        MethodError: the entropy of numbers, once for each such expert.
+    """
+    numbers = [label for label, each in zip(labels, answers, strict=bool(answers)) if each == "numbers"]
+    if learner == "entropy" and numbers:
+        what = "gives numbers, a regression or a single class, which have no entropy"
+        run = "Use expert_merging, which compares them with the expert's"
+        raise MethodError(
+            [Fault(label, what, "A classifier of two classes or more", run) for label in numbers]
+        )

@@ -7,10 +7,11 @@ L tokens, N attended positions (or rows, of a classifier), H hidden size, V voca
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from mixmerge.calibrate.losses import Answers, entropy, hidden_loss, logit_loss
 from mixmerge.errors import Fault, MethodError
 
 if TYPE_CHECKING:
@@ -93,14 +94,6 @@ def grouped(parts: Iterator[tuple[Callable[[], Tensor], int]], most: int | None 
         yield total
 
 
-def entropy(logits: Tensor) -> Tensor:
-    """Shannon entropy, in nats, of the softmax over the last dimension; -inf logits take no part."""
-    import torch
-
-    logs = torch.log_softmax(logits.float(), dim=-1)
-    return -(logs.exp() * logs.masked_fill(logs.isneginf(), 0.0)).sum(-1)
-
-
 @dataclass
 class Entropy:
     """The sum over experts of the mean entropy of the merged model's predictions on their rows.
@@ -113,14 +106,16 @@ class Entropy:
         tokens: of each batch, by expert.
         schedule: of the batches.
         labels: of the experts, for notes.
+        answers: what each expert's classes are; none: one of them is right.
     """
 
     predict: Callable[[int, int], Tensor]
     tokens: Sequence[Sequence[int]]
     schedule: Schedule
     labels: Sequence[str] = ()
-    _first: list[list[int]] = field(default_factory=list)
-    _last: list[deque[list[int]]] = field(default_factory=list)
+    answers: Sequence[Answers] = ()
+    _first: list[list[Hashable]] = field(default_factory=list)
+    _last: list[deque[list[Hashable]]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._first = [[] for _ in self.tokens]
@@ -136,17 +131,20 @@ class Entropy:
 
                 def compute(expert: int = expert, number: int = number, share: int = len(numbers)) -> Tensor:
                     logits = self.predict(expert, number)
-                    self._note(expert, logits)
-                    return entropy(logits).mean() / share
+                    answers = self.answers[expert] if self.answers else "one"
+                    self._note(expert, logits, answers)
+                    return entropy(logits, answers).mean() / share
 
                 yield compute, self.tokens[expert][number]
 
-    def _note(self, expert: int, logits: Tensor) -> None:
+    def _note(self, expert: int, logits: Tensor, answers: Answers) -> None:
         import torch
 
         if not torch.is_grad_enabled():  # a loss is measured; no step is taken
             return
-        picked: list[int] = logits.detach().argmax(-1).tolist()
+        picked: list[Hashable] = logits.detach().argmax(-1).tolist()
+        if answers == "many":
+            picked = list(map(tuple, (logits.detach() > 0).tolist()))
         if len(self._first[expert]) < _RECENT * len(picked):
             self._first[expert] += picked
         self._last[expert].append(picked)
@@ -164,7 +162,7 @@ class Entropy:
         return tuple(found)
 
 
-def _top_share(picked: Sequence[int]) -> float:
+def _top_share(picked: Sequence[Hashable]) -> float:
     return max((picked.count(one) for one in set(picked)), default=0) / max(len(picked), 1)
 
 
@@ -224,6 +222,14 @@ class Alignment:
 
     Source: Expert Merging (arXiv:2509.25712), its layer-wise hidden and logit alignment.
 
+    Args:
+        student: the merged model.
+        teachers: the experts.
+        tokens: of each batch, by expert.
+        schedule: of the batches.
+        options: of the loss.
+        answers: what each expert's outputs say; none: one class, or token, is right.
+
     Deviations:
         the model is in evaluation mode, as the experts were; the released code trains with dropout. Both average over
         all attended positions, prompts included, as the released code does.
@@ -234,6 +240,7 @@ class Alignment:
     tokens: Sequence[Sequence[int]]
     schedule: Schedule
     options: AlignmentOptions = AlignmentOptions()
+    answers: Sequence[Answers] = ()
 
     def losses(self, step: int) -> Iterator[Tensor]:
         yield from grouped(self._parts(step))
@@ -271,9 +278,12 @@ class Alignment:
     def _logits(self, final: Tensor, own_final: Tensor, expert: int) -> Tensor:
         from torch.utils.checkpoint import checkpoint
 
+        form, temperature = self.options.logit, self.options.temperature
+        answers = self.answers[expert] if self.answers else "one"
+
         def part(mine: Tensor, other: Tensor) -> Tensor:
             one, two = self.student.logits(mine, expert), self.teachers.logits(other, expert)
-            return logit_loss(one, two, form=self.options.logit, temperature=self.options.temperature).sum()
+            return logit_loss(one, two, form=form, temperature=temperature, answers=answers).sum()
 
         edges = [(at, at + POSITIONS) for at in range(0, len(final), POSITIONS)]
         pairs = [(final[start:stop], own_final[start:stop]) for start, stop in edges]
@@ -282,40 +292,6 @@ class Alignment:
         # Logits of all positions would take more memory than the model: each part's are made again on the way back.
         sums: Any = sum(checkpoint(part, mine, other, use_reentrant=False) for mine, other in pairs)
         return sums / len(final)  # type: ignore[no-any-return]
-
-
-def logit_loss(
-    logits: Tensor, wanted: Tensor, *, form: Literal["kl", "soft_ce"] = "kl", temperature: float = 1.0
-) -> Tensor:
-    """Distance of two distributions, for each position.
-
-    Args:
-        logits: (N, V) of the merged model.
-        wanted: (N, V) of the expert.
-        form: ``kl``: KL(expert || merged); ``soft_ce``: that plus the expert's entropy.
-        temperature: both logits are divided by it, and the loss is multiplied by its square.
-
-    Returns:
-        (N,).
-    """
-    import torch
-
-    mine = torch.log_softmax(logits.float() / temperature, -1)
-    theirs = torch.log_softmax(wanted.float() / temperature, -1)
-    weight = theirs.exp()
-    loss = -(weight * mine).sum(-1)
-    if form == "kl":
-        loss = loss + (weight * theirs).sum(-1)
-    return loss * temperature**2
-
-
-def hidden_loss(gaps: Sequence[Tensor], *, form: Literal["mean", "sum"] = "mean") -> Tensor:
-    """The hidden loss from the difference (N, H) at each layer; ``form`` as in ``AlignmentOptions``."""
-    import torch
-
-    if form == "sum":
-        return torch.stack([gap.square().sum(-1).mean() for gap in gaps]).sum()
-    return torch.stack([gap.square().mean() for gap in gaps]).mean()
 
 
 def chunk_counts(

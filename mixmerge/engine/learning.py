@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mixmerge.calibrate.learning import Learned
+    from mixmerge.calibrate.losses import Answers
     from mixmerge.data.rows import Row
 
 HEAT_MAP = "mixmerge_coefficients.png"
@@ -136,10 +137,25 @@ def learn_coefficients(
         layout=calibration.layout,
         seed=plan.recipe.seed,
         gathers=deltas.gathers,
+        answers=answers(plan),
     )
     learned = LEARNERS[plan.method.learner](lesson, progress=progress)
     made = _record(plan, learned, tasks, same)
     return dataclasses.replace(made, hashes=_hashes(experts, rows, data))
+
+
+def answers(plan: Plan) -> tuple[Answers, ...]:
+    """What the outputs of each expert say: by the config of its own head, or else by that of the model learned on."""
+    from mixmerge.calibrate.losses import answers_of
+    from mixmerge.experts.loading import kind_of
+
+    donor, kept = plan.models[plan.donor].config, {head.model: head.config for head in plan.heads}
+    configs = [kept.get(number, donor) for number in experts_of(plan)]
+    names = [str((config.get("architectures") or [""])[0]) for config in configs]
+    return tuple(
+        answers_of(config) if kind_of(name) == "classifier" else "one"
+        for config, name in zip(configs, names, strict=True)
+    )
 
 
 def _record(plan: Plan, learned: Learned, tasks: Sequence[Task], same: Mapping[str, str]) -> Coefficients:

@@ -14,7 +14,7 @@ from mixmerge.engine.calibration_data import Part, experts_of, read_parts
 from mixmerge.engine.maps import is_learned, is_map, singular
 from mixmerge.engine.twin import fitted
 from mixmerge.engine.twin_outlook import WORK, gate_need, prompt_batches, row_faults, shared_reader
-from mixmerge.errors import Fault, MixmergeError, RecipeError
+from mixmerge.errors import Fault, MixmergeError, RecipeError, collecting
 from mixmerge.experts.loading import Kind, check_tokenizer, kind_of, read_config, read_tokenizer
 from mixmerge.methods.footprint import directions
 from mixmerge.methods.roles import role_of
@@ -252,8 +252,12 @@ def _readers(plan: Plan, models: Sequence[Model], faults: list[Fault]) -> list[R
     """How each expert reads rows; a learner shows all of them to one model, with the base's tokenizer."""
     from mixmerge.calibrate.aligning import check_losses
     from mixmerge.calibrate.gathering import Reader
-    from mixmerge.calibrate.lessons import ALIGNING, check_outputs
+    from mixmerge.calibrate.lessons import ALIGNING, check_answers, check_outputs
+    from mixmerge.engine.learning import answers
 
+    if plan.method.learner:
+        with collecting(faults):
+            check_answers(plan.method.learner, answers(plan), [str(model.ref) for model in models])
     readers: list[Reader | None] = []
     for model in models:
         name = str(model.ref)

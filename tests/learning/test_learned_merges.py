@@ -282,6 +282,51 @@ def test_a_model_without_a_head_is_refused(family: Any, tmp_path: Path) -> None:
             merge(recipe, tmp_path / "out")
 
 
+def headed(base: Path, folder: Path, tokenizer: Any, *, labels: int, seed: int, problem: str = "") -> Path:
+    """The base, moved a little, with a new head of so many outputs."""
+    from transformers import BertForSequenceClassification
+
+    torch.manual_seed(seed)
+    options = {"problem_type": problem} if problem else {}
+    model = BertForSequenceClassification.from_pretrained(base, num_labels=labels, **options)
+    for parameter in model.bert.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    model.classifier.weight.data *= 20
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_regressions_and_labels_of_which_many_hold(classifiers: Made, tokenizer: Any, tmp_path: Path) -> None:
+    base = classifiers["base"]
+
+    def recipe(names: tuple[str, str], method: str, **parameters: Any) -> dict[str, Any]:
+        found = recipe_of(classifiers, method, steps=12, rows=16, learning_rate=0.05, **parameters)
+        found["models"] = [{"model": str(tmp_path / name)} for name in names]
+        data = str(classifiers["order.jsonl"])
+        return {**found, "calibration": {"data": data, "max_examples": 16, "batch_size": 16}}
+
+    for seed, name in enumerate(("one", "two")):
+        headed(base, tmp_path / name, tokenizer, labels=1, seed=seed)
+        many = "multi_label_classification"
+        headed(base, tmp_path / f"many-{name}", tokenizer, labels=2 + seed, seed=seed, problem=many)
+    for run in (plan_with_data, lambda asked: merge(asked, tmp_path / "out")):
+        with pytest.raises(RecipeError) as caught:
+            run(recipe(("one", "many-two"), "adamerging"))
+        assert len(caught.value.faults) == 1
+        assert f"{tmp_path / 'one'}: gives numbers" in str(caught.value)
+    for names, method in (
+        (("one", "two"), "expert_merging"),
+        (("one", "two"), "learned_spectrum"),
+        (("many-one", "many-two"), "adamerging"),
+        (("many-one", "many-two"), "expert_merging"),
+    ):
+        options = {"hidden_layers": "none"} if method == "expert_merging" else {}
+        learned = merge(recipe(names, method, **options), tmp_path / "out", overwrite=True).learned
+        assert learned is not None
+        assert 0 < learned.losses[-1] < 0.99 * learned.losses[0], (names, method)
+
+
 @pytest.mark.parametrize("method", ["adamerging", "expert_merging_plus"])
 def test_the_plan_of_experts_with_heads(classifiers: Made, method: str) -> None:
     _, outlook = plan_with_data(recipe_of(classifiers, method))

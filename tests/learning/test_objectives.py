@@ -11,17 +11,10 @@ import torch
 
 from mixmerge.calibrate.coefficients import CoefficientSpace
 from mixmerge.calibrate.deltas import MemoryDeltas
+from mixmerge.calibrate.lessons import check_outputs
+from mixmerge.calibrate.losses import answers_of, entropy, hidden_loss, logit_loss
 from mixmerge.calibrate.mixed import Mixed
-from mixmerge.calibrate.objectives import (
-    Alignment,
-    AlignmentOptions,
-    Entropy,
-    Schedule,
-    entropy,
-    grouped,
-    hidden_loss,
-    logit_loss,
-)
+from mixmerge.calibrate.objectives import Alignment, AlignmentOptions, Entropy, Schedule, grouped
 from mixmerge.calibrate.students import (
     LanguageStudent,
     check_language_model,
@@ -58,6 +51,43 @@ def test_losses_by_hand() -> None:
     gaps = [torch.tensor([[1.0, 2.0], [0.0, 0.0]]), torch.tensor([[3.0, 0.0], [0.0, 1.0]])]
     assert hidden_loss(gaps).item() == pytest.approx((5 / 4 + 10 / 4) / 2)
     assert hidden_loss(gaps, form="sum").item() == pytest.approx(5 / 2 + 10 / 2)
+
+
+def test_labels_of_which_many_hold_and_numbers_by_hand() -> None:
+    mine, theirs = torch.tensor([[0.0, 0.0]]), torch.tensor([[math.log(3.0), 0.0]])
+    half, quarter = math.log(2), -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
+    assert entropy(theirs, "many").tolist() == pytest.approx([quarter + half])
+    assert entropy(torch.tensor([[200.0, -200.0]]), "many").tolist() == [0.0]
+    kl = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
+    assert logit_loss(mine, theirs, answers="many").item() == pytest.approx(kl)
+    assert logit_loss(mine, theirs, form="soft_ce", answers="many").item() == pytest.approx(2 * half)
+    p = 3**0.5 / (1 + 3**0.5)
+    warm = 4 * (p * math.log(2 * p) + (1 - p) * math.log(2 * (1 - p)))
+    assert logit_loss(mine, theirs, temperature=2.0, answers="many").item() == pytest.approx(warm, rel=1e-5)
+    numbers = torch.tensor([[1.0], [-2.0]]), torch.tensor([[4.0], [-2.0]])
+    for form in ("kl", "soft_ce"):
+        found = logit_loss(*numbers, form=form, temperature=3.0, answers="numbers")  # type: ignore[arg-type]
+        assert found.tolist() == [4.5, 0.0]
+    with pytest.raises(ValueError, match="no entropy"):
+        entropy(mine, "numbers")
+
+
+def test_what_outputs_say() -> None:
+    said = [
+        ({}, "one"),
+        ({"id2label": {"0": "good"}}, "numbers"),
+        ({"num_labels": 1, "problem_type": "single_label_classification"}, "numbers"),
+        ({"id2label": {"0": "a", "1": "b"}, "problem_type": "regression"}, "numbers"),
+        ({"id2label": {"0": "a", "1": "b"}, "problem_type": "multi_label_classification"}, "many"),
+        ({"id2label": {"0": "a"}, "problem_type": "multi_label_classification"}, "many"),
+    ]
+    assert [answers_of(config) for config, _ in said] == [answers for _, answers in said]
+
+
+def test_other_kinds_are_not_said_to_have_no_head() -> None:
+    for name in ("T5ForConditionalGeneration", "BertForMaskedLM"):
+        with pytest.raises(MethodError, match=f"coefficients are not learned of a {name} yet"):
+            check_outputs("entropy", "other", name)
 
 
 def test_kl_and_soft_cross_entropy_have_the_same_gradient() -> None:
