@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mixmerge.bank.mask_files import MaskFolder, has_masks
 from mixmerge.data.rows import Row
 from mixmerge.dynamic.folders import is_dynamic, parts_of
+from mixmerge.dynamic.tasks import Switch
 from mixmerge.errors import Fault, MixmergeError, collecting
 from mixmerge.evaluate.scoring_tasks import TaskScores, no_numbers
 from mixmerge.evaluate.task_file import EvalTask
@@ -54,7 +56,7 @@ def score_classes(
         heads: experts by name.
         name: of the model, for messages.
         device: a torch device.
-        alone: of a folder with a bank, the expert that answers in place of the gate.
+        alone: of a folder with a bank, the expert that answers in place of the gate; of one with masks, the task.
 
     Raises:
         MixmergeError: no such head, trunk and head do not fit, or a label is no class of the head.
@@ -62,6 +64,8 @@ def score_classes(
     expert = _with_head(folder, task, heads, name=name, device=device)
     classes = int(expert.model.config.num_labels)
     _check(expert, task, classes, name)
+    if alone is not None and has_masks(folder):
+        Switch(MaskFolder(folder), expert.model).become(alone)
     began = time.perf_counter()
     picks, tokens, cut = _classes(expert, task.rows, _network(folder, expert), alone)
     seconds = time.perf_counter() - began

@@ -25,6 +25,7 @@ class Made:
         recipe: in its canonical form.
         rows: digests of the rows that it was calibrated on, or that its recipe was chosen by.
         transductive: the recipe says that it uses rows it is evaluated on.
+        task: of a merge that is for one expert's task alone (``task: N``), that expert.
     """
 
     method: str | None = None
@@ -32,6 +33,7 @@ class Made:
     recipe: Mapping[str, Any] | None = None
     rows: frozenset[str] = frozenset()
     transductive: bool = False
+    task: str | None = None
 
 
 def read_made(folder: Path) -> Made:
@@ -54,7 +56,19 @@ def read_made(folder: Path) -> Made:
         recipe if isinstance(recipe, dict) else None,
         rows,
         meant,
+        _task(recipe if isinstance(recipe, dict) else {}),
     )
+
+
+def _task(recipe: Mapping[str, Any]) -> str | None:
+    """The expert that a recipe's parameter ``task`` is the position of."""
+    given, models = recipe.get("parameters"), recipe.get("models")
+    number = given.get("task") if isinstance(given, dict) else None
+    if isinstance(number, bool) or not isinstance(number, int | float) or not isinstance(models, list):
+        return None
+    names = [str(entry.get("model")) for entry in models if isinstance(entry, dict)]
+    at = int(number)
+    return names[at] if 0 <= at < len(names) else f"expert {at}"
 
 
 def used_rows(made: Made, tasks: Sequence[EvalTask]) -> dict[str, int]:

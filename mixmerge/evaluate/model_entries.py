@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mixmerge.bank.mask_files import has_masks, read_mask_card
 from mixmerge.checkpoint.locate import locate
 from mixmerge.dynamic.folders import is_dynamic, parts_of
 from mixmerge.errors import Fault, MixmergeError, collecting
@@ -35,6 +36,7 @@ class Entry:
         adapter: of the adapter, if it has one.
         made: what its manifest says.
         mixture: several models that answer as one; None for a model.
+        masks: experts that a merge for all tasks (``task: all``) has masks of.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Entry:
     adapter: Path | None
     made: Made
     mixture: Mixture | None = None
+    masks: tuple[str, ...] = ()
 
     @property
     def network(self) -> bool:
@@ -134,4 +137,5 @@ def _entry(role: Role, name: str, model: str) -> Entry:
     ref = ModelRef(model) if is_folder(model) else ModelRef.parse(model, where=where)
     folder = locate(ref.path, ref.revision, where=where)
     adapter = None if ref.adapter is None else locate(ref.adapter, ref.adapter_revision, where=where)
-    return Entry(name, role, ref, folder, adapter, read_made(folder))
+    masks = read_mask_card(folder).tasks if adapter is None and has_masks(folder) else ()
+    return Entry(name, role, ref, folder, adapter, read_made(folder), masks=masks)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mixmerge.dynamic.engine import DynamicEngine
+from mixmerge.dynamic.task_engine import TaskEngine
 from mixmerge.engines.base import Engine
 from mixmerge.engines.local import Dtype, TransformersEngine
 from mixmerge.errors import MixmergeError
@@ -29,6 +30,7 @@ from mixmerge.machine import cores
 
 Progress = Callable[[str, int, int], None]  # (model, tasks done, tasks in all)
 _ADAPTER = "adapter"  # what engines call it
+_BASE = "{}: lm-evaluation-harness names no expert, so what it scores is the base without masks"
 _UNCHECKED = "{}: the rows of lm-evaluation-harness are not held against those its merge has used"
 
 
@@ -95,6 +97,7 @@ def evaluate_models(
     if told:
         note = f"Told which expert each task belongs to, which then answers alone: {', '.join(told)}."
         report = replace(report, notes=(*report.notes, note))
+    report = replace(report, notes=(*report.notes, *_told(found.entries, found.tasks)))
     wholes = [entry.name for entry in found.entries if entry.mixture is not None]
     if wholes:
         note = f"Mixtures, whose experts answer as one in the types their YAML says: {', '.join(wholes)}."
@@ -110,6 +113,24 @@ def evaluate_models(
     return replace(report, harness=harness, warnings=(*report.warnings, *warnings))
 
 
+def _told(entries: Sequence[Entry], tasks: Sequence[EvalTask]) -> list[str]:
+    """Which models are told what they are asked, by masks that a task's expert picks or by being made for one task."""
+    masked = [entry for entry in entries if entry.masks]
+    notes = []
+    if masked:
+        names = ", ".join(entry.name for entry in masked)
+        notes.append(f"Told which expert each task belongs to, whose masks then make the model: {names}.")
+    for entry in masked:
+        without = [task.name for task in tasks if task.spec.expert not in entry.masks]
+        if without:
+            notes.append(f"{entry.name} has no masks for {', '.join(without)}: its base answers there.")
+    for entry in entries:
+        expert = entry.made.task
+        if expert is not None:
+            notes.append(f"{entry.name} is made for the task of {expert}, and so is told which one that is.")
+    return notes
+
+
 def _of_harness(
     found: Prepared, *, limit: int | None, device: str, seed: int
 ) -> tuple[dict[str, Figures], list[str]]:
@@ -123,7 +144,10 @@ def _of_harness(
         if not found.tasks:
             raise
         return {}, [str(fault) for fault in error.faults]
-    return figures, [_UNCHECKED.format(entry.name) for entry in merges if entry.made.rows]
+    return figures, [
+        *(_UNCHECKED.format(entry.name) for entry in merges if entry.made.rows),
+        *(_BASE.format(entry.name) for entry in merges if entry.masks),
+    ]
 
 
 @dataclass(frozen=True)
@@ -136,9 +160,11 @@ class _Loading:
     task_id: bool = False
 
     def alone(self, entry: Entry, task: EvalTask) -> str | None:
-        """The expert or adapter that answers; None for the model itself, or its gate."""
+        """The expert, adapter or task that answers; None for the model itself, its gate, or the base of masks."""
         if entry.adapter is not None:
             return _ADAPTER
+        if entry.masks:
+            return task.spec.expert if task.spec.expert in entry.masks else None
         return task.spec.expert if entry.network and self.task_id else None
 
     def engine(self, entry: Entry) -> Engine:
@@ -148,6 +174,14 @@ class _Loading:
             )
         if entry.network:
             return DynamicEngine(
+                str(entry.folder),
+                dtype=self.dtype,
+                device=self.device,
+                batch_tokens=self.batch_tokens,
+                name=entry.name,
+            )
+        if entry.masks:
+            return TaskEngine(
                 str(entry.folder),
                 dtype=self.dtype,
                 device=self.device,

@@ -112,6 +112,9 @@ def search(
         what = f"{plan.made_by.name} leaves a bank, and a search scores what is merged alone"
         run = f"Search a recipe of {plan.method.name}, and take the best one's parameters for shared"
         raise RecipeError([Fault("merge_method", what, run=run)])
+    if plan.masks is not None:
+        what = "all leaves the base and a mask for each expert, and a search scores one model"
+        raise RecipeError([Fault("parameters.task", what, "The position of an expert: task: 0, 1, ...")])
     stacks = depths(task.target.name for task in plan.tasks)
     found = slots(space, recipe, layers=max([1, *stacks.values()]))
     try:
