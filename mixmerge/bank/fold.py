@@ -15,7 +15,7 @@ from torch import Tensor
 from mixmerge import __version__
 from mixmerge.bank.factors import scaled
 from mixmerge.bank.fixed import Placed, Weights, mixture_of, placed, weights_of
-from mixmerge.bank.fold_adapter import export_adapter
+from mixmerge.bank.fold_adapter import export_adapter, lineage
 from mixmerge.bank.mix import How
 from mixmerge.bank.publishing import making
 from mixmerge.bank.records import Bank, Entry
@@ -23,8 +23,7 @@ from mixmerge.checkpoint.companions import companions
 from mixmerge.checkpoint.files import Files, opened
 from mixmerge.checkpoint.header import DTYPE_BYTES, FLOATS, TensorHeader, read_header
 from mixmerge.checkpoint.identity import content, fingerprint
-from mixmerge.checkpoint.reader import read_json
-from mixmerge.checkpoint.used_rows import MANIFEST
+from mixmerge.checkpoint.used_rows import MANIFEST, inherited
 from mixmerge.errors import Fault, MixmergeError, OutputError
 from mixmerge.experts.loading import HEADS
 
@@ -34,8 +33,6 @@ Dtype = Literal["bfloat16", "float16", "float32"]
 _STORED = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 _TORCH = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 _BLOCK = 1 << 22  # entries that are computed at a time
-# What a manifest says of rows of data that its weights have seen: it is true of what is made of them too.
-_LINEAGE = ("calibration", "inherited", "recipe")
 
 
 def export_checkpoint(
@@ -46,6 +43,7 @@ def export_checkpoint(
     *,
     how: How = "outputs",
     dtype: Dtype | None = None,
+    network: Path | None = None,
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
@@ -61,6 +59,7 @@ def export_checkpoint(
         out: folder; appears when it is whole.
         how: as in ``Mix``.
         dtype: of all floating tensors; by default each keeps its own.
+        network: the folder that the bank is of, whose manifest names the rows its gate and experts have seen.
         overwrite: a model folder that is there is replaced.
         progress: told bytes written, and of how many.
 
@@ -92,7 +91,7 @@ def export_checkpoint(
             (new / name).write_bytes(content(model.path / name))
         if (model.path / HEADS).is_dir():
             shutil.copytree(model.path / HEADS, new / HEADS)
-        facts = _manifest(made, bank, weights_of(bank, weights), how)
+        facts = _manifest(made, bank, weights_of(bank, weights), how, network)
         (new / MANIFEST).write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         _check(new, shards)
     return out
@@ -232,9 +231,7 @@ def _config(config: Mapping[str, Any], *, untied: bool, dtype: Dtype | None) -> 
     return dict(found)
 
 
-def _manifest(made: Placed, bank: Bank, weights: Tensor, how: How) -> dict[str, Any]:
-    path = made.base.path / MANIFEST
-    before = read_json(path) if path.is_file() else {}
+def _manifest(made: Placed, bank: Bank, weights: Tensor, how: How, network: Path | None) -> dict[str, Any]:
     return {
         "mixmerge": __version__,
         "mixture": {
@@ -242,7 +239,7 @@ def _manifest(made: Placed, bank: Bank, weights: Tensor, how: How) -> dict[str, 
             "experts": dict(zip(bank.experts, weights.tolist(), strict=True)),
             "mix": how,
         },
-        **{key: before[key] for key in _LINEAGE if key in before},
+        **inherited(lineage(made, network)),
     }
 
 

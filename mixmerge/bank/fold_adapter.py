@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mixmerge import __version__
 from mixmerge.bank.factors import scaled
 from mixmerge.bank.fixed import Placed, Weights, mixture_of, placed
 from mixmerge.bank.mix import How
@@ -21,6 +22,7 @@ from mixmerge.bank.publishing import making
 from mixmerge.bank.records import Bank, Entry
 from mixmerge.checkpoint.adapter_config import CONFIG
 from mixmerge.checkpoint.adapter_delta import read_values
+from mixmerge.checkpoint.used_rows import MANIFEST, inherited
 from mixmerge.errors import Fault, MixmergeError
 from mixmerge.experts.loading import kind_of
 
@@ -40,6 +42,7 @@ def export_adapter(
     base_name: str | None = None,
     how: How = "outputs",
     runner: Runner = "peft",
+    network: Path | None = None,
     overwrite: bool = False,
 ) -> int:
     """Write ``sum_e w_e delta_e`` as a LoRA adapter of the base, exact: ranks side by side, never A and B apart.
@@ -57,6 +60,8 @@ def export_adapter(
         base: the folder the bank was made for.
         base_name: what the adapter calls its base; by default that folder.
         how: as in ``Mix``.
+        network: the folder that the bank is of, whose manifest names the rows its gate and experts have seen. What is
+            known of them, and of the base, is written beside the adapter.
         runner: who is to load it. vLLM's LoRA has linear layers alone, and 512 ranks at most.
         overwrite: an adapter that is there is replaced.
 
@@ -88,7 +93,14 @@ def export_adapter(
     with making(Path(out), overwrite=overwrite, of=[CONFIG], inputs=[made.base.path]) as new:
         save_file(tensors, new / WEIGHTS, metadata={"format": "pt"})
         (new / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        facts = {"mixmerge": __version__, **inherited(lineage(made, network))}
+        (new / MANIFEST).write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return most
+
+
+def lineage(made: Placed, network: Path | None) -> list[Path]:
+    """The folders whose manifests tell which rows a mixture has seen."""
+    return list(dict.fromkeys([made.base.path, *([] if network is None else [network])]))
 
 
 @dataclass(frozen=True)

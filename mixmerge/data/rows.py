@@ -61,6 +61,11 @@ class Row:
         shown.append([_words(choice) for choice in self.choices])
         return hashlib.sha256(json.dumps(shown, ensure_ascii=True).encode("ascii")).hexdigest()
 
+    @property
+    def known_by(self) -> tuple[str, ...]:
+        """Digests by which the row is found again: its own, and that of what it asks without its choices."""
+        return tuple(dict.fromkeys((self.digest, replace(self, choices=()).digest)))
+
 
 def _words(text: str) -> str:
     return " ".join(text.split())

@@ -99,7 +99,12 @@ def export(
     told = weights if isinstance(weights, Tensor) else fixed_weights(weights, card.experts)
     bank = load_bank(parts.folder)
     if form == "checkpoint":
-        export_checkpoint(parts.base, bank, told, out, how=how, overwrite=overwrite, progress=progress)
+        export_checkpoint(
+            parts.base, bank, told, out,
+            how=how, network=parts.folder, overwrite=overwrite, progress=progress,
+        )  # fmt: skip
         return None
     runner: Literal["peft", "vllm"] = "vllm" if form == "vllm" else "peft"
-    return export_adapter(bank, told, out, base=parts.base, how=how, runner=runner, overwrite=overwrite)
+    return export_adapter(
+        bank, told, out, base=parts.base, how=how, runner=runner, network=parts.folder, overwrite=overwrite
+    )

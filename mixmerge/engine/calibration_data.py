@@ -44,10 +44,6 @@ class Data:
     sources: Mapping[int, str]
     transductive: bool
 
-    @property
-    def digests(self) -> dict[int, list[str]]:
-        return {number: [row.digest for row in rows] for number, rows in self.rows.items()}
-
 
 def read_data(plan: Plan, known: Mapping[ModelRef, Part] | None = None) -> Data | None:
     """The rows a plan may look at, or None if neither its method nor a gate needs any.
@@ -120,8 +116,8 @@ def experts_of(plan: Plan) -> list[int]:
 
 
 def manifest_entry(plan: Plan, data: Data, notes: Sequence[str]) -> dict[str, Any]:
-    """What the manifest says of the data: ``rows`` are the digests that an evaluation must not meet again."""
-    every = sorted({digest for digests in data.digests.values() for digest in digests})
+    """What the manifest says of the data: ``rows`` are what an evaluation must not meet again: ``known_by``."""
+    every = sorted({digest for rows in data.rows.values() for row in rows for digest in row.known_by})
     return {
         "transductive": data.transductive,
         "experts": {

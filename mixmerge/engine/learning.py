@@ -194,7 +194,7 @@ def _digest(rows: Sequence[Row]) -> str:
 def _hashes(experts: Sequence[ModelRef], rows: Sequence[Sequence[Row]], data: Data) -> dict[str, Any]:
     return {
         "order": {str(expert): _digest(found) for expert, found in zip(experts, rows, strict=True)},
-        "rows": sorted({row.digest for found in rows for row in found}),
+        "rows": sorted({digest for found in rows for row in found for digest in row.known_by}),
         "transductive": data.transductive,
     }
 

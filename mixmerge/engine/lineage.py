@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mixmerge.checkpoint.used_rows import inherited as seen
 from mixmerge.checkpoint.used_rows import manifest_of, read_used
-from mixmerge.plan import Plan
+from mixmerge.plan import Model, Plan
 
 
 def inherited(plan: Plan, manifest: str) -> dict[str, Any] | None:
@@ -19,7 +20,7 @@ def inherited(plan: Plan, manifest: str) -> dict[str, Any] | None:
         plan: of the merge.
         manifest: the name of the file in the inputs' folders.
     """
-    found = {str(model.ref): read_used(manifest_of(model.path / manifest)) for model in plan.models}
+    found = {str(model.ref): read_used(_whole(model, manifest)) for model in plan.models}
     if plan.recipe.coefficients is not None:
         learned = manifest_of(Path(plan.recipe.coefficients))
         hashes = learned.get("hashes")
@@ -34,6 +35,13 @@ def inherited(plan: Plan, manifest: str) -> dict[str, Any] | None:
     }
 
 
+def _whole(model: Model, manifest: str) -> dict[str, Any]:
+    """What the manifests of a model's folder and of its adapter's say of rows that were used."""
+    if model.adapter is None:
+        return manifest_of(model.path / manifest)
+    return seen([model.path, model.adapter])
+
+
 def inherited_card(found: Mapping[str, Any] | None) -> str:
     """What the model card says of it."""
     if found is None:
@@ -44,4 +52,6 @@ def inherited_card(found: Mapping[str, Any] | None) -> str:
         if found["transductive"]
         else ""
     )
-    return f"\n## Data used before\n\n{len(found['rows'])} rows of data went into {names}.{meant}\n"
+    return (
+        f"\n## Data used before\n\nRows of data with {len(found['rows'])} digests went into {names}.{meant}\n"
+    )

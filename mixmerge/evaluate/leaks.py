@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mixmerge.checkpoint.used_rows import read_used
+from mixmerge.checkpoint.used_rows import manifest_of, read_used
 from mixmerge.data.rows import Row
 from mixmerge.engine.finish import MANIFEST
 from mixmerge.errors import Fault
@@ -71,6 +71,14 @@ def _task(recipe: Mapping[str, Any]) -> str | None:
     return names[at] if 0 <= at < len(names) else f"expert {at}"
 
 
+def with_adapter(made: Made, adapter: Path) -> Made:
+    """What is said of a base, with the rows that its adapter's manifest names."""
+    rows, meant = read_used(manifest_of(adapter / MANIFEST))
+    if not rows:
+        return made
+    return replace(made, rows=made.rows | rows, transductive=meant and (made.transductive or not made.rows))
+
+
 def used_rows(made: Made, tasks: Sequence[EvalTask]) -> dict[str, int]:
     """Task -> how many of its rows the merge has used; tasks without one are left out."""
     counts = {task.name: sum(_is_used(row, made) for row in task.rows) for task in tasks}
@@ -78,8 +86,8 @@ def used_rows(made: Made, tasks: Sequence[EvalTask]) -> dict[str, int]:
 
 
 def _is_used(row: Row, made: Made) -> bool:
-    """Whether a merge has seen a row, or its prompt without the choices that the task adds."""
-    return not made.rows.isdisjoint((row.digest, replace(row, choices=()).digest))
+    """Whether a merge has seen a row, with its choices, with others or without any."""
+    return not made.rows.isdisjoint(row.known_by)
 
 
 def leak_faults(model: str, used: Mapping[str, int], tasks: Sequence[EvalTask]) -> list[Fault]:

@@ -13,7 +13,7 @@ from mixmerge.checkpoint.locate import locate
 from mixmerge.dynamic.folders import is_dynamic, parts_of
 from mixmerge.errors import Fault, MixmergeError, collecting
 from mixmerge.evaluate.flops import flops_per_token
-from mixmerge.evaluate.leaks import Made, read_made
+from mixmerge.evaluate.leaks import Made, read_made, with_adapter
 from mixmerge.evaluate.mixtures import folders_of, is_mixture, load_whole, made_of
 from mixmerge.evaluate.model_records import Role
 from mixmerge.recipe import ModelRef
@@ -138,4 +138,5 @@ def _entry(role: Role, name: str, model: str) -> Entry:
     folder = locate(ref.path, ref.revision, where=where)
     adapter = None if ref.adapter is None else locate(ref.adapter, ref.adapter_revision, where=where)
     masks = read_mask_card(folder).tasks if adapter is None and has_masks(folder) else ()
-    return Entry(name, role, ref, folder, adapter, read_made(folder), masks=masks)
+    made = read_made(folder) if adapter is None else with_adapter(read_made(folder), adapter)
+    return Entry(name, role, ref, folder, adapter, made, masks=masks)

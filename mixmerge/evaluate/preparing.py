@@ -115,11 +115,11 @@ def _may_calibrate(asked: Asked, tasks: Sequence[EvalTask]) -> bool:
         raise MixmergeError(Fault("--recommend", what, run="Name them by --experts, --base and --tasks"))
     if asked.calibration is None:
         return False
-    rows = {row.digest for row in read_rows(asked.calibration)}
+    rows = {digest for row in read_rows(asked.calibration) for digest in row.known_by}
     faults = [
         Fault("--calibration", f"{count:,} of its rows are rows of task {task.name}", run="Keep them apart")
         for task in tasks
-        if (count := sum(row.digest in rows for row in task.rows))
+        if (count := sum(not rows.isdisjoint(row.known_by) for row in task.rows))
     ]
     if faults:
         raise MixmergeError(faults)

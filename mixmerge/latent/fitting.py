@@ -153,7 +153,9 @@ class Trained:
         return {
             "mixmerge": __version__,
             "latent": {"experts": {one.name: one.hash for one in card.experts}, "glue": card.hash},
-            "calibration": {"rows": sorted({one.digest for one in self.ready.texts.examples})},
+            "calibration": {
+                "rows": sorted({digest for one in self.ready.texts.examples for digest in one.known_by})
+            },
             **inherited(folders),
         }
 

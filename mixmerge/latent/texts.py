@@ -23,11 +23,13 @@ class Example:
         prompt: text, or the turns of a chat.
         answer: not empty.
         digest: of the prompt, as ``Row.digest``.
+        known_by: as ``Row.known_by``.
     """
 
     prompt: str | tuple[Message, ...]
     answer: str
     digest: str
+    known_by: tuple[str, ...]
 
 
 def examples_of(rows: Sequence[Row], where: str) -> tuple[Example, ...]:
@@ -46,7 +48,7 @@ def examples_of(rows: Sequence[Row], where: str) -> tuple[Example, ...]:
         faults.append(Fault(where, f"{_named(pairs)} a text_pair, which no language model is shown"))
     if faults:
         raise MixmergeError(faults)
-    return tuple(Example(_prompt(row), str(row.answer), row.digest) for row in rows)
+    return tuple(Example(_prompt(row), str(row.answer), row.digest, row.known_by) for row in rows)
 
 
 def _prompt(row: Row) -> str | tuple[Message, ...]:

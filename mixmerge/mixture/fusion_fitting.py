@@ -71,7 +71,7 @@ def fit_fusion(spec: MixtureSpec, out: Path, how: Fitting) -> Fitted:
         (new / CARD).write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n", "utf-8")
         manifest = {
             "mixmerge": __version__,
-            "calibration": {"rows": {"alpha": sorted(row.digest for row in rows)}},
+            "calibration": {"rows": {"alpha": sorted({digest for row in rows for digest in row.known_by})}},
         }
         (new / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", "utf-8")
         save_whole(spec, new, _compose(told, alpha))

@@ -183,7 +183,9 @@ def history(
     card: BankCard, gate: Gate, rows: Mapping[str, tuple[Row, ...]], folders: Sequence[Path]
 ) -> dict[str, Any]:
     """What was fitted of what; with it, evaluation knows which rows are none to score it by."""
-    used = {name: sorted(row.digest for row in found) for name, found in rows.items()}
+    used = {
+        name: sorted({digest for row in found for digest in row.known_by}) for name, found in rows.items()
+    }
     found: dict[str, Any] = {
         "mixmerge": __version__,
         "network": {"base": card.base, "experts": dict(card.hashes), "bank": card.hash, "gate": gate.kind},

@@ -65,7 +65,7 @@ class Output(_Frozen):
 class Recipe(_Frozen):
     """A merge, fully spelled out: no parameters without effect, every setting a tuple of conditionals.
 
-    ``tuned_on`` names rows that the values were chosen by (``Row.digest``): an evaluation must not meet them again.
+    ``tuned_on`` names rows that the values were chosen by (``Row.known_by``): an evaluation must not meet them again.
     Of a method with a bank the experts' own parameters are those of ``shared``, and no ``gate`` is ``gate: none``;
     other methods have neither.
     """

@@ -83,8 +83,9 @@ class TaskScorer:
 
     @property
     def chosen_by(self) -> tuple[str, ...]:
-        """Digests of the rows of the development part."""
-        return tuple(sorted({row.digest for task in self.parts["dev"] for row in task.rows}))
+        """What the rows of the development part are known by."""
+        rows = [row for task in self.parts["dev"] for row in task.rows]
+        return tuple(sorted({digest for row in rows for digest in row.known_by}))
 
     def rows(self, folder: Path, part: Part) -> Mapping[str, NDArray[np.float64]]:
         """Scores of every row of a part, by task.

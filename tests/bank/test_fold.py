@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from mixmerge.bank.fold import export_adapter, export_checkpoint
 from mixmerge.bank.mix import Mix, change
 from mixmerge.bank.records import Bank, Entry, side_by_side
 from mixmerge.checkpoint.reader import read_weights
+from mixmerge.checkpoint.used_rows import read_used
 from mixmerge.errors import MixmergeError, OutputError
 
 TOKENS = torch.tensor([[3, 17, 41, 5, 99, 200], [7, 7, 250, 1, 30, 12]])
@@ -200,6 +202,24 @@ def test_a_checkpoint_keeps_types_shards_and_tokenizer(
     export_checkpoint(made.base, bank, [1.0], tmp_path / "wide", dtype="float32")
     assert {value.dtype for value in read_tensors(tmp_path / "wide").values()} == {torch.float32}
     assert json.loads((tmp_path / "wide" / "config.json").read_text())["dtype"] == "float32"
+
+
+def test_rows_that_base_and_network_have_seen_are_named(made: Any, tmp_path: Path) -> None:
+    base, bank = made("adapters")
+    rows = {}
+    for number, folder in enumerate((tmp_path / "base", tmp_path / "network")):
+        if folder.name == "base":
+            shutil.copytree(base, folder)
+        folder.mkdir(exist_ok=True)
+        rows[folder] = str(number) * 64
+        said = {"calibration": {"rows": {"gate": [rows[folder]]}}}
+        (folder / "mixmerge_manifest.json").write_text(json.dumps(said))
+    given, network = tmp_path / "base", tmp_path / "network"
+    export_checkpoint(given, bank, WEIGHTS, tmp_path / "whole", network=network)
+    export_adapter(bank, WEIGHTS, tmp_path / "adapter", base=given, network=network)
+    for out in ("whole", "adapter"):
+        found = json.loads((tmp_path / out / "mixmerge_manifest.json").read_text())
+        assert read_used(found) == (frozenset(rows.values()), False)
 
 
 def test_weights_of_nothing_leave_the_base(made: Any, read_tensors: Any, tmp_path: Path) -> None:

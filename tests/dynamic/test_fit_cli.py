@@ -13,6 +13,7 @@ from typer.testing import CliRunner, Result
 
 from mixmerge import DynamicModel, Mixture
 from mixmerge.batch.setup import Conditions
+from mixmerge.checkpoint.used_rows import read_used
 from mixmerge.dynamic.engine import DynamicEngine
 from mixmerge.engines.contract import check_engine
 from mixmerge.errors import MixmergeError
@@ -198,6 +199,8 @@ def test_a_constant_gate_is_exported_as_it_is(
     with torch.no_grad():
         torch.testing.assert_close(plain(ids).logits, model(ids), atol=1e-4, rtol=1e-4)
     names = ("model.safetensors", "mixmerge_manifest.json")
+    seen = json.loads((tmp_path / "out" / names[1]).read_text())
+    assert bool(read_used(seen)[0]) == (kind == "lorahub"), "what the gate was fitted on is not to be scored"
     assert all(
         (tmp_path / "out" / one).read_bytes() == (tmp_path / "again" / one).read_bytes() for one in names
     )

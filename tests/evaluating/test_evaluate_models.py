@@ -196,7 +196,7 @@ def test_rows_that_an_input_of_a_merge_has_used_are_refused(
         assert read_made(inner).rows == set(used)
         with pytest.raises(MixmergeError, match="was made with 2 of the 6 rows of task task0"):
             mixmerge.evaluate_models([inner], tasks=tasks)
-        assert "2 rows of data went into" in (inner / "README.md").read_text()
+        assert "Rows of data with 2 digests went into" in (inner / "README.md").read_text()
     assert not read_made(inner).transductive
 
 
@@ -208,6 +208,58 @@ def test_a_prompt_that_was_used_is_known_among_choices(merged: Path, tmp_path: P
     _use(merged, [Row(text=PROMPTS[0]).digest])
     with pytest.raises(MixmergeError, match=f"was made with 1 of the {len(PROMPTS)} rows of task pick"):
         mixmerge.evaluate_models([merged], tasks={"tasks": [task]})
+
+
+def test_choices_that_were_used_are_known_by_their_prompt(experts: Any, tmp_path: Path, tasks: Any) -> None:
+    """In all that names rows: the manifest, coefficients, and what a recipe was chosen by."""
+    from mixmerge.searching.scoring import TaskScorer
+
+    rows: Rows = [{"prompt": prompt, "choices": ["a b c", "d e"], "label": 0} for prompt in PROMPTS]
+    data = _write(tmp_path / "pick.jsonl", rows)
+    recipe = {
+        "merge_method": "adamerging",
+        "base_model": str(experts.base),
+        "models": [{"model": str(one)} for one in experts.experts],
+        "parameters": {"steps": 1, "rows": 2},
+        "calibration": {"data": data, "max_examples": 2},
+    }
+    mixmerge.merge(recipe, tmp_path / "learned")
+    again = {key: value for key, value in recipe.items() if key != "calibration"}
+    again |= {"coefficients": str(tmp_path / "learned" / "mixmerge_coefficients.json"), "parameters": {}}
+    mixmerge.merge(again, tmp_path / "again")
+    for name in ("learned", "again"):
+        with pytest.raises(MixmergeError, match=f"{name}: was made with 2 of the 6 rows of task task0"):
+            mixmerge.evaluate_models([tmp_path / name], tasks=tasks)
+    (pick,) = read_tasks({"tasks": [{"name": "pick", "data": data, "metric": "choice"}]})
+    chosen = TaskScorer([pick], held_out=0.4).chosen_by
+    assert chosen
+    _use(tmp_path / "again", list(chosen))
+    with pytest.raises(MixmergeError, match="was made with"):
+        mixmerge.evaluate_models([tmp_path / "again"], tasks=tasks)
+    with pytest.raises(MixmergeError, match="6 of its rows are rows of task task0"):
+        mixmerge.evaluate_models(
+            [experts.base], tasks={"tasks": tasks["tasks"][:1]}, recommend=True, calibration=data,
+            experts=experts.experts, base=experts.base,
+        )  # fmt: skip
+
+
+def test_rows_of_an_adapter_are_refused(zoo: Path, tmp_path: Path) -> None:
+    """A mixture that was exported as an adapter has seen what its gate was fitted on."""
+    from mixmerge.data.rows import Row
+
+    adapter = tmp_path / "adapter"
+    name = sorted(path.name for path in (zoo / "adapters").iterdir())[0]
+    shutil.copytree(zoo / "adapters" / name, adapter)
+    rows: Rows = [{"prompt": prompt, "answer": "x"} for prompt in PROMPTS]
+    task = {"name": "t", "data": _write(tmp_path / "t.jsonl", rows), "metric": "exact"}
+    _use(adapter, [Row(text=PROMPTS[0]).digest])
+    with pytest.raises(MixmergeError, match="was made with 1 of the 6 rows of task t"):
+        mixmerge.evaluate_models([f"{zoo / 'base'}+{adapter}"], tasks={"tasks": [task]})
+    models = [{"model": f"{zoo / 'base'}+{adapter}"}, {"model": str(zoo / "base")}]
+    mixmerge.merge(
+        {"merge_method": "linear", "models": models, "parameters": {"weight": 0.5}}, tmp_path / "merged"
+    )
+    assert read_made(tmp_path / "merged").rows == {Row(text=PROMPTS[0]).digest}
 
 
 @pytest.mark.parametrize("content", ["no json", "[]", '{"calibration": 3, "recipe": []}'])
