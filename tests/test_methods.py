@@ -196,6 +196,25 @@ def test_della_by_hand() -> None:
     close(exact, *(alone / expected[0]).tolist())
 
 
+@pytest.mark.parametrize("rescale_by", ["l1", "inverse_p"])
+@pytest.mark.parametrize(("della", "dare"), [("della", "dare_ties"), ("della_linear", "dare_linear")])
+def test_della_without_epsilon_is_dare(della: str, dare: str, rescale_by: str) -> None:
+    """Every rank has the same chance then: the same draws keep the same entries, to the bit."""
+    generator = torch.Generator().manual_seed(4)
+    deltas = [torch.randn(7, 33, generator=generator) for _ in range(3)]
+    given = {
+        "base": torch.randn(7, 33, generator=generator),
+        "weight": [0.5, 0.9, 0.3],
+        "density": [0.3, 0.5, 0.9],
+        "draw": DRAW,
+        "rescale_by": rescale_by,
+        "normalize": True,
+    }
+    expected = getattr(tv, dare)(deltas, **given)
+    assert torch.equal(getattr(tv, della)(deltas, epsilon=[0.0] * 3, **given), expected)
+    assert not torch.equal(getattr(tv, della)(deltas, epsilon=[0.2] * 3, **given), expected)
+
+
 # --- invariants
 
 # Small whole numbers: their sums are exact, and equal magnitudes are common.

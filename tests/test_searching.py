@@ -113,6 +113,22 @@ def test_choices_are_tried(make: Any, tmp_path: Path) -> None:
     assert {trial.values["weight"] for trial in found.trials} == {0.1, 0.5, 0.9}
 
 
+@pytest.mark.parametrize("optimizer", ["cma", "ngopt"])
+def test_nothing_is_tried_twice(make: Any, tmp_path: Path, optimizer: str) -> None:
+    recipe, scorer = make((0.9, 0.9), (0.9, 0.9))
+    found = search(recipe, space_of(6, optimizer, weight=Dimension(low=0.0, high=1.5)), scorer, tmp_path)
+    assert len({trial.values["weight"] for trial in found.trials}) == len(found.trials) == 6
+
+
+def test_where_nothing_new_is_left_scores_are_reused(make: Any, tmp_path: Path) -> None:
+    recipe, scorer = make((0.9, 0.9), (0.9, 0.9))
+    space = space_of(8, "random", weight=Dimension(choices=(0.1, 0.5)))
+    found = search(recipe, space, scorer, tmp_path)
+    assert scorer.calls == 2 + (1 if found.best.number == 0 else 2)
+    assert [trial.number for trial in found.trials] == list(range(8))
+    assert len({(trial.values["weight"], trial.worth) for trial in found.trials}) == 2
+
+
 def test_a_search_that_was_stopped_goes_on(make: Any, tmp_path: Path) -> None:
     space = space_of(12, weight=Dimension(low=0.0, high=1.5, per="expert"))
     recipe, scorer = make((0.9, 0.2))

@@ -148,6 +148,15 @@ def test_faults_of_recipes(family: Any, method: str, parameters: dict[str, Any],
         assert word in str(error.value)
 
 
+def test_without_an_expert_no_position_is_asked_for(family: Any) -> None:
+    made = family("llama")
+    with pytest.raises(RecipeError) as caught:
+        mixmerge.merge(recipe_of("emr", {"task": 0}, made.base, [made.base]), Path("unused"))
+    said = [str(fault) for fault in caught.value.faults]
+    assert len(said) == 1
+    assert "emr takes at least 1 expert besides the base_model, and there are 0" in said[0]
+
+
 def test_consensus_of_one(family: Any) -> None:
     made = family("llama", experts=3)
     with pytest.raises(

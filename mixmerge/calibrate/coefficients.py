@@ -7,7 +7,7 @@ import io
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from mixmerge.errors import DependencyError, Fault, MethodError
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Granularity = Literal["expert", "tensor", "chunk"]
-Transform = Literal["identity", "sigmoid", "softmax"]
+Transform = Literal["identity", "sigmoid"]
 Clamp = Literal["project", "dead", "none"]
 Start = float | Sequence[float] | Mapping[str, Sequence[float]]
 
@@ -29,8 +29,7 @@ class CoefficientSpace:
     Args:
         granularity: one for each ``expert``; for each ``tensor`` and expert; or for each ``chunk`` of a tensor
             and expert.
-        transform: ``identity``: the coefficient itself is learned; ``sigmoid``: its logit is; ``softmax``: the
-            experts' coefficients are positive and sum to 1.
+        transform: ``identity``: the coefficient itself is learned; ``sigmoid``: its logit is.
         start: where they start: one number, one for each expert, or by tensor one for each expert.
         low, high: bounds of ``identity``.
         clamp: ``project`` puts a coefficient that left the bounds back after the step. ``dead`` bounds it in
@@ -83,7 +82,7 @@ class CoefficientSpace:
         if not rows:
             faults.append(Fault("learn", "no tensor has coefficients that are learned"))
         if faults:
-            raise MethodError(faults[:20])
+            raise MethodError(_once(faults))
         return Layout(rows, tuple(start), fixed)
 
     def _start_of(self, name: str, experts: int) -> tuple[float, ...]:
@@ -100,8 +99,6 @@ class CoefficientSpace:
     def _start_faults(self, name: str, values: tuple[float, ...]) -> list[Fault]:
         if self.transform == "sigmoid" and not all(0 < value < 1 for value in values):
             return [Fault(name, f"starts at {values}", "Under a sigmoid, coefficients are between 0 and 1")]
-        if self.transform == "softmax" and not all(value > 0 for value in values):
-            return [Fault(name, f"starts at {values}", "Under a softmax, coefficients are above 0")]
         bounded = self.transform == "identity" and self.clamp != "none"
         if bounded and not all(self.low <= value <= self.high for value in values):
             allowed = f"From {self.low:g} to {self.high:g}"
@@ -115,8 +112,6 @@ class CoefficientSpace:
         values = torch.tensor(start, dtype=torch.float64)
         if self.transform == "sigmoid":
             values = torch.logit(values)
-        elif self.transform == "softmax":
-            values = torch.log(values)
         return values
 
     def coefficients(self, free: Tensor) -> Tensor:
@@ -125,14 +120,23 @@ class CoefficientSpace:
 
         if self.transform == "sigmoid":
             return torch.sigmoid(free)
-        if self.transform == "softmax":
-            return torch.softmax(free, dim=1)
         return free.clamp(self.low, self.high) if self.clamp == "dead" else free
 
     def project(self, free: Tensor) -> None:
         """Put what left the bounds back, in place."""
         if self.transform == "identity" and self.clamp == "project":
             free.clamp_(self.low, self.high)
+
+
+def _once(faults: Sequence[Fault]) -> list[Fault]:
+    """Faults that say the same of several tensors as one, which names the first of them."""
+    names: dict[Fault, list[str]] = {}
+    for fault in faults:
+        names.setdefault(replace(fault, where=""), []).append(fault.where)
+    return [
+        replace(fault, where=first[0] if len(first) == 1 else f"{first[0]} and {len(first) - 1} more tensors")
+        for fault, first in names.items()
+    ]
 
 
 @dataclass(frozen=True)

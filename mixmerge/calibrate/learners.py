@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mixmerge.calibrate.aligning import aligned, check_losses
 from mixmerge.calibrate.anatomy import Anatomy, Need, Shown
-from mixmerge.calibrate.coefficients import CoefficientSpace
+from mixmerge.calibrate.coefficients import CoefficientSpace, Granularity
 from mixmerge.calibrate.deltas import PIECE, Deltas, pieces
 from mixmerge.calibrate.learning import Learned, Learning, Objective, Progress, learn
 from mixmerge.calibrate.lessons import ALIGNING, Lesson, all_batches, check_answers, check_outputs, step_sizes
 from mixmerge.calibrate.objectives import POSITIONS, TOKENS, Entropy, Schedule, chunk_counts
 from mixmerge.calibrate.spectrum import spectrum
-from mixmerge.calibrate.students import ClassifierStudent, choice_batches, choice_logits
+from mixmerge.calibrate.students import ClassifierStudent, choice_batches, choice_logits, left_out
 from mixmerge.data.batches import Batch
 from mixmerge.experts.loading import Kind
 
@@ -81,12 +81,15 @@ def entropy(lesson: Lesson, *, progress: Progress | None = None) -> Learned:
     check_outputs("entropy", lesson.kind, type(lesson.model).__name__)
     check_answers("entropy", lesson.answers, lesson.labels)
     size, each = step_sizes(int(lesson.number("rows")), lesson.batch_size)
+    said: tuple[str, ...] = ()
     if lesson.kind == "causal":
         found = [
             choice_batches(rows, lesson.tokenizer, max_tokens=lesson.max_tokens, batch_size=size)
             for rows in lesson.rows
         ]
         shown = [[one.batch for one in choices] for choices in found]
+        told = zip(lesson.labels, lesson.rows, found, strict=True)
+        said = tuple(note for one in told for note in left_out(*one))
 
         def predict(expert: int, number: int) -> Tensor:
             return choice_logits(lesson.model, found[expert][number])
@@ -98,20 +101,25 @@ def entropy(lesson: Lesson, *, progress: Progress | None = None) -> Learned:
     objective = Entropy(
         predict, [[batch.tokens for batch in part] for part in shown], schedule, lesson.labels, lesson.answers
     )
-    task = lesson.options["granularity"] == "task"
-    space = CoefficientSpace(
-        granularity="expert" if task else "tensor",
-        start=lesson.start,
-        clamp=lesson.options["clamp"],
-        frozen=_globs(lesson.frozen),
-    )
+    space = space_of("entropy", lesson.options, lesson.start, lesson.frozen)
     learning = Learning(
         steps=int(lesson.number("steps")),
         learning_rate=lesson.number("learning_rate"),
         turn=schedule.turn,
         seed=lesson.seed % 2**63,
     )
-    return _learn(lesson, objective, space, learning, shown, progress)
+    learned = _learn(lesson, objective, space, learning, shown, progress)
+    return dataclasses.replace(learned, warnings=(*said, *learned.warnings))
+
+
+def space_of(
+    learner: str, options: Mapping[str, Any], start: Mapping[str, Sequence[float]], frozen: frozenset[str]
+) -> CoefficientSpace:
+    """The coefficients of ``entropy`` or ``alignment``; arguments as of ``Lesson``."""
+    if learner == "alignment":
+        return CoefficientSpace(transform="sigmoid", start=start, frozen=_globs(frozen))
+    granularity: Granularity = "expert" if options["granularity"] == "task" else "tensor"
+    return CoefficientSpace(granularity, start=start, clamp=options["clamp"], frozen=_globs(frozen))
 
 
 def alignment(lesson: Lesson, *, progress: Progress | None = None) -> Learned:
@@ -129,7 +137,7 @@ def alignment(lesson: Lesson, *, progress: Progress | None = None) -> Learned:
     shown = all_batches(lesson, size, "alignment")
     with tempfile.TemporaryDirectory(prefix="mixmerge-teachers-", dir=lesson.scratch) as folder:
         objective = aligned(lesson, shown, each, Path(folder))
-        space = CoefficientSpace(transform="sigmoid", start=lesson.start, frozen=_globs(lesson.frozen))
+        space = space_of("alignment", lesson.options, lesson.start, lesson.frozen)
         learning = Learning(
             steps=int(lesson.number("steps")),
             optimiser="adamw",

@@ -122,7 +122,7 @@ class Choices:
 def choice_batches(
     rows: Sequence[Row], tokenizer: Any, *, max_tokens: int, batch_size: int
 ) -> tuple[Choices, ...]:
-    """Rows with choices as batches of at most ``batch_size`` rows; a row whose choices do not fit is left out.
+    """Rows with choices as batches of at most ``batch_size`` rows; a row with a choice that does not fit is left out.
 
     Raises:
         MethodError: no row has two choices that fit.
@@ -131,8 +131,10 @@ def choice_batches(
     found, kept = [], []
     for row in usable:
         lines = [replace(row, answer=choice) for choice in row.choices]
-        (batch,) = make_batches(lines, tokenizer, max_tokens=max_tokens, batch_size=len(lines))
-        if len(batch.rows) == len(lines) and bool(batch.loss_mask.any(1).all()):
+        # A token more than there is room for tells a line that fits from one that is cut.
+        (batch,) = make_batches(lines, tokenizer, max_tokens=max_tokens + 1, batch_size=len(lines))
+        fits = int(batch.attention_mask.sum(1).max()) <= max_tokens
+        if fits and len(batch.rows) == len(lines) and bool(batch.loss_mask.any(1).all()):
             kept.append(row)
     for at in range(0, len(kept), batch_size):
         group = kept[at : at + batch_size]
@@ -144,6 +146,14 @@ def choice_batches(
         allowed = "The entropy of a language model is that of its choices: of its next token it would reward repetition"
         raise MethodError(Fault("calibration", what, allowed, "Give rows choices, or use expert_merging"))
     return tuple(found)
+
+
+def left_out(label: str, rows: Sequence[Row], found: Sequence[Choices]) -> tuple[str, ...]:
+    """A note on the rows with choices that ``choice_batches`` has left out, if there are any."""
+    usable = sum(len(row.choices) > 1 for row in rows)
+    count = usable - sum(len(one.counts) for one in found)
+    what = f"{label}: {count:,} of {usable:,} rows are left out: a choice does not fit in max_tokens, or is empty"
+    return (what,) if count else ()
 
 
 def choice_logits(model: Any, choices: Choices) -> Tensor:

@@ -123,7 +123,7 @@ def learn_coefficients(
         deltas=deltas,
         rows=rows,
         labels=[str(expert) for expert in experts],
-        start={task.target.name: _weights(task) for task in tasks if task.target.name in first},
+        start={task.target.name: start_of(task) for task in tasks if task.target.name in first},
         frozen=frozenset(
             task.target.name
             for task in tasks
@@ -162,7 +162,7 @@ def _record(plan: Plan, learned: Learned, tasks: Sequence[Task], same: Mapping[s
     """What was learned, by the names of all tasks; ``same`` as from ``_parameters``."""
     layout = learned.layout
     origin = {task.target.name: same.get(task.target.name, task.target.name) for task in tasks}
-    starts = [_weights(task) for task in tasks if is_learned(task, plan.method)]
+    starts = [start_of(task) for task in tasks if is_learned(task, plan.method)]
     if layout.nuclear:
         starts = list(layout.start[:1])
     return Coefficients(
@@ -182,7 +182,8 @@ def _record(plan: Plan, learned: Learned, tasks: Sequence[Task], same: Mapping[s
     )
 
 
-def _weights(task: Task) -> tuple[float, ...]:
+def start_of(task: Task) -> tuple[float, ...]:
+    """The coefficient of each expert before the first step."""
     values = task.parameters["weight"]
     return tuple(float(value or 0.0) for value in values) if isinstance(values, tuple) else ()
 

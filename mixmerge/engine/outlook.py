@@ -256,6 +256,7 @@ def _readers(plan: Plan, models: Sequence[Model], faults: list[Fault]) -> list[R
     from mixmerge.engine.learning import answers
 
     if plan.method.learner:
+        _check_start(plan, faults)
         with collecting(faults):
             check_answers(plan.method.learner, answers(plan), [str(model.ref) for model in models])
     readers: list[Reader | None] = []
@@ -278,6 +279,22 @@ def _readers(plan: Plan, models: Sequence[Model], faults: list[Fault]) -> list[R
             faults.extend(fault for fault in error.faults if fault not in faults)
             readers.append(None)
     return readers
+
+
+def _check_start(plan: Plan, faults: list[Fault]) -> None:
+    """Weights that coefficients cannot start from."""
+    from mixmerge.calibrate.learners import space_of
+    from mixmerge.engine.learning import start_of
+
+    if plan.method.learns_directions:
+        return
+    tasks = {task.target.name: task for task in plan.tasks if not task.copied}
+    learned = [name for name, task in tasks.items() if is_learned(task, plan.method)]
+    if learned:
+        start = {name: start_of(tasks[name]) for name in learned}
+        space = space_of(plan.method.learner, tasks[learned[0]].parameters, start, frozenset())
+        with collecting(faults):
+            space.layout({name: tasks[name].target.shape for name in learned}, len(start[learned[0]]))
 
 
 def _batches(plan: Plan, asked: Calibration, rows: Sequence[Row], reader: Reader) -> Sequence[Batch]:

@@ -96,6 +96,9 @@ def read_calibration(
     if method is not None and not needed:
         report.warn(node, f"has no effect: {method.name} uses no data", run="Remove it")
         return None
+    if method is not None and method.learner == "entropy" and block.layout == "packed":
+        what = f"has no effect: {method.name} shows a language model each choice in a line of its own"
+        report.warn(entries["layout"], what, run="Remove it")
     if isinstance(node.value, dict) and experts is not None and method is not None:
         _complete(node, entries, block, experts, method, report)
     return block

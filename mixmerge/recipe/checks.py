@@ -199,7 +199,7 @@ def _model_scope(draft: Draft, report: Report) -> None:
 
 def _positions(draft: Draft, report: Report) -> None:
     """A parameter that names an expert by its position names one that is there."""
-    known = draft.entries and None not in {entry.ref for entry in draft.entries}
+    known = bool(draft.inputs()) and None not in {entry.ref for entry in draft.entries}
     for parameter in draft.method.parameters:
         value = draft.value({}, parameter) if parameter.position and known else None
         number = None if value is None or isinstance(value, str) else float(value)

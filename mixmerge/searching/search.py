@@ -7,7 +7,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -33,6 +33,7 @@ RowScores = Mapping[str, NDArray[np.float64]]  # task -> score of every row
 BEST, TRIALS = "best.yaml", "trials.jsonl"
 RESAMPLES = 2000
 _FAILED = -1.0  # below every score
+_ASKS = 20  # candidates in a row that were tried before: then one counts as a trial again
 
 
 class Scorer(Protocol):
@@ -85,7 +86,8 @@ def search(
     """Search a recipe's parameters; a search that was killed goes on with the same call.
 
     The recipe as it is comes first and wins ties. A candidate whose merge is refused (weights that sum to 0, say) is
-    noted and counts as worth nothing; what the scorer refuses ends the search, for it would refuse every candidate.
+    noted and counts as worth nothing; one that equals an earlier one is neither merged nor scored again; what the
+    scorer refuses ends the search, for it would refuse every candidate.
 
     The best recipe names the rows it was chosen by (``tuned_on``, with those of the recipe as it was), and a merge of
     it keeps them in its manifest: ``mixmerge eval`` refuses them.
@@ -126,7 +128,7 @@ def search(
     asker = Asker(found, space.settings, start_of(plan, found))
     untuned = recipe.model_copy(update={"tuned_on": ()})  # candidates may be chosen by the same rows again
     for number in range(space.settings.budget):
-        values = asker.ask()
+        values, known = _new(asker, journal.trials[:number])
         if number < len(journal.trials):
             trial = journal.trials[number]
             if not _alike(values, trial.values):
@@ -134,6 +136,9 @@ def search(
                 raise OutputError(
                     Fault(str(journal.path), what, run="Name a new folder, or pass --overwrite")
                 )
+        elif known is not None:
+            trial = replace(known, number=number, seconds=0.0)
+            journal.add(trial)
         else:
             trial = _try(number, values, untuned, found, scorer, out, objective, threads)
             journal.add(trial)
@@ -142,6 +147,20 @@ def search(
             progress(trial, space.settings.budget)
     best, test, gain = _chosen(untuned, found, journal, scorer, out, threads)
     return Found(_written(recipe, found, best, scorer, out), tuple(journal.trials), best, test, gain)
+
+
+def _new(asker: Asker, trials: Sequence[Trial]) -> tuple[dict[str, Value], Trial | None]:
+    """The next values that no trial has; after so many that one has, those and that trial.
+
+    Optimisers that do not see that the start was tried propose it again, and choices and bounds give equals.
+    """
+    for asked in range(_ASKS):
+        values = asker.ask()
+        known = next((one for one in trials if _alike(values, one.values)), None)
+        if known is None or asked == _ASKS - 1:
+            break
+        asker.tell(known.worth)
+    return values, known
 
 
 def start_of(plan: Plan, found: Sequence[Slot]) -> dict[str, Value]:

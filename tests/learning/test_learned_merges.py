@@ -19,6 +19,7 @@ from mixmerge.engine.outlook import plan_with_data
 from mixmerge.errors import CheckpointError, MethodError, MixmergeError, RecipeError
 from mixmerge.evaluate.leaks import read_made
 from mixmerge.methods.coefficients import FILE, Coefficients, read_coefficients
+from mixmerge.recipe import read
 
 Made = dict[str, Path]
 WORDS = ("sun", "rain", "snow", "wind", "fog", "hail")
@@ -262,6 +263,17 @@ def test_a_language_model_with_choices(family: Any, tmp_path: Path) -> None:
     merge(recipe, tmp_path / "out")
     learned = learned_of(tmp_path / "out")
     assert learned.losses[-1] < learned.losses[0]
+    assert not learned.warnings
+    lengthy = {"prompt": "sun? ", "choices": ["sun", "sun " * 40], "label": 0}
+    more = str(write_rows(tmp_path / "more.jsonl", [*rows, lengthy]))
+    packed = {"data": more, "layout": "packed", "max_tokens": 60}
+    merge({**recipe, "calibration": packed, "parameters": {"steps": 1, "rows": 2}}, tmp_path / "packed")
+    said = learned_of(tmp_path / "packed").warnings
+    assert [one.partition(": ")[2] for one in said] == [
+        "1 of 7 rows are left out: a choice does not fit in max_tokens, or is empty"
+    ] * 2
+    noted = read({**recipe, "calibration": packed}).warnings
+    assert any("has no effect: adamerging shows a language model each choice" in one for one in noted)
     plain = write_rows(tmp_path / "plain.jsonl", [{"text": "a text without choices"}])
     with pytest.raises(RecipeError, match="none of 1 rows has two choices"):
         merge({**recipe, "calibration": {"data": str(plain)}}, tmp_path / "refused")
@@ -334,6 +346,14 @@ def test_the_plan_of_experts_with_heads(classifiers: Made, method: str) -> None:
     assert outlook.work == "learning"
     assert all(seen.rows and seen.tokens and seen.tokens > seen.rows for seen in outlook.experts)
     assert (outlook.need.disk > 0) == (method == "expert_merging_plus")
+
+
+def test_weights_no_coefficient_can_start_from(classifiers: Made) -> None:
+    """One fault for all tensors, and before anything is learned."""
+    with pytest.raises(RecipeError) as caught:
+        plan_with_data(recipe_of(classifiers, "expert_merging", weight=1.0))
+    assert len(caught.value.faults) == 1
+    assert "more tensors: starts at (1.0, 1.0). Under a sigmoid" in str(caught.value)
 
 
 def test_experts_that_cannot_be_told_apart(classifiers: Made, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from mixmerge.calibrate.students import (
     choice_batches,
     choice_logits,
     expert_head,
+    left_out,
 )
 from mixmerge.calibrate.teachers import Teachers
 from mixmerge.data.batches import make_batches
@@ -117,6 +118,27 @@ def test_losses_go_backward_together_up_to_so_many_tokens() -> None:
     parts = [(lambda number=number: torch.tensor(float(number)), 40) for number in range(5)]
     assert [float(loss) for loss in grouped(iter(parts), most=80)] == [1.0, 5.0, 4.0]
     assert [float(loss) for loss in grouped(iter(parts), most=1)] == [0.0, 1.0, 2.0, 3.0, 4.0]
+
+
+def test_rows_with_a_choice_that_is_cut_are_left_out(family: Any) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(family("llama").base)
+    short = Row(prompt="the", choices=(" fox", " dog"))
+    # Cut to few tokens both choices would be the same.
+    long = Row(prompt="the", choices=(" quick brown fox jumps over a", " quick brown fox jumps over the dog"))
+    length = max(len(tokenizer("the" + choice)["input_ids"]) for choice in long.choices)
+    rows = [short, long, Row(prompt="no choices")]
+    whole = choice_batches(rows, tokenizer, max_tokens=length, batch_size=4)
+    assert [one.counts for one in whole] == [(2, 2)]
+    assert left_out("e", rows, whole) == ()
+    cut = choice_batches(rows, tokenizer, max_tokens=length - 1, batch_size=4)
+    assert [one.counts for one in cut] == [(2,)]
+    assert left_out("e", rows, cut) == (
+        "e: 1 of 2 rows are left out: a choice does not fit in max_tokens, or is empty",
+    )
+    with pytest.raises(MethodError, match="none of 1 rows has two choices that fit"):
+        choice_batches([long], tokenizer, max_tokens=length - 1, batch_size=4)
 
 
 def test_a_collapse_is_said() -> None:
