@@ -68,7 +68,7 @@ WHOLE = [(row, parameter) for row in METHODS.values() for parameter in row.param
 
 
 def test_what_counts_is_a_whole_number() -> None:
-    counts = {"steps", "subspace", "least", "rows", "period", "least_chunks", "rank"}
+    counts = {"steps", "subspace", "least", "rows", "period", "least_chunks", "rank", "chunks"}
     assert {parameter.name for _, parameter in WHOLE} == counts
     named = [
         parameter for row in METHODS.values() for parameter in row.parameters if parameter.name in counts

@@ -138,6 +138,8 @@ def alignment(lesson: Lesson, *, progress: Progress | None = None) -> Learned:
     with tempfile.TemporaryDirectory(prefix="mixmerge-teachers-", dir=lesson.scratch) as folder:
         objective = aligned(lesson, shown, each, Path(folder))
         space = space_of("alignment", lesson.options, lesson.start, lesson.frozen)
+        if any(count > 1 for count in lesson.chunks.values()):
+            space = dataclasses.replace(space, granularity="chunk", chunks=lesson.chunks)
         learning = Learning(
             steps=int(lesson.number("steps")),
             optimiser="adamw",

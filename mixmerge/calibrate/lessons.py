@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -41,6 +41,7 @@ class Lesson:
         labels: of the experts, for errors and notes.
         start: by tensor, the coefficient of each expert before the first step.
         frozen: tensors that keep it.
+        chunks: by tensor, coefficients of each expert, for a slice each; none: one for the tensor.
         heads: of each expert, the tensors of its classifier's head, which is not merged.
         options: the method's values, by their names in a recipe.
         group: of a tensor by its name, what the method's definition takes, read anew by each call.
@@ -68,6 +69,7 @@ class Lesson:
     seed: int = 0
     gathers: Callable[[str], bool] = lambda name: False
     answers: Sequence[Answers] = ()
+    chunks: Mapping[str, int] = field(default_factory=dict)
     scratch: Path | None = None
 
     def number(self, name: str) -> float:

@@ -138,6 +138,7 @@ def learn_coefficients(
         seed=plan.recipe.seed,
         gathers=deltas.gathers,
         answers=answers(plan),
+        chunks={task.target.name: int(count) for task in tasks if (count := task.parameters.get("chunks"))},  # type: ignore[arg-type]
     )
     learned = LEARNERS[plan.method.learner](lesson, progress=progress)
     made = _record(plan, learned, tasks, same)

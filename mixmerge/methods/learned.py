@@ -106,7 +106,8 @@ def expert_merging(
 
     Source: Expert Merging (arXiv:2509.25712), and the released code (github.com/Littleor/ExpertMerging) for defaults.
 
-    Args: as ``adamerging``.
+    Args: as ``adamerging``; of tensors with ``chunks`` above 1 a coefficient for each, a contiguous slice of the
+        row-major tensor.
 
     Deviations:
         the model is in evaluation mode while it is learned (released code: with dropout). The loss counts all

@@ -84,6 +84,13 @@ _EXPERT = (
     _number("regulariser", 5.0, "times the mean distance of coefficients from their start (gamma)"),
     *_aligned("all"),
 )
+_CHUNKS = whole(
+    "chunks",
+    1,
+    "coefficients of a tensor and expert, each for a slice; by filters for some",
+    1,
+    learning=True,
+)
 _PLUS = (
     _number("budget", 1.0, "chunks in all, as a multiple of the tensors; paper: .9 to 1.2", 0.0, 1e4),
     _number("kappa", 1.0, "exponent on a tensor's importance; its value is not published", 0.0, 10.0),
@@ -152,9 +159,10 @@ ROWS = (
     _row(
         "expert_merging",
         learner="alignment",
-        parameters=(_weight(0.1), *_EXPERT),
+        parameters=(_weight(0.1), *_EXPERT, _CHUNKS),
         summary="coefficients learned so that hidden states and logits follow each expert on its rows",
         paper=_EXPERT_PAPER,
+        footprint="chunked",
     ),
     _row(
         "expert_merging_plus",

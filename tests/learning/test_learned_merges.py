@@ -247,6 +247,23 @@ def test_chunks_that_nobody_gets_are_said(family: Any, tmp_path: Path) -> None:
     assert any("no tensor's share of the chunks reaches 2" in said for said in learned.warnings)
 
 
+def test_chunks_of_some_tensors_by_filters(classifiers: Made, tmp_path: Path, read_tensors: Any) -> None:
+    """As the released code gives them: so many coefficients to the tensors whose names match."""
+    chunks = [{"filter": "query", "value": 3}, {"filter": "intermediate", "value": 2}, {"value": 1}]
+    learned = merge(
+        recipe_of(classifiers, "expert_merging", steps=2, chunks=chunks), tmp_path / "out"
+    ).learned
+    assert learned is not None
+    found = {name: len(each) for name, each in learned.weights.items() if name not in learned.frozen}
+    assert {name: 3 if "query" in name else 2 if "intermediate" in name else 1 for name in found} == found
+    assert {1, 2, 3} == set(found.values())
+    again = {**recipe_of(classifiers, "expert_merging"), "coefficients": str(tmp_path / "out" / FILE)}
+    del again["calibration"]
+    merge(again, tmp_path / "again")
+    one, two = read_tensors(tmp_path / "out"), read_tensors(tmp_path / "again")
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
 def test_a_language_model_with_choices(family: Any, tmp_path: Path) -> None:
     made = family("qwen3", experts=2, dtype="bfloat16")
     rows = [
