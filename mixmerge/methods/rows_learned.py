@@ -162,7 +162,6 @@ ROWS = (
         parameters=(_weight(0.1), *_EXPERT, _CHUNKS),
         summary="coefficients learned so that hidden states and logits follow each expert on its rows",
         paper=_EXPERT_PAPER,
-        footprint="chunked",
     ),
     _row(
         "expert_merging_plus",

@@ -53,7 +53,8 @@ def peak_memory(plan: Plan, *, threads: int) -> int:
 def _by_definition(plan: Plan, task: Task) -> bool:
     """Whether no kernel merges a tensor, or perhaps none."""
     method = plan.method
-    return not task.copied and (not method.kernel or bool(method.footprint) or task.wide or bool(task.chunks))
+    sliced = bool(task.chunks) or task.parameters.get("chunks", 1) != 1
+    return not task.copied and (not method.kernel or bool(method.footprint) or task.wide or sliced)
 
 
 def held_bytes(plan: Plan, task: Task) -> int:
