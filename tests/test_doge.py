@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import mixmerge
+from mixmerge.errors import MethodError
 from mixmerge.methods.doge import LargestEntries, Thresholds, doge_ta
 from mixmerge.methods.memory import merge_state_dicts
 from mixmerge.methods.sketch import Group, add
@@ -69,6 +70,56 @@ def test_by_hand() -> None:
     torch.testing.assert_close(
         more, torch.tensor([[9.4, 1.0], [12.2, 1.0]])
     )  # zeros are never among the largest
+
+
+def test_parts_of_experts_are_what_is_added_up() -> None:
+    deltas, base = [draw(12, 9, seed=seed) for seed in range(3)], draw(12, 9, seed=9)
+    options = {"steps": 20, "lr": 1e-2, "eta": 0.5}
+    parts = [doge_ta(deltas, base=base, part=at, **options) - base for at in range(3)]
+    scales = [0.5 / float(delta.norm()) for delta in deltas]
+    whole = base + sum(scale * each for scale, each in zip(scales, parts, strict=True))
+    torch.testing.assert_close(doge_ta(deltas, base=base, **options), whole, rtol=1e-5, atol=1e-6)
+    correction = [(part - delta)[part != 0] for part, delta in zip(parts, deltas, strict=True)]
+    assert all(1e-4 < each.abs().mean() < 1 for each in correction), "D is added where an entry is kept"
+    with pytest.raises(MethodError, match="part"):
+        doge_ta(deltas, base=base, part=3)
+
+
+def test_doge_am_is_adamerging_of_the_parts(tmp_path: Path, zoo: Path) -> None:
+    """Coefficients learned on the parts of two experts, and what they make of the base."""
+    experts = [str(zoo / "experts" / name) for name in ("sort", "keep")]
+    recipe = {"merge_method": "doge_ta", "base_model": str(zoo / "base"), "dtype": "float32"}
+    recipe["models"] = [{"model": expert} for expert in experts]
+    for at in range(2):
+        mixmerge.merge({**recipe, "parameters": {"part": at, "steps": 3}}, tmp_path / f"part{at}")
+    rows = [
+        (zoo / "questions" / f"{name}.choices.jsonl").read_text().splitlines()[:4]
+        for name in ("sort", "keep")
+    ]
+    for at, lines in enumerate(rows):
+        (tmp_path / f"rows{at}.jsonl").write_text("\n".join(lines))
+    places = [str(tmp_path / f"part{at}") for at in range(2)]
+    learned = {
+        "merge_method": "adamerging",
+        "base_model": str(zoo / "base"),
+        "models": [{"model": place} for place in places],
+        "parameters": {"steps": 2, "rows": 4},
+        "calibration": {
+            "per_expert": {place: str(tmp_path / f"rows{at}.jsonl") for at, place in enumerate(places)}
+        },
+        "dtype": "float32",
+    }
+    mixmerge.merge(learned, tmp_path / "out")
+    weights = json.loads((tmp_path / "out" / "mixmerge_coefficients.json").read_text())["weights"]
+    base, *made = (
+        load_file(Path(place) / "model.safetensors") for place in (zoo / "base", *places, tmp_path / "out")
+    )
+    out = made.pop()
+    name = next(key for key in base if key.endswith("layers.0.mlp.up_proj.weight"))
+    wanted = base[name] + sum(
+        w * (part[name] - base[name]) for w, part in zip(weights[name][0], made, strict=True)
+    )
+    torch.testing.assert_close(out[name], wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_projection_by_step_stays_outside_the_subspace() -> None:

@@ -114,8 +114,8 @@ _WHOLE = {"max_tokens": 128}  # a question, its answer and the template around t
 
 
 def _adamerging(name: str, data: Data, *, method: str = "adamerging", granularity: str = "layer") -> Entry:
-    alone = method == "adamerging" and granularity == "layer"
-    precision = {} if alone and data == "validation" else _HALF_FLOATS  # FusionBench's is float32
+    beside = method == "adamerging" and granularity == "layer" and data == "validation"
+    precision = {} if beside else _HALF_FLOATS  # FusionBench's is float32
     return Entry(
         name,
         method,
@@ -125,7 +125,7 @@ def _adamerging(name: str, data: Data, *, method: str = "adamerging", granularit
         examples=600 if data == "test" else 300,
         calibration=_SHORT,
         seeds=True,
-        against=("adamerging", _ADA) if alone else None,
+        against=("adamerging", _ADA) if beside else None,
         suites=("encoders",),  # a language model has no classes whose entropy could fall
     )
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mixmerge.methods.descent import descend
+from mixmerge.methods.emr import expert_at
 from mixmerge.methods.lowrank import Delta, LowRank, add_to, blocks, square, stacked
 from mixmerge.methods.quantiles import (
     BINS,
@@ -108,6 +109,7 @@ def doge_ta(
     steps: float = 400,
     lr: float = 1e-4,
     projection: Literal["gradient", "step"] = "gradient",
+    part: float | None = None,
     tables: Literal["base", "spectral"] = "base",
     tolerance: float | None = None,
     role: Role = "linear",
@@ -134,7 +136,12 @@ def doge_ta(
         steps, lr: of Adam; 400 and 1e-4 in the code.
         projection: ``gradient`` is the code's: Adam is given projected gradients, and as it scales each entry by
             itself, D does not stay outside the subspace. ``step`` projects D after every step as well, so it does.
+        part: position of an expert, from 0: base plus ``(delta_i + D) * M_i`` of this one alone. DOGE-AM is
+            ``adamerging`` of the parts of all.
         sketch: of ``LargestEntries``; without it, this tensor alone is the model.
+
+    Raises:
+        MethodError: ``part`` is no position of an expert.
 
     Memory:
         beyond base and result, T deltas of one matrix, or the factors, one delta and its SVD, the stack of
@@ -150,6 +157,10 @@ def doge_ta(
     if sketch is None:
         sketch = _alone(deltas, base, role, tables, density)
     limits = sketch.values
+    count = len(deltas)
+    alone = (
+        None if part is None else [float(at == expert_at(part, count, name="part")) for at in range(count)]
+    )
     factors = [float(eta) * float(each) for each in ([1.0] * len(deltas) if weight is None else weight)]
 
     def matrix(each: Sequence[Delta]) -> Tensor:
@@ -159,7 +170,7 @@ def doge_ta(
         project = _projector(held, int(subspace), tolerance)
         settle = project if projection == "step" else None
         correction = _correction(held, beside, scales, project, settle, steps=int(steps), lr=float(lr))
-        return _masked(held, correction, scales, limits)
+        return _masked(held, correction, scales if alone is None else alone, limits)
 
     return by_matrix(
         deltas, matrix, base=base, weight=None, lambda_=lambda_, role=role, tables=tables, rest="base"

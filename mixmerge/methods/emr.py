@@ -23,15 +23,15 @@ from mixmerge.methods.sums import total
 Rescaler = Literal["sums", "means"]
 
 
-def expert_at(task: float, count: int) -> int:
-    """The position that ``task`` names among ``count`` experts.
+def expert_at(task: float, count: int, *, name: str = "task") -> int:
+    """The position that a parameter, ``task`` by its name, has among ``count`` experts.
 
     Raises:
         MethodError: it is none of theirs.
     """
     what = misplaced(task, count)
     if what:
-        raise MethodError(Fault("task", what))
+        raise MethodError(Fault(name, what))
     return int(task)
 
 

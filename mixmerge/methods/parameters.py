@@ -31,6 +31,12 @@ def one_task() -> Parameter:
     )
 
 
+def one_part() -> Parameter:
+    """``part``."""
+    doc = "position of one expert, from 0: the model of its own processed delta, alone and unscaled"
+    return Parameter("part", "number", "merge", None, doc, 0.0, constant=True, position=True)
+
+
 def whole(
     name: str,
     default: int | None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mixmerge.methods.parameters import choice, kept, merged_by, number, tables, tolerance, whole
+from mixmerge.methods.parameters import choice, kept, merged_by, number, one_part, tables, tolerance, whole
 from mixmerge.methods.records import ANY, Method, Parameter
 
 
@@ -99,6 +99,7 @@ ROWS = (
                 "what leaves the shared subspace alone: gradient (the authors' code) or every step as well",
                 *("gradient", "step"),
             ),
+            one_part(),
         ),
         summary="one correction of all deltas outside their shared subspace, then the largest entries of each",
         paper="Adaptive Projective Gradient Descent (DOGE), arXiv:2501.01230",
