@@ -121,11 +121,12 @@ def measure_method(bench: Bench, case: Case, half: Case) -> Result:
     """Alternate copy, engine and process, each round from another start; mergekit ends its rounds."""
     result = Result(case.method, case.input_bytes, case.output_bytes, case.memory_bar)
     recipe = bench.recipe(case, case.method)
-    result.imported = sorted(imported(bench.merge(case, recipe, tracing=True).said))
     with Engine(recipe, threads=bench.threads, cwd=bench.work) as engine:
         result.planning = engine.planning
         bench.engine(case, engine)
         bench.copy(case)
+        # Behind a first merge, which compiles what this machine has not compiled yet.
+        result.imported = sorted(imported(bench.merge(case, recipe, tracing=True).said))
         steps: list[tuple[Runs, Callable[[], Ran]]] = [
             (result.copy, lambda: bench.copy(case)),
             (result.engine, lambda: bench.engine(case, engine)),
