@@ -93,7 +93,9 @@ def test_executors_are_the_definition(
     )
     for mix in mixes_of(site, rows, tokens, k, seed):
         wanted = y.double() + change(exact, u.double() if u.is_floating_point() else u, mix)
-        size = max(10.0, float(wanted.abs().max()) / 10)  # what cancels out has been rounded as what it was of
+        size = max(
+            10.0, float(wanted.abs().max()) / 10
+        )  # what cancels out has been rounded as what it was of
         for executor in (*EXECUTORS, "auto"):
             for fresh in (False, True, True):  # the third time from what is remembered
                 with torch.no_grad():
