@@ -83,8 +83,23 @@ def aligned(lesson: Lesson, shown: Sequence[Sequence[Batch]], each: int, folder:
 
 
 def layers_of(asked: str, depth: int) -> tuple[int, ...]:
-    """Whose hidden states are aligned, of a model of so many layers."""
-    return {"all": tuple(range(1, depth + 1)), "last": (depth,), "none": ()}[asked]
+    """Whose hidden states are aligned, of a model of so many layers.
+
+    Args:
+        asked: ``all``, ``last``, ``none``, or layers by number from 1, commas between.
+
+    Raises:
+        MethodError: the model has no such layer.
+    """
+    known = {"all": tuple(range(1, depth + 1)), "last": (depth,), "none": ()}
+    if asked in known:
+        return known[asked]
+    found = tuple(sorted({int(one) for one in asked.split(",")}))
+    beyond = [str(one) for one in found if not 1 <= one <= depth]
+    if beyond:
+        what = f"names layer {', '.join(beyond)}, and the model has layers 1 to {depth}"
+        raise MethodError(Fault("hidden_layers", what))
+    return found
 
 
 def _one_hot(expert: int, experts: int) -> Tensor:

@@ -210,8 +210,12 @@ def _parameter_faults(method: Method, where: str, name: str, value: object, per_
     if parameter.kind == "bool":
         return [] if isinstance(value, bool) else [Fault(where, f"is {value!r}", "true or false")]
     if parameter.kind == "choice":
-        allowed = " or ".join(parameter.choices)
-        return [] if value in parameter.choices else [Fault(where, f"is {value!r}", allowed)]
+        allowed = " or ".join(parameter.words)
+        return (
+            []
+            if isinstance(value, str) and parameter.knows(value)
+            else [Fault(where, f"is {value!r}", allowed)]
+        )
     return _number_faults(parameter, where, value)
 
 

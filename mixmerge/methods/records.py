@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,6 +14,7 @@ Role = Literal["linear", "transposed", "table", "other"]
 REQUIRED = "required"
 ALL = "all"  # a position: every expert's
 ANY = 1_000_000
+_LISTED = re.compile(r"[0-9]{1,6}( ?, ?[0-9]{1,6})*")
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class Parameter:
         default: the value when nobody gives one; ``REQUIRED`` if somebody must.
         low, high: closed range of a number.
         choices: allowed words of a choice; of a number, words that may stand in its place.
+        listed: of a choice: or whole numbers, commas between.
         constant: the value may not change from tensor to tensor (it steers a whole-model statistic).
         position: the number is the position of one of the experts, from 0.
         whole: the number counts something: it has no fraction, and gradients go in steps.
@@ -42,10 +45,20 @@ class Parameter:
     low: float = float("-inf")
     high: float = float("inf")
     choices: tuple[str, ...] = ()
+    listed: bool = False
     constant: bool = False
     position: bool = False
     whole: bool = False
     learning: bool = False
+
+    def knows(self, word: str) -> bool:
+        """Whether a choice may have this value."""
+        return word in self.choices or (self.listed and bool(_LISTED.fullmatch(word)))
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """What a choice may be, for people."""
+        return (*self.choices, "'4,8,12'") if self.listed else self.choices
 
 
 def misplaced(value: float, count: int) -> str:

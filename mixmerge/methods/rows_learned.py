@@ -16,8 +16,10 @@ def _whole(name: str, default: int, doc: str, low: int = 0, high: float = float(
     return whole(name, default, doc, low, high, constant=True, learning=True)
 
 
-def _choice(name: str, default: Value, doc: str, *choices: str) -> Parameter:
-    return Parameter(name, "choice", "merge", default, doc, choices=choices, constant=True, learning=True)
+def _choice(name: str, default: Value, doc: str, *choices: str, listed: bool = False) -> Parameter:
+    return Parameter(
+        name, "choice", "merge", default, doc, choices=choices, listed=listed, constant=True, learning=True
+    )
 
 
 def _weight(default: float) -> Parameter:
@@ -61,7 +63,13 @@ def _aligned(hidden: str) -> tuple[Parameter, ...]:
     """The loss of alignment, and whose hidden states it takes by default."""
     return (
         _IMPORTANCE,
-        _choice("hidden_layers", hidden, "whose hidden states are aligned", "all", "last", "none"),
+        _choice(
+            "hidden_layers",
+            hidden,
+            "whose hidden states are aligned; or layers by number from 1, as '4,8,12'",
+            *("all", "last", "none"),
+            listed=True,
+        ),
         _choice("hidden_loss", "mean", "of squares (released), or their sum (paper)", "mean", "sum"),
         _number("hidden_weight", 1.0, "factor on the hidden loss"),
         _choice(

@@ -92,9 +92,11 @@ def _scalar(node: Node, parameter: Parameter, report: Report) -> Scalar | None:
         word = str(int(value) if value in (0, 1) else value).strip().lower()
         if word in _TRUE or word in _FALSE:
             return word in _TRUE
-    elif isinstance(value, str) and value in parameter.choices:
+    elif isinstance(value, str) and parameter.knows(value):
         return value
-    known = "Known: " + ", ".join(parameter.choices) if parameter.choices else ""
+    elif isinstance(value, int) and not isinstance(value, bool) and parameter.knows(str(value)):
+        return str(value)
+    known = "Known: " + ", ".join(parameter.words) if parameter.choices else ""
     report.fault(node, f"expected {_KINDS[parameter.kind]}, got {show(value)}", known)
     return None
 

@@ -170,7 +170,7 @@ def misfits(parameter: Parameter, dimension: Dimension, where: str) -> list[Faul
         return faults
     for value in dimension.choices:
         if not _fits(parameter, value):
-            allowed = {"bool": "true and false", "choice": " and ".join(parameter.choices)}
+            allowed = {"bool": "true and false", "choice": " and ".join(parameter.words)}
             numbers = (
                 f"{'whole ' if parameter.whole else ''}numbers from {parameter.low:g} to {parameter.high:g}"
             )
@@ -184,7 +184,7 @@ def _fits(parameter: Parameter, value: Value) -> bool:
     if parameter.kind == "bool":
         return isinstance(value, bool)
     if parameter.kind == "choice":
-        return value in parameter.choices
+        return isinstance(value, str) and parameter.knows(value)
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or (parameter.whole and not float(value).is_integer()):
         return False

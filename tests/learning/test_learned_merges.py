@@ -373,6 +373,24 @@ def test_weights_no_coefficient_can_start_from(classifiers: Made) -> None:
     assert "more tensors: starts at (1.0, 1.0). Under a sigmoid" in str(caught.value)
 
 
+def test_layers_that_are_aligned_are_named(classifiers: Made, tmp_path: Path) -> None:
+    """A list of all layers is the word for it; a layer by itself is another loss than the last."""
+    common = {"steps": 2, "logit_weight": 0.0}
+    losses = {}
+    for at, asked in enumerate(("all", "1, 2", "1", "last", 2)):
+        merge(recipe_of(classifiers, "expert_merging", hidden_layers=asked, **common), tmp_path / str(at))
+        losses[asked] = learned_of(tmp_path / str(at)).losses
+    assert losses["all"] == losses["1, 2"]
+    assert losses["last"] == losses[2]
+    assert len({losses[asked] for asked in ("all", "1", "last")}) == 3
+    for asked, said in (("1,9", "names layer 9, and the model has layers 1 to 2"), ("0", "names layer 0")):
+        with pytest.raises(MixmergeError, match=f"hidden_layers: {said}"):
+            plan_with_data(recipe_of(classifiers, "expert_merging", hidden_layers=asked))
+    for wrong in ("first", "1,", "-1", -1):
+        with pytest.raises(RecipeError, match=r"hidden_layers.* Known: all, last, none, '4,8,12'"):
+            plan_with_data(recipe_of(classifiers, "expert_merging", hidden_layers=wrong))
+
+
 def test_experts_that_cannot_be_told_apart(classifiers: Made, tmp_path: Path) -> None:
     recipe = recipe_of(classifiers, "adamerging", steps=2)
     recipe["models"][1]["model"] = str(tmp_path / "copy")
