@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from mixmerge.data.sources import Broken, Found, found_rows
 from mixmerge.errors import Fault, MixmergeError
@@ -65,6 +65,18 @@ class Row:
     def known_by(self) -> tuple[str, ...]:
         """Digests by which the row is found again: its own, and that of what it asks without its choices."""
         return tuple(dict.fromkeys((self.digest, replace(self, choices=()).digest)))
+
+
+class Known(Protocol):
+    """A row, or what is made of one."""
+
+    @property
+    def known_by(self) -> tuple[str, ...]: ...
+
+
+def digests_of(rows: Iterable[Known]) -> list[str]:
+    """What all of these rows are known by, for a manifest."""
+    return sorted({digest for row in rows for digest in row.known_by})
 
 
 def _words(text: str) -> str:

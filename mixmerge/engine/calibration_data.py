@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mixmerge.checkpoint.identity import canonical_hash
-from mixmerge.data.rows import Row, read_rows, sample_rows
+from mixmerge.data.rows import Row, digests_of, read_rows, sample_rows
 from mixmerge.data.sources import is_of_hub
 from mixmerge.errors import Fault, MixmergeError, RecipeError
 from mixmerge.plan import Plan
@@ -117,7 +117,7 @@ def experts_of(plan: Plan) -> list[int]:
 
 def manifest_entry(plan: Plan, data: Data, notes: Sequence[str]) -> dict[str, Any]:
     """What the manifest says of the data: ``rows`` are what an evaluation must not meet again: ``known_by``."""
-    every = sorted({digest for rows in data.rows.values() for row in rows for digest in row.known_by})
+    every = digests_of(row for rows in data.rows.values() for row in rows)
     return {
         "transductive": data.transductive,
         "experts": {

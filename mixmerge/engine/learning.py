@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mixmerge.checkpoint.files import Files
+from mixmerge.data.rows import Row, digests_of
 from mixmerge.engine.calibration_data import Data, experts_of
 from mixmerge.engine.maps import is_learned
 from mixmerge.engine.output import Output
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
     from mixmerge.calibrate.learning import Learned
     from mixmerge.calibrate.losses import Answers
-    from mixmerge.data.rows import Row
 
 HEAT_MAP = "mixmerge_coefficients.png"
 LearningProgress = Callable[[int, int, float], None]
@@ -196,7 +196,7 @@ def _digest(rows: Sequence[Row]) -> str:
 def _hashes(experts: Sequence[ModelRef], rows: Sequence[Sequence[Row]], data: Data) -> dict[str, Any]:
     return {
         "order": {str(expert): _digest(found) for expert, found in zip(experts, rows, strict=True)},
-        "rows": sorted({digest for found in rows for row in found for digest in row.known_by}),
+        "rows": digests_of(row for found in rows for row in found),
         "transductive": data.transductive,
     }
 

@@ -172,16 +172,9 @@ class _Loading:
             return MixtureEngine(
                 entry.mixture, device=self.device, batch_tokens=self.batch_tokens, name=entry.name
             )
-        if entry.network:
-            return DynamicEngine(
-                str(entry.folder),
-                dtype=self.dtype,
-                device=self.device,
-                batch_tokens=self.batch_tokens,
-                name=entry.name,
-            )
-        if entry.masks:
-            return TaskEngine(
+        if entry.network or entry.masks:
+            kind = DynamicEngine if entry.network else TaskEngine
+            return kind(
                 str(entry.folder),
                 dtype=self.dtype,
                 device=self.device,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mixmerge.data.rows import read_rows
+from mixmerge.data.rows import digests_of, read_rows
 from mixmerge.errors import Fault, MixmergeError, collecting
 from mixmerge.evaluate.advice import Deltas, deltas_of
 from mixmerge.evaluate.harness import Harness, find_harness
@@ -115,7 +115,7 @@ def _may_calibrate(asked: Asked, tasks: Sequence[EvalTask]) -> bool:
         raise MixmergeError(Fault("--recommend", what, run="Name them by --experts, --base and --tasks"))
     if asked.calibration is None:
         return False
-    rows = {digest for row in read_rows(asked.calibration) for digest in row.known_by}
+    rows = set(digests_of(read_rows(asked.calibration)))
     faults = [
         Fault("--calibration", f"{count:,} of its rows are rows of task {task.name}", run="Keep them apart")
         for task in tasks

@@ -17,7 +17,7 @@ from mixmerge.checkpoint.identity import canonical_hash
 from mixmerge.checkpoint.locate import locate
 from mixmerge.checkpoint.reader import read_json
 from mixmerge.checkpoint.used_rows import MANIFEST, inherited
-from mixmerge.data.rows import Row
+from mixmerge.data.rows import Row, digests_of
 from mixmerge.errors import Fault, MixmergeError, collecting
 from mixmerge.experts import Expert
 from mixmerge.experts.loading import check_device, kind_of, outline, read_tokenizer
@@ -153,9 +153,7 @@ class Trained:
         return {
             "mixmerge": __version__,
             "latent": {"experts": {one.name: one.hash for one in card.experts}, "glue": card.hash},
-            "calibration": {
-                "rows": sorted({digest for one in self.ready.texts.examples for digest in one.known_by})
-            },
+            "calibration": {"rows": digests_of(self.ready.texts.examples)},
             **inherited(folders),
         }
 

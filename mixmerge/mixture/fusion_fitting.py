@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from mixmerge import __version__
 from mixmerge.checkpoint.used_rows import MANIFEST
-from mixmerge.data.rows import Row, read_rows, sample_rows
+from mixmerge.data.rows import Row, digests_of, read_rows, sample_rows
 from mixmerge.engines.records import Message, Request, Scoring
 from mixmerge.errors import CheckpointError, Fault, MixmergeError, collecting
 from mixmerge.experts.identity import identities
@@ -71,7 +71,7 @@ def fit_fusion(spec: MixtureSpec, out: Path, how: Fitting) -> Fitted:
         (new / CARD).write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n", "utf-8")
         manifest = {
             "mixmerge": __version__,
-            "calibration": {"rows": {"alpha": sorted({digest for row in rows for digest in row.known_by})}},
+            "calibration": {"rows": {"alpha": digests_of(rows)}},
         }
         (new / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", "utf-8")
         save_whole(spec, new, _compose(told, alpha))

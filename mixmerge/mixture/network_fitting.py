@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from mixmerge import __version__, registry
 from mixmerge.checkpoint.locate import locate
 from mixmerge.checkpoint.used_rows import MANIFEST, inherited
-from mixmerge.data.rows import Row, read_rows, sample_rows
+from mixmerge.data.rows import Row, digests_of, read_rows, sample_rows
 from mixmerge.errors import Fault, MixmergeError
 from mixmerge.mixture.gated import AdaptersOptions, base_of
 from mixmerge.mixture.saving import owned_in, save_network
@@ -183,9 +183,7 @@ def history(
     card: BankCard, gate: Gate, rows: Mapping[str, tuple[Row, ...]], folders: Sequence[Path]
 ) -> dict[str, Any]:
     """What was fitted of what; with it, evaluation knows which rows are none to score it by."""
-    used = {
-        name: sorted({digest for row in found for digest in row.known_by}) for name, found in rows.items()
-    }
+    used = {name: digests_of(found) for name, found in rows.items()}
     found: dict[str, Any] = {
         "mixmerge": __version__,
         "network": {"base": card.base, "experts": dict(card.hashes), "bank": card.hash, "gate": gate.kind},

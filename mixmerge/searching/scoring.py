@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixmerge.checkpoint.identity import canonical_hash
+from mixmerge.data.rows import digests_of
 from mixmerge.engines.local import Dtype
 from mixmerge.errors import Fault, MixmergeError
 from mixmerge.evaluate.leaks import Made, leak_faults, read_made, used_rows
@@ -84,8 +85,7 @@ class TaskScorer:
     @property
     def chosen_by(self) -> tuple[str, ...]:
         """What the rows of the development part are known by."""
-        rows = [row for task in self.parts["dev"] for row in task.rows]
-        return tuple(sorted({digest for row in rows for digest in row.known_by}))
+        return tuple(digests_of(row for task in self.parts["dev"] for row in task.rows))
 
     def rows(self, folder: Path, part: Part) -> Mapping[str, NDArray[np.float64]]:
         """Scores of every row of a part, by task.
