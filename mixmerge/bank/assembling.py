@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from mixmerge.bank.records import Bank, Entry, side_by_side
+from mixmerge.bank.records import Bank, Entry, Site, side_by_side
 from mixmerge.errors import Fault, MixmergeError
 from mixmerge.registry import choices
 
@@ -16,6 +17,7 @@ Changes = tuple[Mapping[str, Entry], Mapping[str, Tensor]]
 """What one expert changes: entries of matrices and ``(n,)`` of vectors, by the name of the base's tensor."""
 
 HEAD = "lm_head.weight"
+_Factors = TypeVar("_Factors", Entry, Site)
 
 
 def assembled(experts: Mapping[str, Changes], *, head: str = HEAD) -> Bank:
@@ -96,18 +98,17 @@ def chosen(bank: Bank, experts: Sequence[str]) -> Bank:
 
 def compact(bank: Bank) -> Bank:
     """The same bank, factors in bfloat16 or float16 at sites where that holds every one of them exactly."""
-    sites = {
-        name: replace(one, a=a, b=b) for name, one in bank.sites.items() for a, b in [_short(one.a, one.b)]
-    }
-    return Bank(bank.experts, sites, bank.vectors)
+    return Bank(bank.experts, _compacted(bank.sites), bank.vectors)
 
 
 def compact_changes(changes: Changes) -> Changes:
     """The same of one expert's changes."""
     entries, vectors = changes
-    return {
-        name: replace(one, a=a, b=b) for name, one in entries.items() for a, b in [_short(one.a, one.b)]
-    }, vectors
+    return _compacted(entries), vectors
+
+
+def _compacted(held: Mapping[str, _Factors]) -> dict[str, _Factors]:
+    return {name: replace(one, a=a, b=b) for name, one in held.items() for a, b in [_short(one.a, one.b)]}
 
 
 def _short(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
