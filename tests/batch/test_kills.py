@@ -39,21 +39,37 @@ def slow(case: Make, name: str, *, requests: int, delay: float) -> Any:
     )
 
 
+def kill_later(pid: int, journal: Path, seconds: float, grown: bool, over: threading.Event) -> None:
+    """Kill so many seconds from now, or, if ``grown``, from the first line that the command writes down."""
+    before = journal.stat().st_size if journal.exists() else 0
+    while grown and (not journal.exists() or journal.stat().st_size == before):
+        if over.wait(0.002):
+            return
+    if not over.wait(seconds):
+        with contextlib.suppress(ProcessLookupError):  # it has ended just now
+            os.kill(pid, signal.SIGKILL)
+
+
 def hits(
     commands: Any, arguments: list[object], *, journal: Path, kills: int, most: float, rng: random.Random
 ) -> list[int]:
-    """Give one command until it ends by itself, killing it at random points; batches that had ended at each kill."""
+    """Give one command until it ends by itself, killing it at random points; batches that had ended at each kill.
+
+    Every other kill is timed from the start, which on a busy machine may never get to the work, and every other
+    one from the work's first progress.
+    """
     hit: list[int] = []
     while True:
+        over, killer = threading.Event(), None
         pid = commands.begin(*arguments)
-        timer = None
         if len(hit) < kills:
-            timer = threading.Timer(rng.uniform(0, most), os.kill, (pid, signal.SIGKILL))
-            timer.start()
+            after = (rng.uniform(0, most), False) if len(hit) % 2 else (rng.uniform(0, most / 2), True)
+            killer = threading.Thread(target=kill_later, args=(pid, journal, *after, over))
+            killer.start()
         ended = commands.end()
-        if timer is not None:
-            timer.cancel()
-            timer.join()
+        if killer is not None:
+            over.set()
+            killer.join()
         if ended.code == 0:
             return hit
         if ended.code == 2 and "exists already" in ended.err:  # killed after its very last line of work

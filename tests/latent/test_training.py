@@ -181,12 +181,13 @@ def test_all_terms_are_measured_where_a_router_learns(asked: Callable[..., Asked
 
 def test_it_stops_early_and_keeps_the_best(asked: Callable[..., Asked], tmp_path: Path) -> None:
     wild = QUICK.model_copy(
-        update={"steps": 30, "learning_rate": 0.5, "warm_up": 0.0, "evaluate_every": 1, "patience": 2}
+        # the rate falls towards the last step: far from it two looks without a gain are certain to come
+        update={"steps": 400, "learning_rate": 0.5, "warm_up": 0.0, "evaluate_every": 1, "patience": 2}
     )
     made = fitted(asked(train=wild), tmp_path)
     report = made.report
     assert report.stopped_early
-    assert report.steps < 30
+    assert report.steps < 400
     assert report.steps - report.best == 2
     best = min(report.looks, key=lambda one: one.per_byte)
     assert report.best == best.step
