@@ -9,6 +9,8 @@ import typer
 
 from mixmerge.cli.show import emit_json, size, table, warn
 
+_DONORS = ("config_and_tokenizer_from", "config_and_head_from", "tokenizer_from")
+
 
 def plan(
     recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.", show_default=False)],
@@ -153,7 +155,7 @@ def _print_summary(report: dict[str, Any]) -> None:
             "output tensors",
             f"{merged} merged, {copied} copied, {len(report['dropped'])} of the inputs dropped",
         ),
-        ("config and tokenizer", report["config_and_tokenizer_from"]),
+        *((key.removesuffix("_from").replace("_", " "), report[key]) for key in _DONORS if key in report),
         ("to download", size(report["to_download"])),
         ("to read", size(report["bytes_read"])),
         ("to write", f"{size(report['bytes_written'])} in {len(report['shards'])} file(s)"),

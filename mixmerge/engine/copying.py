@@ -1,10 +1,11 @@
-"""Tensors that are not merged: integers and booleans, copied if every input has the same bytes."""
+"""Tensors that are not merged: integers and booleans, the same in every input, and the head of one expert."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from mixmerge.checkpoint.files import Files
+from mixmerge.engine.heads import stored_bytes
 from mixmerge.engine.output import Output
 from mixmerge.engine.schedule import Job, Pass
 from mixmerge.engine.worker import Worker
@@ -15,7 +16,7 @@ _PIECE = 1 << 20
 
 
 def copy(plan: Plan, task: Task, files: Files, output: Output) -> Job:
-    """Copy one tensor byte by byte, comparing all inputs on the way.
+    """Copy one tensor byte by byte, comparing all inputs on the way; a head may get another dtype.
 
     Raises:
         CheckpointError: two inputs differ.
@@ -38,5 +39,11 @@ def copy(plan: Plan, task: Task, files: Files, output: Output) -> Job:
                 )
         output.write(task, start, first.data)
 
-    size = task.target.nbytes
+    def convert(worker: Worker, number: int, start: int, stop: int) -> None:
+        output.write(task, 0, memoryview(stored_bytes(only, task.target.dtype, files)))
+
+    size, only = task.target.nbytes, task.sources[0]
+    if only.adapter is not None or only.tensor.dtype != task.target.dtype:
+        yield Pass(convert, [(0, size)])
+        return
     yield Pass(run, [(start, min(start + _PIECE, size)) for start in range(0, size, _PIECE)])

@@ -117,7 +117,7 @@ Made by mixmerge {__version__} with **{plan.made_by.name}**:
 
 {listed}
 
-Config and tokenizer are those of `{plan.models[plan.donor].ref}`. Fingerprints of the inputs are in
+{_donors(plan)} Fingerprints of the inputs are in
 `{MANIFEST}`.
 {heads}{beside}{shown}
 ## Recipe
@@ -125,6 +125,13 @@ Config and tokenizer are those of `{plan.models[plan.donor].ref}`. Fingerprints 
 ```yaml
 {recipe}```
 """
+
+
+def _donors(plan: Plan) -> str:
+    donor = plan.models[plan.donor].ref
+    if plan.owner is None:
+        return f"Config and tokenizer are those of `{donor}`."
+    return f"Config and head are those of `{plan.models[plan.owner].ref}`, the tokenizer that of `{donor}`."
 
 
 def _masks_section(plan: Plan) -> str:

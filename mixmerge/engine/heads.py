@@ -29,12 +29,13 @@ def _weights(head: Head, files: Files) -> bytes:
     targets, (shard,) = lay_out(wanted, 1 << 62)
     content = bytearray(shard.header)
     for target in targets:
-        content += _bytes(sources[target.name], files)
+        content += stored_bytes(sources[target.name], target.dtype, files)
     return bytes(content)
 
 
-def _bytes(source: Source, files: Files) -> bytes:
-    if source.adapter is None:
+def stored_bytes(source: Source, dtype: str, files: Files) -> bytes:
+    """A tensor of a head as it is written: with what an adapter puts in its place, in this dtype."""
+    if source.adapter is None and source.tensor.dtype == dtype:
         data = np.empty(source.tensor.nbytes, np.uint8)
         files.read(source.tensor, 0, data.data)
         return data.tobytes()
@@ -42,6 +43,7 @@ def _bytes(source: Source, files: Files) -> bytes:
 
     from mixmerge.engine.reading import TORCH, read_tensor
 
-    value = read_tensor(source, files, Adapters(), torch.float32, "cpu")
-    stored = value.to(getattr(torch, TORCH[source.tensor.dtype])).contiguous()
+    work = torch.float64 if source.tensor.dtype == "F64" else torch.float32
+    value = read_tensor(source, files, Adapters(), work, "cpu")
+    stored = value.to(getattr(torch, TORCH[dtype])).contiguous()
     return stored.reshape(-1).view(torch.uint8).numpy().tobytes()

@@ -130,8 +130,9 @@ def load_with_head(
         trunk = _stored(folder)
         prefix = f"{kind.base_model_prefix}."
         held = _type_of(trunk) if dtype == "auto" else getattr(torch, dtype)
-        bare = not any(tensor.startswith(prefix) for tensor in trunk)
-        state = {f"{prefix}{tensor}" if bare else tensor: value for tensor, value in trunk.items()} | own
+        inside = {tensor: value for tensor, value in trunk.items() if tensor.startswith(prefix)}
+        bare = {f"{prefix}{tensor}": value for tensor, value in trunk.items()}
+        state = (inside or bare) | own
         found, info = kind.from_pretrained(
             None, config=config, state_dict=state, dtype=held, output_loading_info=True
         )

@@ -110,6 +110,7 @@ def doge_ta(
     lr: float = 1e-4,
     projection: Literal["gradient", "step"] = "gradient",
     part: float | None = None,
+    scaled: bool = False,
     tables: Literal["base", "spectral"] = "base",
     tolerance: float | None = None,
     role: Role = "linear",
@@ -137,7 +138,8 @@ def doge_ta(
         projection: ``gradient`` is the code's: Adam is given projected gradients, and as it scales each entry by
             itself, D does not stay outside the subspace. ``step`` projects D after every step as well, so it does.
         part: position of an expert, from 0: base plus ``(delta_i + D) * M_i`` of this one alone. DOGE-AM is
-            ``adamerging`` of the parts of all.
+            ``adamerging`` of the parts of all, from 0.3 on in the authors' code.
+        scaled: of ``part``: times ``l_i``, so that the parts of all add up to the merge.
         sketch: of ``LargestEntries``; without it, this tensor alone is the model.
 
     Raises:
@@ -158,9 +160,7 @@ def doge_ta(
         sketch = _alone(deltas, base, role, tables, density)
     limits = sketch.values
     count = len(deltas)
-    alone = (
-        None if part is None else [float(at == expert_at(part, count, name="part")) for at in range(count)]
-    )
+    only = None if part is None else expert_at(part, count, name="part")
     factors = [float(eta) * float(each) for each in ([1.0] * len(deltas) if weight is None else weight)]
 
     def matrix(each: Sequence[Delta]) -> Tensor:
@@ -170,7 +170,9 @@ def doge_ta(
         project = _projector(held, int(subspace), tolerance)
         settle = project if projection == "step" else None
         correction = _correction(held, beside, scales, project, settle, steps=int(steps), lr=float(lr))
-        return _masked(held, correction, scales if alone is None else alone, limits)
+        if only is not None:
+            scales = [(scale if scaled else 1.0) * (at == only) for at, scale in enumerate(scales)]
+        return _masked(held, correction, scales, limits)
 
     return by_matrix(
         deltas, matrix, base=base, weight=None, lambda_=lambda_, role=role, tables=tables, rest="base"

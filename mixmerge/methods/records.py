@@ -31,7 +31,8 @@ class Parameter:
         choices: allowed words of a choice; of a number, words that may stand in its place.
         listed: of a choice: or whole numbers, commas between.
         constant: the value may not change from tensor to tensor (it steers a whole-model statistic).
-        position: the number is the position of one of the experts, from 0.
+        position: the number is the position of one of the experts, from 0, and the result is that expert's model: it
+            has the expert's own head where heads differ.
         whole: the number counts something: it has no fraction, and gradients go in steps.
         learning: it steers how coefficients are learned, or statistics gathered; the definition does not take it.
         doc: one line for tables and errors.

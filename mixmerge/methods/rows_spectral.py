@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from mixmerge.methods.parameters import choice, kept, merged_by, number, one_part, tables, tolerance, whole
+from mixmerge.methods.parameters import (
+    choice,
+    flag,
+    kept,
+    merged_by,
+    number,
+    one_part,
+    tables,
+    tolerance,
+    whole,
+)
 from mixmerge.methods.records import ANY, Method, Parameter
 
 
@@ -100,6 +110,7 @@ ROWS = (
                 *("gradient", "step"),
             ),
             one_part(),
+            flag("scaled", False, "of part: scaled as in the merge, so that the parts of all add up to it"),
         ),
         summary="one correction of all deltas outside their shared subspace, then the largest entries of each",
         paper="Adaptive Projective Gradient Descent (DOGE), arXiv:2501.01230",

@@ -17,7 +17,7 @@ from mixmerge.methods import Method, Value
 from mixmerge.methods.roles import role_of
 from mixmerge.plan.agree import Agreement, agree, compare_configs, compare_tokenizers, some
 from mixmerge.plan.bank import BankPlan, plan_bank
-from mixmerge.plan.heads import head_notes, kept_heads, names_of, outside_of, trunks
+from mixmerge.plan.heads import Owner, head_notes, kept_heads, names_of, outside_of, owner_of, trunks
 from mixmerge.plan.layers import depths, layer_of
 from mixmerge.plan.layout import Wanted, lay_out
 from mixmerge.plan.masks import plan_masks
@@ -28,6 +28,7 @@ from mixmerge.recipe import (
     Parsed,
     Recipe,
     TensorValues,
+    chosen_expert,
     inputs,
     layer_position,
     read,
@@ -41,6 +42,7 @@ _SPOKEN = {stored: spoken for spoken, stored in _STORED.items()}
 
 # (path, revision) as a recipe writes them -> the commit on the hub that is meant.
 Commits = Mapping[tuple[str, str | None], str]
+Group = tuple[tuple[Source, ...], Source | None]  # one tensor of every expert, and of a base that is required
 
 
 def make_plan(
@@ -78,9 +80,14 @@ def make_plan(
     entries = [order[entry.model] for entry in inputs(recipe, method)]
     needs_base = base if method.base == "required" else None
     groups = _gather(split.models, entries, needs_base, agreement, deltas=method.takes == "deltas")
+    chosen = chosen_expert(recipe, method)
+    owner = owner_of(split, models, None if chosen is None else entries[chosen])
+    if owner is not None:
+        groups = _owned(groups, owner)
     wanted = [Wanted(name, *_output_form(group, recipe)) for name, group in groups.items()]
     targets, shards = lay_out(wanted, recipe.output.shard_size)
-    tasks = _tasks(recipe, method, groups, targets, models[donor].config, faults)
+    head = owner.head if owner else ()
+    tasks = _tasks(recipe, method, groups, targets, models[donor].config, faults, head=head)
     tasks = replayed(recipe, method, tasks, faults, warnings)
     _check_scope(tasks, faults)
     bank = _bank(parsed.recipe, names_of(models, entries), tasks, split.own, faults)
@@ -88,12 +95,13 @@ def make_plan(
     warnings += bank.notes() if bank else []
     if faults:
         raise RecipeError(faults)
-    config = _output_config(split.models[donor].config, agreement, targets)
+    config = owner.config if owner else split.models[donor].config
+    config = _output_config(config, agreement, targets)
     heads = kept_heads(split, models, entries)
-    dropped = (*agreement.dropped, *outside_of(split, heads))
+    dropped = (*agreement.dropped, *outside_of(split, heads, owner))
     plan = Plan(
         parsed.recipe, parsed.text, method, models, needs_base, donor, tuple(tasks), dropped, tuple(shards),
-        config, tuple(warnings), heads, bank, masks,
+        config, tuple(warnings), heads, bank, masks, owner.model if owner else None,
     )  # fmt: skip
     return dataclasses.replace(plan, hash=_hash(plan))
 
@@ -138,13 +146,19 @@ def _with_adapter(ref: ModelRef, place: Place, checkpoint: Checkpoint, commits: 
 
 def _gather(
     models: Sequence[Model], entries: Sequence[int], base: int | None, agreement: Agreement, *, deltas: bool
-) -> dict[str, tuple[tuple[Source, ...], Source | None]]:
-    groups = {}
+) -> dict[str, Group]:
+    groups: dict[str, Group] = {}
     for name in agreement.names:
         root = _source(models, base, name, agreement, None) if base is not None else None
         ground = root if deltas else None
         groups[name] = tuple(_source(models, number, name, agreement, ground) for number in entries), root
     return groups
+
+
+def _owned(groups: Mapping[str, Group], owner: Owner) -> dict[str, Group]:
+    """The trunk's tensors under the names that the owner has them by, and the owner's head."""
+    trunk = {owner.prefix + name: group for name, group in groups.items()}
+    return trunk | {name: ((source,), None) for name, source in owner.head.items()}
 
 
 def _source(
@@ -168,9 +182,7 @@ def _same_bytes(one: TensorHeader, other: TensorHeader) -> bool:
     return one.file == other.file or (both and one.file.samefile(other.file))
 
 
-def _output_form(
-    group: tuple[tuple[Source, ...], Source | None], recipe: Recipe
-) -> tuple[tuple[int, ...], str]:
+def _output_form(group: Group, recipe: Recipe) -> tuple[tuple[int, ...], str]:
     sources, base = group
     headers = [source.tensor for source in (*sources, *((base,) if base else ()))]
     dtypes = {header.dtype for header in headers}
@@ -189,10 +201,12 @@ def _promote(dtypes: set[str]) -> str:
 def _tasks(
     recipe: Recipe,
     method: Method,
-    groups: dict[str, tuple[tuple[Source, ...], Source | None]],
+    groups: Mapping[str, Group],
     targets: list[Target],
     config: Mapping[str, Any],
     faults: list[Fault],
+    *,
+    head: Collection[str],
 ) -> list[Task]:
     stacks = depths(groups)
     model_type, hidden = str(config.get("model_type", "")), _width(config)
@@ -200,7 +214,7 @@ def _tasks(
     tasks = []
     for target in targets:
         sources, base = groups[target.name]
-        copied = target.dtype not in FLOATS
+        copied = target.dtype not in FLOATS or target.name in head
         parameters: dict[str, Value | tuple[Value, ...]] = {}
         if not copied:
             try:

@@ -1,5 +1,7 @@
 """Experts with heads of their own, such as classifiers of other classes: the trunk is merged, every head is kept.
 
+A merge that makes one expert's model gives it that expert's head besides.
+
 A head is what a ``*ForSequenceClassification``, ``*ForTokenClassification``, ``*ForQuestionAnswering`` or
 ``*ForMultipleChoice`` model stores outside its trunk. Its trunk is what stands under the first part of the names of
 its layers: ``bert.`` of ``bert.encoder.layer.0``. A model without a head stores the same tensors with or without it.
@@ -36,11 +38,13 @@ class Trunks:
             if all heads are alike, which are then merged like everything else.
         heads: of each model that has a head, its tensors by their stored names.
         outside: of each model, what is not merged, by stored names.
+        prefix: what stands before the trunk's names where a model has a head.
     """
 
     models: tuple[Model, ...]
     heads: dict[int, dict[str, TensorHeader]]
     outside: dict[int, dict[str, TensorHeader]]
+    prefix: str = ""
 
     @property
     def merged_whole(self) -> bool:
@@ -76,7 +80,7 @@ def trunks(models: Sequence[Model]) -> Trunks:
     heads = {number: outside[number] for number in prefixes}
     name = _trunk_class(models)
     views = tuple(_view(model, prefix, outside[number].keys(), name) for number, model in enumerate(models))
-    return Trunks(views, heads, outside)
+    return Trunks(views, heads, outside, prefix)
 
 
 def _architecture(model: Model) -> str:
@@ -170,6 +174,40 @@ def kept_heads(found: Trunks, models: Sequence[Model], entries: Sequence[int]) -
     return tuple(heads)
 
 
+@dataclass(frozen=True)
+class Owner:
+    """The expert whose model is made, where experts have heads of their own: the model has this one's.
+
+    Args:
+        model: index into the plan's models.
+        prefix: before the names of the trunk's tensors, as the expert stores them.
+        head: by the names of its tensors, which are in the model as they are.
+        config: the expert's ``config.json``.
+    """
+
+    model: int
+    prefix: str
+    head: dict[str, Source]
+    config: dict[str, Any]
+
+
+def owner_of(found: Trunks, models: Sequence[Model], number: int | None) -> Owner | None:
+    """The owner of what is merged; None if it is nobody's, or its head is merged with the rest or is not there.
+
+    Args:
+        found: as ``trunks`` gives it.
+        models: the plan's inputs.
+        number: which of them the merge makes the model of.
+    """
+    if number is None or found.merged_whole or not found.heads.get(number):
+        return None
+    model = models[number]
+    head = {
+        name: Source(number, header, model.deltas.get(name)) for name, header in found.heads[number].items()
+    }
+    return Owner(number, found.prefix, head, model.config)
+
+
 def names_of(models: Sequence[Model], experts: Sequence[int]) -> tuple[str, ...]:
     """A name for each expert: the last part of its path, with its place where two are called alike."""
     names = [
@@ -178,8 +216,8 @@ def names_of(models: Sequence[Model], experts: Sequence[int]) -> tuple[str, ...]
     return tuple(name if names.count(name) == 1 else f"{name}-{place}" for place, name in enumerate(names))
 
 
-def outside_of(found: Trunks, heads: Sequence[Head]) -> tuple[Dropped, ...]:
-    """What is not merged of each input, and where it is instead."""
+def outside_of(found: Trunks, heads: Sequence[Head], owner: Owner | None) -> tuple[Dropped, ...]:
+    """What of each input is not in the output's model, and where it is instead."""
     kept = {head.model: head.expert for head in heads}
     return tuple(
         Dropped(
@@ -189,6 +227,7 @@ def outside_of(found: Trunks, heads: Sequence[Head]) -> tuple[Dropped, ...]:
             header.nbytes,
         )
         for number, tensors in found.outside.items()
+        if owner is None or number != owner.model
         for name, header in tensors.items()
     )
 

@@ -95,7 +95,8 @@ class Task:
         target: the output.
         sources: the experts, in the recipe's order. A copied tensor has all that must be identical.
         base: for methods that require one.
-        copied: not merged: an integer or boolean tensor, which must be the same in every input.
+        copied: not merged: an integer or boolean tensor, which must be the same in every input, or one of the head of
+            the expert whose model this is.
         parameters: the method's values for this tensor: one for parameters ``per`` merge, else a tuple with
             one for each source.
         role: what the tensor is for.
@@ -173,6 +174,8 @@ class Plan:
         config: the output's ``config.json``.
         warnings: what a person should know and can ignore.
         heads: of the experts that have some, in their order.
+        owner: index into ``models`` of the expert whose model this is, with its config and its own head; None where
+            heads are merged, or beside the model only.
         masks: of all tasks, beside the base; None where one model is made.
         bank: what stands beside the shared model; None where the method leaves nothing else.
         hash: SHA-256 of everything that decides the output, except the values in the inputs and their paths.
@@ -192,6 +195,7 @@ class Plan:
     heads: tuple[Head, ...] = ()
     bank: BankPlan | None = None
     masks: MaskPlan | None = None
+    owner: int | None = None
     hash: str = field(default="")
 
     @property

@@ -113,6 +113,14 @@ def bank_memory(bank: BankPlan) -> int:
     )
 
 
+def _donors(plan: Plan) -> dict[str, str]:
+    """Whose config and tokenizer the output has, and whose head, if it is one expert's."""
+    donor = str(plan.models[plan.donor].ref)
+    if plan.owner is None:
+        return {"config_and_tokenizer_from": donor}
+    return {"config_and_head_from": str(plan.models[plan.owner].ref), "tokenizer_from": donor}
+
+
 def as_json(plan: Plan, *, threads: int) -> dict[str, Any]:
     """Everything a plan says, as JSON data."""
     return {
@@ -128,7 +136,7 @@ def as_json(plan: Plan, *, threads: int) -> dict[str, Any]:
             for model in plan.models
         ],
         "base": None if plan.base is None else str(plan.models[plan.base].ref),
-        "config_and_tokenizer_from": str(plan.models[plan.donor].ref),
+        **_donors(plan),
         "to_download": plan.bytes_to_download,
         "bytes_read": plan.bytes_read,
         "bytes_written": plan.bytes_written,

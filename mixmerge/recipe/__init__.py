@@ -10,7 +10,14 @@ from __future__ import annotations
 from mixmerge.recipe.calibration import Calibration
 from mixmerge.recipe.reading import parse, read
 from mixmerge.recipe.references import ModelRef
-from mixmerge.recipe.resolving import TensorValues, interpolate, layer_position, resolve, resolve_tensor
+from mixmerge.recipe.resolving import (
+    TensorValues,
+    chosen_expert,
+    interpolate,
+    layer_position,
+    resolve,
+    resolve_tensor,
+)
 from mixmerge.recipe.schema import (
     Conditional,
     ModelEntry,
@@ -34,6 +41,7 @@ __all__ = [
     "Setting",
     "TensorValues",
     "canonical",
+    "chosen_expert",
     "dump",
     "inputs",
     "interpolate",

@@ -9,6 +9,7 @@ from mixmerge.document import Scalar
 from mixmerge.errors import Fault, RecipeError
 from mixmerge.methods import REQUIRED, Method, Parameter, Value
 from mixmerge.recipe.schema import ModelEntry, Recipe, Setting, inputs
+from mixmerge.recipe.settings import constant
 
 ZERO_SUM = 1e-8
 
@@ -164,6 +165,17 @@ def _entry_values(
 def _missing(where: str, parameter: Parameter, name: str) -> Fault:
     what = f"no {parameter.name} for tensor {name}: no filter matches it"
     return Fault(f"{where}.{parameter.name}", what, run="Add an entry without filter, last")
+
+
+def chosen_expert(recipe: Recipe, method: Method) -> int | None:
+    """The expert whose model a merge makes, by its place among ``inputs(recipe)``; None: it makes one of them all."""
+    for parameter in method.parameters:
+        if not parameter.position:
+            continue
+        value = constant(recipe.parameters.get(parameter.name, ()))
+        if value is not None and not isinstance(value, str):
+            return int(value)
+    return None
 
 
 def zero_sum(where: str, which: str = "") -> Fault:
