@@ -1,9 +1,9 @@
-"""Merges that make one expert's model, of classifiers whose heads differ: the folder is a classifier, its head that one's."""
+"""Merges that make one expert's model, of classifiers whose heads differ: the folder is a classifier with its head."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +51,9 @@ def made(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
             root / name, "BertForSequenceClassification", seed=seed, tokenizer=tokenizer, num_labels=count,
             id2label=names, label2id={label: at for at, label in names.items()}, **more,
         )  # fmt: skip
-    rows = [{"text": f"some text {number}", "label": number % 2} for number in range(8)]
-    (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, text in {"rows": "some text", "asked": "another one"}.items():
+        rows = [{"text": f"{text} {number}", "label": number % 2} for number in range(8)]
+        (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return root
 
 
@@ -66,11 +67,12 @@ def recipe(root: Path, method: str, parameters: dict[str, Any], *, base: str = "
     }
 
 
-def logits(model: Any, folder: Path) -> torch.Tensor:
+def logits(
+    model: Any, folder: Path, texts: Sequence[str] = ("some text", "and some more of it")
+) -> torch.Tensor:
     from transformers import AutoTokenizer
 
-    texts = ["some text", "and some more of it"]
-    given = AutoTokenizer.from_pretrained(folder)(texts, return_tensors="pt", padding=True)
+    given = AutoTokenizer.from_pretrained(folder)(list(texts), return_tensors="pt", padding=True)
     with torch.no_grad():
         found: torch.Tensor = model.eval()(given["input_ids"], given["attention_mask"]).logits
     return found
@@ -206,20 +208,36 @@ def test_doge_am_of_classifiers_is_two_steps(
     start = second["parameters"]["weight"]
     assert any(value != start for chunks in learned.values() for row in chunks for value in row)
     shown = run(
-        *("eval", places[1], "--task", made / "rows.jsonl", "--metric", "accuracy", "--head", "part1"),
-        *("--experts", f"part1={places[1]}", "--resamples", 100),
+        *(
+            "eval",
+            tmp_path / "out",
+            "--task",
+            made / "asked.jsonl",
+            "--metric",
+            "accuracy",
+            "--head",
+            "part1",
+        ),
+        *("--experts", f"part1={places[1]}", "--resamples", 100, "--json"),
     )
-    assert "part1" in shown.stdout
-    if scaled:
-        mixmerge.merge(recipe(made, "doge_ta", {"steps": 3}), tmp_path / "ta")
-        whole = read_tensors(tmp_path / "ta")
-        for method in ("adamerging", "task_arithmetic"):
-            again = {**second, "merge_method": method, "parameters": {"weight": 1.0, "learn": "none"}}
-            if method == "task_arithmetic":
-                again = {key: value for key, value in again.items() if key != "calibration"}
-                again["parameters"] = {"weight": 1.0}
-            mixmerge.merge(again, tmp_path / method)
-            found = read_tensors(tmp_path / method)
-            assert found.keys() == whole.keys()
-            for name, value in whole.items():
-                torch.testing.assert_close(found[name], value, rtol=0, atol=1e-6)
+    (score,) = (
+        row["scores"]["asked"]["value"] for row in json.loads(shown.stdout)["rows"] if row["name"] == "part1"
+    )
+    rows = [json.loads(line) for line in (made / "asked.jsonl").read_text().splitlines()]
+    picks = logits(load_expert(places[1]).model, places[1], [row["text"] for row in rows]).argmax(1)
+    assert score == sum(pick == row["label"] for pick, row in zip(picks.tolist(), rows, strict=True)) / 8
+    if not scaled:
+        return
+    mixmerge.merge(recipe(made, "doge_ta", {"steps": 3}), tmp_path / "ta")
+    still = {**second, "parameters": {**second["parameters"], "learning_rate": 0.0}}
+    mixmerge.merge(still, tmp_path / "still")
+    plain = {key: value for key, value in second.items() if key != "calibration"}
+    mixmerge.merge(
+        {**plain, "merge_method": "task_arithmetic", "parameters": {"weight": 1.0}}, tmp_path / "plain"
+    )
+    whole = read_tensors(tmp_path / "ta")
+    for folder in ("still", "plain"):
+        found = read_tensors(tmp_path / folder)
+        assert found.keys() == whole.keys()
+        for name, value in whole.items():
+            torch.testing.assert_close(found[name], value, rtol=0, atol=1e-6)

@@ -7,7 +7,7 @@ with that one only.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 SEEDS = (0, 1, 2)  # of calibration, for methods that draw or learn
@@ -31,6 +31,7 @@ class Entry:
         generators: keys of that block that are other for generators.
         seeds: it draws or learns, so it is run three times.
         per_task: its result is one trunk for each task; ``top`` gets this parameter with the expert's number.
+        parts: of an entry with ``per_task``: what it makes of each expert is merged in the experts' place.
         search: what a search may change, as in a space of ``mixmerge search``; starts from the recipe.
         against: (FusionBench's method, its settings).
         suites: where it is run.
@@ -47,6 +48,7 @@ class Entry:
     generators: dict[str, Any] = field(default_factory=dict)
     seeds: bool = False
     per_task: str = ""
+    parts: Entry | None = None
     search: dict[str, Any] = field(default_factory=dict)
     against: tuple[str, dict[str, Any]] | None = None
     suites: tuple[str, ...] = ("encoders", "generative")
@@ -247,6 +249,14 @@ def _with_statistics() -> tuple[Entry, ...]:
     )
 
 
+def _doge_am(name: str, *, scaled: bool) -> Entry:
+    """AdaMerging of DOGE-TA's parts: as the authors' code does it, or from DOGE-TA itself on."""
+    start = {"weight": 1.0} if scaled else {"weight": 0.3}
+    parts = Entry("part", "doge_ta", top={"steps": 400, "scaled": scaled}, per_task="part")
+    ada = _adamerging(name, "validation")
+    return replace(ada, each=start, parts=parts, against=None)
+
+
 def _learned() -> tuple[Entry, ...]:
     aligned = {"Expert Merging": "expert_merging", "Expert Merging++": "expert_merging_plus"}
     few = {"max_tokens": 128}
@@ -255,6 +265,8 @@ def _learned() -> tuple[Entry, ...]:
         _adamerging("AdaMerging, layers", "validation"),
         _adamerging("AdaMerging++, layers", "validation", method="adamerging_plus"),
         _adamerging("AdaMerging, layers, transductive", "test"),
+        _doge_am("DOGE-AM", scaled=False),
+        _doge_am("DOGE-AM, from DOGE-TA", scaled=True),
         *(
             Entry(name, method, top=_HALF_FLOATS, data="train", examples=64, calibration=few, seeds=True)
             for name, method in aligned.items()

@@ -155,13 +155,35 @@ def merge_and_score(
     suite: Suite, entry: Entry, seed: int, value: float | None, split: str, out: Path
 ) -> None:
     """One recipe merged in a process of its own and scored: answers and cost to ``out``; the merge is not kept."""
+    experts = suite.headed if entry.data else suite.experts
+    parts, spent = [], []
+    if entry.parts:
+        parts, spent = merged_by(suite, entry.parts, experts, seed, None, out.stem)
+        experts = {task: str(folder.resolve()) for task, folder in zip(experts, parts, strict=True)}
+    folders, more = merged_by(suite, entry, experts, seed, value, out.stem)
+    spent += more
+    by_task = dict(
+        zip(suite.experts, folders if entry.per_task else folders * len(suite.experts), strict=True)
+    )
+    suite.score(by_task, split, out)
+    total = {key: sum(one[key] for one in spent) for key in ("seconds", "cpu")}
+    total["peak"] = max(one["peak"] for one in spent)
+    write_json(out, flat(read(out)) | {"cost": total, "value": value})
+    for merged in (*parts, *folders):
+        shutil.rmtree(merged)
+
+
+def merged_by(
+    suite: Suite, entry: Entry, experts: dict[str, str], seed: int, value: float | None, name: str
+) -> tuple[list[Path], list[dict[str, float]]]:
+    """The folders that an entry makes of experts, one or one for each task, and what each cost."""
     rows = suite.rows(entry.data, entry.examples) if entry.data else {}
-    top = [{entry.per_task: number} for number in range(len(suite.experts))] if entry.per_task else [{}]
+    top = [{entry.per_task: number} for number in range(len(experts))] if entry.per_task else [{}]
     folders, spent = [], []
     for number, extra in enumerate(top):
         made = entry.recipe(
             str(suite.base),
-            suite.headed if entry.data else suite.experts,
+            experts,
             rows={task: str(file) for task, file in rows.items()},
             dtype=suite.dtype,
             seed=seed,
@@ -170,22 +192,14 @@ def merge_and_score(
         )
         if extra:
             made["parameters"] = made.get("parameters", {}) | extra
-        recipe = suite.folder / "recipes" / f"{out.stem}{f'-{number}' if extra else ''}.yaml"
+        recipe = suite.folder / "recipes" / f"{name}{f'-{number}' if extra else ''}.yaml"
         recipe.parent.mkdir(parents=True, exist_ok=True)
         recipe.write_text(yaml.safe_dump(made, sort_keys=False), encoding="utf-8")
         merged = suite.folder / "merges" / recipe.stem
         merged.parent.mkdir(parents=True, exist_ok=True)
         spent.append(cost(run_ours(recipe.resolve(), merged.resolve())))
         folders.append(merged)
-    by_task = dict(
-        zip(suite.experts, folders if entry.per_task else folders * len(suite.experts), strict=True)
-    )
-    suite.score(by_task, split, out)
-    total = {key: sum(one[key] for one in spent) for key in ("seconds", "cpu")}
-    total["peak"] = max(one["peak"] for one in spent)
-    write_json(out, flat(read(out)) | {"cost": total, "value": value})
-    for merged in folders:
-        shutil.rmtree(merged)
+    return folders, spent
 
 
 def flat(found: dict[str, Any]) -> dict[str, Any]:
@@ -203,6 +217,8 @@ def run_entry(suite: Suite, entry: Entry) -> None:
     told: dict[str, Any] = {"entry": entry, "inputs": suite.identity}
     apart = ("against", "suites", "generators")
     told["entry"] = {key: value for key, value in vars(entry).items() if key not in apart}
+    if entry.parts is None:
+        del told["entry"]["parts"]
     if suite.skills and entry.generators:
         told["generators"] = entry.generators
     value = None

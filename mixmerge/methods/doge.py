@@ -138,7 +138,7 @@ def doge_ta(
         projection: ``gradient`` is the code's: Adam is given projected gradients, and as it scales each entry by
             itself, D does not stay outside the subspace. ``step`` projects D after every step as well, so it does.
         part: position of an expert, from 0: base plus ``(delta_i + D) * M_i`` of this one alone. DOGE-AM is
-            ``adamerging`` of the parts of all, from 0.3 on in the authors' code.
+            ``adamerging`` of the parts of all; the authors' code starts at 0.3 of parts that are not scaled.
         scaled: of ``part``: times ``l_i``, so that the parts of all add up to the merge.
         sketch: of ``LargestEntries``; without it, this tensor alone is the model.
 
@@ -154,13 +154,11 @@ def doge_ta(
         every architecture's matrices, not names with ``encoder``; more experts than k still give a direction each to
         the subspace (the code: none); a zero delta has l_i = 0 (published: 0/0); exactly
         the K-th largest is the threshold (the code keeps one more), values equal to it are kept as in the code, but
-        for zeros; D takes no part in the mask, as in the code (FusionBench's page says otherwise).
+        for zeros; D takes no part in the mask, as in the code (FusionBench's page says otherwise). A part has the D of
+        all experts; the code's DOGE-AM finds one for each, outside k / T directions.
     """
-    if sketch is None:
-        sketch = _alone(deltas, base, role, tables, density)
-    limits = sketch.values
-    count = len(deltas)
-    only = None if part is None else expert_at(part, count, name="part")
+    limits = (sketch or _alone(deltas, base, role, tables, density)).values
+    only = None if part is None else expert_at(part, len(deltas), name="part")
     factors = [float(eta) * float(each) for each in ([1.0] * len(deltas) if weight is None else weight)]
 
     def matrix(each: Sequence[Delta]) -> Tensor:
