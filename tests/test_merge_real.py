@@ -10,6 +10,7 @@ import sys
 import tarfile
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from types import ModuleType
@@ -165,18 +166,22 @@ def test_encoders_from_packages_to_table(
         made, {f"bert.{name}": value for name, value in load_file(made / "model.safetensors").items()}, base
     )
     sizes = suites.Sizes({"train": 64, "validation": 8, "test": 12}, 1, {}, (0, 0))
-    two = (
+    chosen = (
         entries.Entry("average", "linear", each={"weight": 1.0}),
         entries.Entry(
             "task arithmetic", "task_arithmetic", each={"weight": 1.0}, sweep=("weight", (0.2, 0.4))
         ),
     )
-    monkeypatch.setattr(page, "ENTRIES", two)
+    am = next(entry for entry in entries.ENTRIES if entry.name == "DOGE-AM, from DOGE-TA")
+    quick = {key: am.top[key] for key in ("clamp", "precision") if key in am.top} | {"steps": 1, "rows": 2}
+    pieces = replace(am.parts, top={**am.parts.top, "steps": 2})
+    chosen += (replace(am, top=quick, parts=pieces, examples=4),)
+    monkeypatch.setattr(page, "ENTRIES", chosen)
 
     def run() -> str:
         suite = suites.make_encoders(work, base, sizes, 0)
         suites.run_experts(suite)
-        for entry in two:
+        for entry in chosen:
             suites.run_entry(suite, entry)
         capsys.readouterr()
         return str(page.report_text(work, "encoders"))
@@ -185,6 +190,13 @@ def test_encoders_from_packages_to_table(
     rows = [line.split(" | ")[0] for line in text.splitlines() if line.startswith("| ")]
     assert rows[:4] == ["| method", "| experts, each on its own", "| base", "| average"]
     assert rows[4].startswith("| task arithmetic (weight 0.")
+    for seed in entries.SEEDS:
+        am_found = json.loads(
+            (work / "encoders" / "results" / f"doge-am--from-doge-ta-seed{seed}.json").read_text()
+        )
+        assert am_found["right"].keys() == part("texts").SOURCES.keys()
+    kept = {place.name for place in (work / "encoders" / "parts" / "doge-am--from-doge-ta").iterdir()}
+    assert kept == {*part("texts").SOURCES, "cost.json"}
     found = json.loads((work / "encoders" / "results" / "average-seed0.json").read_text())
     assert {task: len(right) <= 12 for task, right in found["right"].items()} == dict.fromkeys(
         part("texts").SOURCES, True
@@ -321,6 +333,11 @@ def test_every_recipe_is_one_that_mixmerge_takes(part: Any) -> None:
     assert entries.available("encoders")
     for entry in (*entries.available("encoders"), *entries.available("generative")):
         values = entry.sweep[1] if entry.sweep else (None,)
+        if entry.parts:
+            assert entry.parts.per_task
+            made = entry.parts.recipe("./base", experts, rows=rows, dtype="bfloat16", seed=3, value=None)
+            made["parameters"][entry.parts.per_task] = 2
+            assert not parse(yaml.safe_dump(made)).faults
         for value in values:
             made = entry.recipe("./base", experts, rows=rows, dtype="bfloat16", seed=3, value=value)
             if entry.per_task:

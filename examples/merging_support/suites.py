@@ -156,10 +156,9 @@ def merge_and_score(
 ) -> None:
     """One recipe merged in a process of its own and scored: answers and cost to ``out``; the merge is not kept."""
     experts = suite.headed if entry.data else suite.experts
-    parts, spent = [], []
+    spent: list[dict[str, float]] = []
     if entry.parts:
-        parts, spent = merged_by(suite, entry.parts, experts, seed, None, out.stem)
-        experts = {task: str(folder.resolve()) for task, folder in zip(experts, parts, strict=True)}
+        experts, spent = parts_of(suite, entry, entry.parts, experts)
     folders, more = merged_by(suite, entry, experts, seed, value, out.stem)
     spent += more
     by_task = dict(
@@ -169,8 +168,26 @@ def merge_and_score(
     total = {key: sum(one[key] for one in spent) for key in ("seconds", "cpu")}
     total["peak"] = max(one["peak"] for one in spent)
     write_json(out, flat(read(out)) | {"cost": total, "value": value})
-    for merged in (*parts, *folders):
+    for merged in folders:
         shutil.rmtree(merged)
+
+
+def parts_of(
+    suite: Suite, entry: Entry, parts: Entry, experts: dict[str, str]
+) -> tuple[dict[str, str], list[dict[str, float]]]:
+    """What an entry merges in the experts' place, made once for all seeds, and what each part cost."""
+
+    def build(out: Path) -> None:
+        folders, spent = merged_by(suite, parts, experts, SEEDS[0], None, slug(entry.name))
+        out.mkdir()
+        for task, folder in zip(experts, folders, strict=True):
+            folder.rename(out / task)
+        write_json(out / "cost.json", spent)
+
+    name = f"{suite.name}/parts/{slug(entry.name)}"
+    stage(suite.work, name, {"entry": vars(parts), "inputs": suite.identity}, build)
+    place = (suite.work / name).resolve()
+    return {task: str(place / task) for task in experts}, read(place / "cost.json")
 
 
 def merged_by(
