@@ -166,8 +166,8 @@ class Plan:
     Args:
         recipe: the recipe; ``text`` is its source.
         method: the row of its method; of a recipe with a bank, of its shared part.
-        models: every distinct input; ``base`` is an index into it, ``donor`` the one whose config and
-            tokenizer the output gets.
+        models: every distinct input; ``base`` is an index into it, ``donor`` the one whose tokenizer
+            the output gets, and whose config without an ``owner``.
         tasks: one for each output tensor, in the order of the output's bytes.
         dropped: what inputs have and the output has not.
         shards: the output's weight files.
