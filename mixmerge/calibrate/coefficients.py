@@ -17,8 +17,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Granularity = Literal["expert", "tensor", "chunk"]
-Transform = Literal["identity", "sigmoid"]
+Transform = Literal["identity", "sigmoid", "softmax"]
 Clamp = Literal["project", "dead", "none"]
+# The input of a softmax at equal shares: bounds from 0 to 1 are then as far on either side, as in FusionBench.
+_MIDDLE = 0.5
 Start = float | Sequence[float] | Mapping[str, Sequence[float]]
 
 
@@ -29,9 +31,10 @@ class CoefficientSpace:
     Args:
         granularity: one for each ``expert``; for each ``tensor`` and expert; or for each ``chunk`` of a tensor
             and expert.
-        transform: ``identity``: the coefficient itself is learned; ``sigmoid``: its logit is.
+        transform: ``identity``: the coefficient itself is learned; ``sigmoid``: its logit is;
+            ``softmax``: over the experts of a row, so the coefficients of a row are shares of one.
         start: where they start: one number, one for each expert, or by tensor one for each expert.
-        low, high: bounds of ``identity``.
+        low, high: bounds of ``identity``, and of the input of ``softmax``.
         clamp: ``project`` puts a coefficient that left the bounds back after the step. ``dead`` bounds it in
             the forward pass only, as AdaMerging's released code does: outside, its gradient is 0, and it
             never comes back. ``none``: no bounds.
@@ -99,10 +102,22 @@ class CoefficientSpace:
     def _start_faults(self, name: str, values: tuple[float, ...]) -> list[Fault]:
         if self.transform == "sigmoid" and not all(0 < value < 1 for value in values):
             return [Fault(name, f"starts at {values}", "Under a sigmoid, coefficients are between 0 and 1")]
-        bounded = self.transform == "identity" and self.clamp != "none"
-        if bounded and not all(self.low <= value <= self.high for value in values):
+        if self.transform == "softmax":
+            if len(values) < 2:
+                what = "has one expert, whose share is always 1: there is nothing to learn"
+                return [Fault(name, what, run="Use another transform, or more experts")]
+            if not (all(value > 0 for value in values) and math.isclose(sum(values), 1.0, rel_tol=1e-6)):
+                allowed = "Under a softmax, coefficients are shares above 0 that add up to 1"
+                return [Fault(name, f"starts at {values}", allowed)]
+        bounded = self.transform != "sigmoid" and self.clamp != "none"
+        inputs = values if self.transform != "softmax" else tuple(self.free([values])[0].tolist())
+        if bounded and not all(self.low <= value <= self.high for value in inputs):
             allowed = f"From {self.low:g} to {self.high:g}"
-            return [Fault(name, f"starts at {values}, out of bounds", allowed, "Or set clamp: none")]
+            said = f"starts at {values}, out of bounds"
+            if self.transform == "softmax":
+                shown = ", ".join(f"{value:.3g}" for value in inputs)
+                said = f"starts at {values}, by inputs of the softmax ({shown}) that are out of bounds"
+            return [Fault(name, said, allowed, "Or set clamp: none")]
         return []
 
     def free(self, start: Sequence[Sequence[float]]) -> Tensor:
@@ -112,6 +127,8 @@ class CoefficientSpace:
         values = torch.tensor(start, dtype=torch.float64)
         if self.transform == "sigmoid":
             values = torch.logit(values)
+        if self.transform == "softmax":
+            values = torch.log(values * values.shape[1]) + _MIDDLE
         return values
 
     def coefficients(self, free: Tensor) -> Tensor:
@@ -120,11 +137,12 @@ class CoefficientSpace:
 
         if self.transform == "sigmoid":
             return torch.sigmoid(free)
-        return free.clamp(self.low, self.high) if self.clamp == "dead" else free
+        bounded = free.clamp(self.low, self.high) if self.clamp == "dead" else free
+        return torch.softmax(bounded, -1) if self.transform == "softmax" else bounded
 
     def project(self, free: Tensor) -> None:
         """Put what left the bounds back, in place."""
-        if self.transform == "identity" and self.clamp == "project":
+        if self.transform != "sigmoid" and self.clamp == "project":
             free.clamp_(self.low, self.high)
 
 

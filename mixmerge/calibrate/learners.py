@@ -10,13 +10,27 @@ from typing import TYPE_CHECKING, Any
 
 from mixmerge.calibrate.aligning import aligned, check_losses
 from mixmerge.calibrate.anatomy import Anatomy, Need, Shown
-from mixmerge.calibrate.coefficients import CoefficientSpace, Granularity
+from mixmerge.calibrate.coefficients import CoefficientSpace, Granularity, Transform
 from mixmerge.calibrate.deltas import PIECE, Deltas, pieces
+from mixmerge.calibrate.labelled import (
+    Labelled,
+    answer_loss,
+    check_classes,
+    label_counts,
+    label_loss,
+    not_shown,
+)
 from mixmerge.calibrate.learning import Learned, Learning, Objective, Progress, learn
 from mixmerge.calibrate.lessons import ALIGNING, Lesson, all_batches, check_answers, check_outputs, step_sizes
 from mixmerge.calibrate.objectives import POSITIONS, TOKENS, Entropy, Schedule, chunk_counts
 from mixmerge.calibrate.spectrum import spectrum
-from mixmerge.calibrate.students import ClassifierStudent, choice_batches, choice_logits, left_out
+from mixmerge.calibrate.students import (
+    ClassifierStudent,
+    check_language_model,
+    choice_batches,
+    choice_logits,
+    left_out,
+)
 from mixmerge.data.batches import Batch
 from mixmerge.experts.loading import Kind
 
@@ -66,7 +80,7 @@ def learning_need(
     if kind == "causal":
         # Those of the expert and of the model: as such, as log-likelihoods and chances, and their gradients.
         share = max((one.places if one.scored is None else one.scored) / one.places for one in shown)
-        scored = min(places, POSITIONS) if learner in ALIGNING else int(places * share)
+        scored = int(places * share) if learner == "entropy" else min(places, POSITIONS)
         memory["logits"] = 4 * scored * anatomy.vocabulary * (10 if learner in ALIGNING else 4)
     return Need(memory)
 
@@ -102,22 +116,73 @@ def entropy(lesson: Lesson, *, progress: Progress | None = None) -> Learned:
         predict, [[batch.tokens for batch in part] for part in shown], schedule, lesson.labels, lesson.answers
     )
     space = space_of("entropy", lesson.options, lesson.start, lesson.frozen)
-    learning = Learning(
+    learned = _learn(lesson, objective, space, _by_adam(lesson, schedule), shown, progress)
+    return dataclasses.replace(learned, warnings=(*said, *learned.warnings))
+
+
+def labels(lesson: Lesson, *, progress: Progress | None = None) -> Learned:
+    """FusionBench's AdaMerging for Llama: minimise the cross-entropy of each expert's rows, by answers or labels.
+
+    Raises:
+        MethodError: a model without a head, classifiers of which not one class is right, rows without labels, and what
+            ``learn`` raises.
+    """
+    import torch
+
+    check_outputs("labels", lesson.kind, type(lesson.model).__name__)
+    check_answers("labels", lesson.answers, lesson.labels)
+    size, each = step_sizes(int(lesson.number("rows")), lesson.batch_size)
+    shown = all_batches(lesson, size, "labels")
+    said = tuple(
+        note for one in zip(lesson.labels, lesson.rows, shown, strict=True) for note in not_shown(*one)
+    )
+    if lesson.kind == "causal":
+        check_language_model(lesson.model)
+
+        def score(expert: int, number: int) -> Tensor:
+            return answer_loss(lesson.model, shown[expert][number])
+
+    else:
+        student = ClassifierStudent(lesson.model, lesson.heads, shown)
+        with torch.no_grad():
+            classes = [student.predict(expert, 0).shape[-1] for expert in range(len(shown))]
+        check_classes(lesson.labels, classes, shown)
+
+        def score(expert: int, number: int) -> Tensor:
+            return label_loss(student.predict(expert, number), shown[expert][number])
+
+    schedule = Schedule(tuple(map(len, shown)), each, lesson.seed)
+    objective = Labelled(
+        score,
+        [label_counts(part) for part in shown],
+        [[batch.tokens for batch in part] for part in shown],
+        schedule,
+    )
+    space = space_of("labels", lesson.options, lesson.start, lesson.frozen)
+    learned = _learn(lesson, objective, space, _by_adam(lesson, schedule), shown, progress)
+    return dataclasses.replace(learned, warnings=(*said, *learned.warnings))
+
+
+def _by_adam(lesson: Lesson, schedule: Schedule) -> Learning:
+    return Learning(
         steps=int(lesson.number("steps")),
         learning_rate=lesson.number("learning_rate"),
         turn=schedule.turn,
         seed=lesson.seed % 2**63,
     )
-    learned = _learn(lesson, objective, space, learning, shown, progress)
-    return dataclasses.replace(learned, warnings=(*said, *learned.warnings))
 
 
 def space_of(
     learner: str, options: Mapping[str, Any], start: Mapping[str, Sequence[float]], frozen: frozenset[str]
 ) -> CoefficientSpace:
-    """The coefficients of ``entropy`` or ``alignment``; arguments as of ``Lesson``."""
+    """The coefficients of ``entropy``, ``labels`` or ``alignment``; arguments as of ``Lesson``."""
     if learner == "alignment":
         return CoefficientSpace(transform="sigmoid", start=start, frozen=_globs(frozen))
+    if learner == "labels":
+        transform: Transform = "softmax" if options["transform"] == "softmax" else "identity"
+        return CoefficientSpace(
+            transform=transform, start=start, clamp=options["clamp"], frozen=_globs(frozen)
+        )
     granularity: Granularity = "expert" if options["granularity"] == "task" else "tensor"
     return CoefficientSpace(granularity, start=start, clamp=options["clamp"], frozen=_globs(frozen))
 
@@ -225,6 +290,7 @@ def _used_rows(lesson: Lesson, shown: Sequence[Sequence[Batch]]) -> dict[str, Te
 
 LEARNERS: dict[str, Callable[..., Learned]] = {
     "entropy": entropy,
+    "labels": labels,
     "alignment": alignment,
     "spectrum": spectrum,
 }

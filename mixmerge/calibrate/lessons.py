@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mixmerge.calibrate.deltas import Deltas
+from mixmerge.calibrate.labelled import labelled_batches
 from mixmerge.calibrate.losses import Answers
 from mixmerge.calibrate.students import choice_batches
 from mixmerge.data.batches import Batch, make_batches
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 ALIGNING = ("alignment", "spectrum")
 _COMPARES = {
     "entropy": "the entropy is that of its predictions",
+    "labels": "labels are held against its predictions",
     **dict.fromkeys(ALIGNING, "alignment compares logits"),
 }
 
@@ -100,16 +102,15 @@ def batches_of(
     """One expert's rows as a learner shows them to a model with such outputs.
 
     Raises:
-        MethodError: the entropy of a language model, and no row has choices.
+        MethodError: the entropy of a language model, and no row has choices; rows without the labels it learns from.
         MixmergeError: as ``make_batches``.
     """
     if learner == "entropy" and kind == "causal":
         found = choice_batches(rows, tokenizer, max_tokens=max_tokens, batch_size=batch_size)
         return tuple(choices.batch for choices in found)
     task: Literal["causal", "classifier"] = "classifier" if kind == "classifier" else "causal"
-    return make_batches(
-        rows, tokenizer, task=task, max_tokens=max_tokens, batch_size=batch_size, layout=layout
-    )
+    make = labelled_batches if learner == "labels" else make_batches
+    return make(rows, tokenizer, task=task, max_tokens=max_tokens, batch_size=batch_size, layout=layout)
 
 
 def all_batches(lesson: Lesson, size: int, learner: str) -> list[tuple[Batch, ...]]:
@@ -132,6 +133,8 @@ def check_outputs(learner: str, kind: Kind, architecture: str) -> None:
     if kind != "other":
         return
     allowed = "A classifier, or a language model and rows with choices"
+    if learner == "labels":
+        allowed = "A causal language model and rows with answers, or a classifier and rows with labels"
     if learner in ALIGNING:
         allowed = "A classifier of texts, or a causal language model"
     what = f"{architecture} has no head, and {_COMPARES[learner]}"
@@ -149,12 +152,22 @@ def check_answers(learner: str, answers: Sequence[Answers], labels: Sequence[str
         labels: of the experts, for errors.
 
     Raises:
-        MethodError: the entropy of numbers, once for each such expert.
+        MethodError: the entropy of numbers, or labels where not one class is right; once for each such expert.
     """
-    numbers = [label for label, each in zip(labels, answers, strict=bool(answers)) if each == "numbers"]
-    if learner == "entropy" and numbers:
-        what = "gives numbers, a regression or a single class, which have no entropy"
-        run = "Use expert_merging, which compares them with the expert's"
-        raise MethodError(
-            [Fault(label, what, "A classifier of two classes or more", run) for label in numbers]
-        )
+    numbers = "gives numbers, a regression or a single class,"
+    refused = {
+        "entropy": {"numbers": f"{numbers} which have no entropy"},
+        "labels": {
+            "numbers": f"{numbers} and a label is one of several classes",
+            "many": "says of each class whether it is there, and a row has one label",
+        },
+    }.get(learner, {})
+    allowed = "A classifier of two classes or more"
+    run = "Use expert_merging, which compares them with the expert's"
+    faults = [
+        Fault(label, refused[each], allowed, run)
+        for label, each in zip(labels, answers, strict=bool(answers))
+        if each in refused
+    ]
+    if faults:
+        raise MethodError(faults)

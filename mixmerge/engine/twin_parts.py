@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _DEVICE = "cpu"  # where all decompositions are made, in float64
 # Shared parts that are weighted sums of the experts' changes, so that what remains of adapters are adapters.
-_SUMS = ("task_arithmetic", "adamerging", "expert_merging")
+_SUMS = ("task_arithmetic", "adamerging", "adamerging_labels", "expert_merging")
 
 
 class Parts:

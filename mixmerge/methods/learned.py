@@ -94,6 +94,31 @@ def elected(trimmed: Sequence[Tensor]) -> list[Tensor]:
     return [torch.where(torch.where(positive, delta > 0, delta < 0), delta, 0.0) for delta in trimmed]
 
 
+def adamerging_labels(
+    deltas: Sequence[Tensor],
+    *,
+    base: Tensor,
+    weight: Sequence[Number],
+    normalize: bool = False,
+    lambda_: Number = 1.0,
+) -> Tensor:
+    """``base + sum_t w_t * delta_t``, the coefficients learned by cross-entropy on rows with answers or labels.
+
+    Source: AdaMerging (arXiv:2310.02575) for the coefficients; all else is FusionBench's variant for Llama
+        (github.com/tanganke/fusion_bench, ``LayerWiseAdaMergingForLlamaSFT``).
+
+    Args: as ``adamerging``. By default they are a softmax over the experts, so a share of one for each. Attention, and
+        the first 30 % of the layers, are the mean of the experts; what is in no layer is the base's.
+
+    Deviations:
+        the model is in evaluation mode while it is learned (released code: with dropout; Llama has none). A
+        learning rate of 1e-4 is that of the released default; a later configuration has 1e-3. With ``transform:
+        none`` a coefficient is learned itself. Classifiers learn from the labels of rows, each by its own head. The
+        released ``sparsity_ratio``, off by default, is not there: docs/parity.md says what does it.
+    """
+    return consensus(deltas, base=base, weight=weight, elect=False, normalize=normalize, lambda_=lambda_)
+
+
 def expert_merging(
     deltas: Sequence[Tensor],
     *,

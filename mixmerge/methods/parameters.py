@@ -71,9 +71,9 @@ def choice(
     )
 
 
-def flag(name: str, default: bool, doc: str, *, constant: bool = False) -> Parameter:
+def flag(name: str, default: bool, doc: str, *, constant: bool = False, learning: bool = False) -> Parameter:
     """True or false for the whole merge."""
-    return Parameter(name, "bool", "merge", default, doc, constant=constant)
+    return Parameter(name, "bool", "merge", default, doc, constant=constant, learning=learning)
 
 
 def merged_by(default: float) -> Parameter:

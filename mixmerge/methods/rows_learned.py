@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from mixmerge.methods.parameters import kept, merged_by, number, tables, threshold_scope, tolerance, whole
+from mixmerge.methods.parameters import (
+    flag,
+    kept,
+    merged_by,
+    number,
+    tables,
+    threshold_scope,
+    tolerance,
+    whole,
+)
 from mixmerge.methods.records import ANY, Method, Parameter, Value
 
 _MANY = 1e6
@@ -55,6 +64,37 @@ _ADA = (
     _whole("steps", 500, "updates of the coefficients", 1, _MANY),
     _whole("rows", 16, "rows of each expert in a step; the released loop takes 32", 1, _MANY),
     _number("learning_rate", 1e-3, "of Adam, betas .9 and .999"),
+    _PRECISION,
+)
+_LABELS = (
+    number(
+        "weight", 0.5, "coefficient before the first step; as shares, divided by their sum", 0.0, per="expert"
+    ),
+    _number("from_layer", 0.3, "layers that are averaged, not learned: a share below 1, or how many"),
+    flag(
+        "average_attention",
+        True,
+        "attention of the other layers is averaged, not learned",
+        constant=True,
+        learning=True,
+    ),
+    _choice("outside", "base", "what is in no layer: of the base (released), or averaged", "base", "mean"),
+    _choice(
+        "transform",
+        "softmax",
+        "over the experts of a tensor: coefficients are shares of one; or none",
+        *("softmax", "none"),
+    ),
+    _choice(
+        "clamp",
+        "none",
+        "keeps what is learned (under a softmax, its input) in [0, 1], as for `adamerging`",
+        *("none", "project", "dead"),
+    ),
+    _learn("all"),
+    _whole("steps", 1000, "updates of the coefficients", 1, _MANY),
+    _whole("rows", 24, "rows of each expert in a step", 1, _MANY),
+    _number("learning_rate", 1e-4, "of Adam, betas .9 and .999; a later configuration has 1e-3"),
     _PRECISION,
 )
 
@@ -132,6 +172,7 @@ def _row(
     summary: str,
     paper: str,
     footprint: str = "",
+    least: int = 1,
 ) -> Method:
     return Method(
         name=name,
@@ -139,7 +180,7 @@ def _row(
         takes="deltas",
         parameters=parameters,
         base="required",
-        inputs=(1, ANY),
+        inputs=(least, ANY),
         summary=summary,
         paper=paper,
         kernel="" if name == "adamerging_plus" else "task_vectors",
@@ -163,6 +204,14 @@ ROWS = (
         summary="AdaMerging of deltas trimmed and sign-elected as in TIES",
         paper=_ADA_PAPER,
         footprint="unknown",
+    ),
+    _row(
+        "adamerging_labels",
+        learner="labels",
+        parameters=_LABELS,
+        summary="shares of the experts in each tensor learned from the answers, or labels, of rows",
+        paper=f"{_ADA_PAPER}, as in FusionBench's variant for Llama",
+        least=2,
     ),
     _row(
         "expert_merging",

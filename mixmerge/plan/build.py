@@ -23,6 +23,7 @@ from mixmerge.plan.layout import Wanted, lay_out
 from mixmerge.plan.masks import plan_masks
 from mixmerge.plan.model import Model, Plan, Source, Target, Task
 from mixmerge.plan.replay import replayed
+from mixmerge.plan.shares import in_shares
 from mixmerge.recipe import (
     ModelRef,
     Parsed,
@@ -88,6 +89,8 @@ def make_plan(
     targets, shards = lay_out(wanted, recipe.output.shard_size)
     head = owner.head if owner else ()
     tasks = _tasks(recipe, method, groups, targets, models[donor].config, faults, head=head)
+    if recipe.coefficients is None:
+        tasks = in_shares(tasks, method, faults)
     tasks = replayed(recipe, method, tasks, faults, warnings)
     _check_scope(tasks, faults)
     bank = _bank(parsed.recipe, names_of(models, entries), tasks, split.own, faults)
