@@ -16,7 +16,7 @@ from mixmerge.methods import Method
 from mixmerge.plan.layers import depths, layer_of
 from mixmerge.plan.model import Task
 
-_ATTENTION = re.compile(r"(?!.*norm).*(attn|attention).*", re.IGNORECASE)
+_ATTENTION = re.compile(r"(?!.*norm|ln_|.*_ln).*(attn|attention).*", re.IGNORECASE)
 
 
 def in_shares(tasks: Sequence[Task], method: Method, faults: list[Fault]) -> list[Task]:
