@@ -111,6 +111,7 @@ _NO_TABLES = {"exclude_embeddings": True}
 _ADA = {"max_steps": 300, "lr": 1e-3, "init_values": 0.3, "batch_size": 8}
 _STEPS = {"steps": 300, "rows": 8, "learning_rate": 1e-3, "clamp": "none"}
 _HALF_FLOATS = {"precision": "bfloat16"}  # of the passes, which take half as long then
+_FREE = {"transform": "none", "weight": 0.3, "from_layer": 0, "average_attention": False}
 _SHORT = {"max_tokens": 48, "batch_size": 8}
 _WHOLE = {"max_tokens": 128}  # a question, its answer and the template around them
 
@@ -257,6 +258,19 @@ def _doge_am(name: str, *, scaled: bool) -> Entry:
     return replace(ada, each=start, parts=parts, against=None)
 
 
+def _from_answers(name: str, **top: Any) -> Entry:
+    """A few steps with a rate that goes as far: 0.6 to 1.2 in all, of FusionBench's 0.1 or 1 in 1000 steps."""
+    return Entry(
+        name,
+        "adamerging_labels",
+        top={"rows": 8, **top, **_HALF_FLOATS},
+        data="train",
+        calibration=_WHOLE,
+        seeds=True,
+        suites=("generative",),
+    )
+
+
 def _learned() -> tuple[Entry, ...]:
     aligned = {"Expert Merging": "expert_merging", "Expert Merging++": "expert_merging_plus"}
     few = {"max_tokens": 128}
@@ -271,6 +285,8 @@ def _learned() -> tuple[Entry, ...]:
             Entry(name, method, top=_HALF_FLOATS, data="train", examples=64, calibration=few, seeds=True)
             for name, method in aligned.items()
         ),
+        _from_answers("AdaMerging from answers", steps=60, learning_rate=0.02),
+        _from_answers("AdaMerging from answers, all layers", steps=40, learning_rate=0.015, **_FREE),
         Entry(
             "learned spectrum",
             "learned_spectrum",

@@ -422,3 +422,26 @@ def test_classifiers_learn_from_labels(family: Any, tmp_path: Path, tokenizer: A
         asked["calibration"] = {"data": files[str(experts[0])]}
         with pytest.raises(RecipeError, match=message):
             plan_with_data(asked)
+
+
+def test_pruned_matrices_are_a_step_before(family: Any, tmp_path: Path, read_tensors: Read) -> None:
+    """What the released code has ``sparsity_ratio`` for: the largest of each matrix's delta, all of the norms'."""
+    made = family("llama", experts=2, dtype="float32")
+    one = {
+        "merge_method": "breadcrumbs",
+        "base_model": str(made.base),
+        "models": [{"model": str(made.experts[0]), "parameters": {"weight": 1.0, "gamma": 0.0}}],
+        "parameters": {"density": [{"filter": "norm", "value": 1.0}, {"value": 0.25}]},
+        "dtype": "float32",
+    }
+    merge(one, tmp_path / "pruned")
+    base, expert, pruned = map(read_tensors, (made.base, made.experts[0], tmp_path / "pruned"))
+    for name, value in base.items():
+        delta = expert[name] - value
+        if value.ndim > 1:
+            least = delta.abs().flatten().sort(descending=True).values[delta.numel() // 4 - 1]
+            delta = torch.where(delta.abs() >= least, delta, 0.0)
+        torch.testing.assert_close(pruned[name], value + delta, atol=1e-6, rtol=1e-5)
+    asked = recipe(made, tmp_path, steps=1)
+    asked["models"][0] = {"model": str(tmp_path / "pruned")}
+    assert merge(asked, tmp_path / "out").learned is not None
