@@ -75,8 +75,8 @@ def answer_loss(model: Any, batch: Batch) -> Tensor:
 
     # Logits of all positions would take more memory than the model: each part's are made again on the way back.
     sums: Any = sum(
-        checkpoint(part, some, right, use_reentrant=False)
-        for some, right in zip(final.split(POSITIONS), tokens.split(POSITIONS), strict=True)
+        checkpoint(part, final[at : at + POSITIONS], tokens[at : at + POSITIONS], use_reentrant=False)
+        for at in range(0, len(final), POSITIONS)
     )
     return sums  # type: ignore[no-any-return]
 
