@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -445,3 +446,23 @@ def test_pruned_matrices_are_a_step_before(family: Any, tmp_path: Path, read_ten
     asked = recipe(made, tmp_path, steps=1)
     asked["models"][0] = {"model": str(tmp_path / "pruned")}
     assert merge(asked, tmp_path / "out").learned is not None
+
+
+def test_norms_beside_attention_are_learned(tmp_path: Path) -> None:
+    """As Falcon and BERT name them: a norm before or after attention is none of its parts, unless it is inside."""
+    from safetensors.torch import save_file
+
+    learned = ("ln_attn", "ln_mlp", "post_attention_layernorm", "self_attn_layer_norm", "mlp.up")
+    averaged = ("self_attention.dense", "self_attn.q_norm", "attention.output.LayerNorm", "linear_attn.a")
+    names = [f"model.h.1.{part}.weight" for part in (*learned, *averaged)]
+    for number in range(3):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        save_file({name: torch.full((2,), float(number)) for name in names}, folder / "model.safetensors")
+        (folder / "config.json").write_text(
+            '{"model_type": "falcon", "architectures": ["FalconForCausalLM"]}'
+        )
+    made = SimpleNamespace(base=tmp_path / "0", experts=[tmp_path / "1", tmp_path / "2"])
+    plan = make_plan(recipe(made, tmp_path))
+    found = {task.target.name for task in plan.tasks if task.parameters["learn"] == "all"}
+    assert found == {f"model.h.1.{part}.weight" for part in learned}
