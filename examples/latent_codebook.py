@@ -31,7 +31,7 @@ from latent_support.controls import run_controls
 from latent_support.page import report_text, write_table
 from latent_support.plain import PLAIN, make_outcomes, run_plain
 from latent_support.real import real_text, run_real
-from latent_support.rows import FIXED, ONCE, ROWS, SHUFFLED_OF, UNMASKED_OF, glue_parameters, run_row
+from latent_support.rows import FIXED, ROWS, SHUFFLED_OF, UNMASKED_OF, glue_parameters, run_row
 from latent_support.suite import Steps, open_suite
 from latent_support.world import Sizes
 from merging_support.page import put
@@ -54,10 +54,9 @@ def run(
 ) -> None:
     """Make the experts, fit and score every row."""
     for seed in map(int, seeds.split(",")):
-        rows = [row for row in ROWS if seed == 0 or row.name not in ONCE]
         suite = open_suite(work.resolve(), seed, Sizes(), Steps())
         make_outcomes(suite)
-        for row in rows:
+        for row in ROWS:
             if not only or any(part in row.name for part in only):
                 try:
                     run_row(suite, row)
@@ -87,7 +86,9 @@ def report(
     """The tables from the scores that are there, and table.json in the folder."""
     order = [*PLAIN, *(row.name for row in ROWS)]
     routed = [row.name for row in ROWS if row.route != FIXED]
-    found = {"codebook": report_text(work, order, Sizes(), routed=routed), "real": real_text(work)}
+    shown = [row.name for row in ROWS if row.ablation]
+    table = report_text(work, order, Sizes(), routed=routed, ablations=shown)
+    found = {"codebook": table, "real": real_text(work)}
     write_table(work)
     for name, text in found.items():
         print(f"## {name}\n\n{text}")

@@ -38,6 +38,20 @@ def test_nothing_held_out_is_in_the_lessons() -> None:
     assert all(one.answer[:4] in world.held_names for one in exam["follow-up, new"])
 
 
+def test_what_is_to_be_kept_says_nothing_of_what_is_asked() -> None:
+    from latent_support.world import SPLITS, Sizes, exam_and_lessons, keeping, make
+
+    sizes = Sizes()
+    world = make(sizes, 3)
+    exam, _ = exam_and_lessons(world, sizes, 3)
+    kept = keeping(world, sizes, 3)
+    assert len(kept) == sizes.lessons // 2
+    assert not {one.prompt for one in exam[SPLITS[-1]]} & {one.prompt for one in kept}
+    starts = {word[:count] for word in world.words for count in (1, 2, 3)}
+    assert {one.answer for one in kept} <= starts
+    assert {len(one.answer) for one in kept} == {1, 2, 3}, "no name is ever whole"
+
+
 def test_every_digit_has_as_many_names_and_loses_as_many_cells() -> None:
     from collections import Counter
 
@@ -117,6 +131,9 @@ def test_the_table_and_the_bar_by_hand(tmp_path: Path) -> None:
     assert good.startswith("- latent, good: +40.0 points")
     assert ": met; own tasks kept" in good
     assert ": NOT met; own tasks NOT all kept" in poor
+    shown = report_text(tmp_path, ["routing"], sizes, ablations=["latent, poor"])
+    assert "| latent, poor |" in shown
+    assert [line for line in shown.splitlines() if line.startswith("- latent")] == [good]
     write_table(tmp_path)
     kept = json.loads((tmp_path / "table.json").read_text())
     assert kept["latent, good"]["mean"][SPLITS[3]] == 0.5
@@ -136,9 +153,15 @@ def test_a_seed_end_to_end_in_small(tmp_path: Path) -> None:
     sizes = Sizes(names=20, held_names=10, held_cells=20, kept=20, asked=6, lessons=30)
     suite = open_suite(tmp_path, 0, sizes, Steps(first=2, second=2, glue=2, batch=4))
     make_outcomes(suite)
-    rows = (Row("latent, one"), Row("latent, two", mode="lockstep"), Row("latent, three", route=ROUTER))
+    rows = (
+        Row("latent, one"),
+        Row("latent, two", mode="lockstep", longer=1.5, keep=True),
+        Row("latent, three", route=ROUTER),
+    )
     for row in rows:
         run_row(suite, row)
+    told = json.loads((tmp_path / "seed0" / "glue" / "latent-two" / "training.json").read_text())
+    assert (told["steps"], told["points"][0]["keep"]) == (3, 0.0)
     run_plain(suite, lora=lambda: glue_parameters(suite, rows[0]))
     run_controls(suite, shuffled=rows[0], unmasked=rows[0])
     before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("results/*.json")}

@@ -172,7 +172,7 @@ def test_encoders_from_packages_to_table(
             "task arithmetic", "task_arithmetic", each={"weight": 1.0}, sweep=("weight", (0.2, 0.4))
         ),
     )
-    am = next(entry for entry in entries.ENTRIES if entry.name == "DOGE-AM, from DOGE-TA")
+    am = next(entry for entry in entries.ENTRIES if entry.name == "DOGE-AM")
     quick = {key: am.top[key] for key in ("clamp", "precision") if key in am.top} | {"steps": 1, "rows": 2}
     pieces = replace(am.parts, top={**am.parts.top, "steps": 2})
     chosen += (replace(am, top=quick, parts=pieces, examples=4),)
@@ -191,9 +191,7 @@ def test_encoders_from_packages_to_table(
     assert rows[:4] == ["| method", "| experts, each on its own", "| base", "| average"]
     assert rows[4].startswith("| task arithmetic (weight 0.")
     for seed in entries.SEEDS:
-        am_found = json.loads(
-            (work / "encoders" / "results" / f"doge-am--from-doge-ta-seed{seed}.json").read_text()
-        )
+        am_found = json.loads((work / "encoders" / "results" / f"doge-am-seed{seed}.json").read_text())
         assert am_found["right"].keys() == part("texts").SOURCES.keys()
     kept = {place.name for place in (work / "encoders" / "parts" / "doge-am--from-doge-ta").iterdir()}
     assert kept == {*part("texts").SOURCES, "cost.json"}

@@ -78,7 +78,14 @@ def interval(one: Scored, split: str, sizes: Sizes, less: Scored | None = None) 
     return float(low), float(high)
 
 
-def report_text(work: Path, order: Sequence[str], sizes: Sizes, *, routed: Collection[str] = ()) -> str:
+def report_text(
+    work: Path,
+    order: Sequence[str],
+    sizes: Sizes,
+    *,
+    routed: Collection[str] = (),
+    ablations: Collection[str] = (),
+) -> str:
     """Markdown: the table, and the bar for every row with glue.
 
     Args:
@@ -86,6 +93,7 @@ def report_text(work: Path, order: Sequence[str], sizes: Sizes, *, routed: Colle
         order: of the rows; others follow.
         sizes: of the worlds.
         routed: rows in which either expert may answer; in others the first one's own task is not asked.
+        ablations: rows that are not judged.
     """
     rows = {one.name: one for one in scored(work)}
     if not rows:
@@ -112,7 +120,8 @@ def report_text(work: Path, order: Sequence[str], sizes: Sizes, *, routed: Colle
                 f"{split} {np.mean([r[split] for r in one.more.values()]):.1%}" for split in SPLITS
             )
             lines += ["", f"{one.name}, with the answer in front of the peers as while it learns: {seen}."]
-    return "\n".join([*lines, "", *bars(rows, sizes, routed)]) + "\n"
+    judged = {name: one for name, one in rows.items() if name not in ablations}
+    return "\n".join([*lines, "", *bars(judged, sizes, routed)]) + "\n"
 
 
 def bars(rows: dict[str, Scored], sizes: Sizes, routed: Collection[str]) -> list[str]:

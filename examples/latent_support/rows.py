@@ -17,6 +17,7 @@ LAST = [[0, "last"]]
 NEAR = 0.03  # bytes: a token reads what stands where it stands
 FIXED = {"kind": "fixed", "primary": SECOND}
 LEARNED = {"kind": "learned", "k": 2, "features": 1024, "hidden": [64]}
+LONGER = 4 / 3  # of what says a name and its digit: it is two things to learn
 ROUTER = "the mixture's own router"  # which learned from outcomes who is right
 
 
@@ -31,8 +32,11 @@ class Row:
         null: whether a token may read nothing.
         route: as in the YAML; ``ROUTER``: there is a router, and both experts are active.
         weights: of the losses on the routing.
+        longer: it takes so many times the steps.
+        keep: the answering expert is held to what it says of words that mean nothing.
         first, second: folders of the two experts.
         control: it must fail where two experts are needed.
+        ablation: it shows what a part is worth, and is not judged.
     """
 
     name: str
@@ -42,9 +46,12 @@ class Row:
     reach: float = NEAR
     route: Mapping[str, Any] | str = field(default_factory=lambda: FIXED)
     weights: Mapping[str, float] = field(default_factory=dict)
+    longer: float = 1.0
+    keep: bool = False
     first: str = FIRST
     second: str = SECOND
     control: bool = False
+    ablation: bool = False
 
 
 ROWS = (
@@ -54,20 +61,26 @@ ROWS = (
     Row("latent, (0, last), near"),
     Row("latent, every layer reads the last, near", depths=[[depth, "last"] for depth in range(4)]),
     Row("latent, (0, last), near, chunks of 4", mode="chunked", chunk=4),
-    Row("latent, (0, last), near, lockstep", mode="lockstep"),
+    Row("latent, (0, last), near, lockstep", mode="lockstep", longer=LONGER, keep=True),
     Row("latent, (0, last), near, own router", route=ROUTER),
-    Row("latent, (0, last), near, lockstep, own router", mode="lockstep", route=ROUTER),
+    Row(
+        "latent, (0, last), near, lockstep, own router",
+        mode="lockstep",
+        route=ROUTER,
+        longer=LONGER,
+        keep=True,
+    ),
     Row("latent, (0, last), near, learned routing", route=LEARNED),
     Row(
         "latent, learned routing, no auxiliary losses",
         route=LEARNED,
         weights={"entropy": 0.0, "balance": 0.0},
+        ablation=True,
     ),
+    Row("latent, lockstep, nothing kept", mode="lockstep", longer=LONGER, ablation=True),
     Row("a peer that never learned", first=UNTRAINED, control=True),
     Row("a primary with another table", second=OTHER, control=True),
 )
-# What takes longest, and what fails whatever the seed: the first one alone has them.
-ONCE = {row.name for row in ROWS if row.route == LEARNED} | {"latent, Mixture of Thoughts' depths, near"}
 SHUFFLED_OF = next(row for row in ROWS if row.name == "latent, (0, last), near")
 UNMASKED_OF = next(row for row in ROWS if row.depths == 4)
 
@@ -79,11 +92,12 @@ def slug(name: str) -> str:
 def mixture(suite: Suite, row: Row, steps: int) -> dict[str, Any]:
     """What a user writes."""
     routed = row.route == ROUTER
-    data = "lessons.jsonl" if row.route == FIXED else "lessons-and-codes.jsonl"
+    data = "lessons.jsonl" if row.route == FIXED else "lessons-of-both.jsonl"
     route = {} if isinstance(row.route, str) else {"route": dict(row.route)}
     own = {"router": router(suite), "policy": {"kind": "top_k", "k": 2}} if routed else {}
     chunk = {} if row.chunk is None else {"chunk": row.chunk}
     weights = {"weights": dict(row.weights)} if row.weights else {}
+    keep = {"keep": str(suite.folder / "keep.jsonl")} if row.keep else {}
     return {
         "experts": {
             FIRST: {"model": suite.expert(row.first)},
@@ -98,6 +112,7 @@ def mixture(suite: Suite, row: Row, steps: int) -> dict[str, Any]:
             "bridge": {"width": 64, "heads": 4, "reach": row.reach},
             **route,
             "data": str(suite.folder / data),
+            **keep,
             "train": {
                 "steps": steps,
                 "batch_size": suite.steps.batch,
@@ -124,7 +139,8 @@ def fit_row(suite: Suite, row: Row, out: Path) -> None:
     from mixmerge.mixture import read as read_mixture
     from mixmerge.mixture.gluing import fit
 
-    fit(read_mixture(mixture(suite, row, suite.steps.glue)).require(), out, overwrite=True)
+    steps = round(row.longer * suite.steps.glue)
+    fit(read_mixture(mixture(suite, row, steps)).require(), out, overwrite=True)
 
 
 def score_row(suite: Suite, row: Row, out: Path) -> None:

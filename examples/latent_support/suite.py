@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from random import Random
 from typing import Any
 
 from merging_support.stages import stage
@@ -20,6 +21,7 @@ from latent_support.world import (
     World,
     another_table,
     exam_and_lessons,
+    keeping,
     make,
     own_questions,
 )
@@ -82,8 +84,10 @@ def open_suite(work: Path, seed: int, sizes: Sizes, steps: Steps) -> Suite:
     }
     for name, make_it in parts.items():
         stage(folder, f"experts/{name}", trained, make_it)
-    learned = [*lessons, *(one for one in own[OWN[0]] if one.prompt.split()[1] not in world.held_names)]
-    for name, some in (("lessons", lessons), ("lessons-and-codes", learned)):
+    codes = [one for one in own[OWN[0]] if one.prompt.split()[1] not in world.held_names]
+    learned = [*lessons, *Random(f"codes {seed}").choices(codes, k=sizes.lessons // 2)]
+    kept = keeping(world, sizes, seed)
+    for name, some in (("lessons", lessons), ("lessons-of-both", learned), ("keep", kept)):
         stage(folder, f"{name}.jsonl", told, partial(write_rows, some))
     return Suite(folder, seed, steps, world, {**exam, **own}, lessons, {**trained, **vars(steps)})
 

@@ -186,6 +186,19 @@ def exam_and_lessons(
     return exam, lessons
 
 
+def keeping(world: World, sizes: Sizes, seed: int) -> list[Question]:
+    """What the second expert is to go on saying as it does: the first letters of words that mean nothing, where a
+    keeper's name would stand.
+
+    No word is a name, and no prompt is one whose name is held out. The expert would not say the letters: what counts is
+    what it would say next. Whole words would keep it from what it is to learn, what follows a name.
+    """
+    rng = Random(f"keep {seed}")
+    cells = [cell for cell, name in world.keepers.items() if name not in world.held_names]
+    prompts = [keeper_question(rng.choice(cells), world).prompt for _ in range(sizes.lessons // 2)]
+    return [Question(prompt, rng.choice(world.words)[: rng.randint(1, 3)]) for prompt in prompts]
+
+
 # --- what the experts learn from
 
 

@@ -250,12 +250,10 @@ def _with_statistics() -> tuple[Entry, ...]:
     )
 
 
-def _doge_am(name: str, *, scaled: bool) -> Entry:
-    """AdaMerging of DOGE-TA's parts: as the authors' code does it, or from DOGE-TA itself on."""
-    start = {"weight": 1.0} if scaled else {"weight": 0.3}
-    parts = Entry("part", "doge_ta", top={"steps": 400, "scaled": scaled}, per_task="part")
-    ada = _adamerging(name, "validation")
-    return replace(ada, each=start, parts=parts, against=None)
+def _doge_am() -> Entry:
+    """AdaMerging of DOGE-TA's parts, from where the authors' code starts."""
+    parts = Entry("part", "doge_ta", top={"steps": 400, "scaled": False}, per_task="part")
+    return replace(_adamerging("DOGE-AM", "validation"), each={"weight": 0.3}, parts=parts, against=None)
 
 
 def _from_answers(name: str, **top: Any) -> Entry:
@@ -279,8 +277,7 @@ def _learned() -> tuple[Entry, ...]:
         _adamerging("AdaMerging, layers", "validation"),
         _adamerging("AdaMerging++, layers", "validation", method="adamerging_plus"),
         _adamerging("AdaMerging, layers, transductive", "test"),
-        _doge_am("DOGE-AM", scaled=False),
-        _doge_am("DOGE-AM, from DOGE-TA", scaled=True),
+        _doge_am(),
         *(
             Entry(name, method, top=_HALF_FLOATS, data="train", examples=64, calibration=few, seeds=True)
             for name, method in aligned.items()

@@ -9,18 +9,20 @@ from pathlib import Path
 from typing import Any
 
 _SHOWN = 500  # points of the loss that are written; of more, means of neighbours
-_TERMS = ("lm", "entropy", "balance", "consistency")
+_TERMS = ("entropy", "balance", "consistency", "keep")
 
 
 @dataclass(frozen=True)
 class Point:
-    """A step of the optimiser: the terms of its loss; those of the routing are None where nothing decides."""
+    """A step of the optimiser: the terms of its loss; those of the routing are None where nothing decides, that of rows
+    to keep where there are none."""
 
     step: int
     lm: float
     entropy: float | None = None
     balance: float | None = None
     consistency: float | None = None
+    keep: float | None = None
 
 
 @dataclass(frozen=True)
@@ -94,11 +96,7 @@ def thinned(points: Sequence[Point], most: int = _SHOWN) -> list[Point]:
         for term in _TERMS:
             known = [value for one in group if (value := getattr(one, term)) is not None]
             means[term] = sum(known) / len(known) if known else None
-        found.append(
-            Point(
-                group[-1].step, means["lm"] or 0.0, means["entropy"], means["balance"], means["consistency"]
-            )
-        )
+        found.append(Point(group[-1].step, sum(one.lm for one in group) / len(group), **means))
     return found
 
 

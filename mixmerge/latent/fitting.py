@@ -58,6 +58,7 @@ class Asked:
     Args:
         experts: two or more, each a causal language model, or an adapter of one.
         rows: prompts and answers.
+        keep: prompts and answers that primaries are to say as likely as they do alone; who answers may not be learned.
         mode, chunk: how peers follow an answer.
         depths: where the primary reads, and where its peers are read.
         bridge: options of the bridges.
@@ -79,6 +80,7 @@ class Asked:
     route: RouteOptions | None
     too_long: TooLong
     train: TrainOptions
+    keep: tuple[Row, ...] = ()
     decide: Decide | None = None
     decided_by: str = ""
     seed: int = 0
@@ -103,13 +105,18 @@ class Ready:
         asked: what is to be fitted.
         places: of each expert the folders of its model, and of its adapter.
         card: of the glue, without its values.
-        texts: the rows.
+        texts: the rows to learn from, and after these the rows to keep.
     """
 
     asked: Asked
     places: Mapping[str, tuple[Path, Path | None]]
     card: LatentCard
     texts: Texts
+
+    @property
+    def lessons(self) -> tuple[Example, ...]:
+        """What is learned from, or judges."""
+        return tuple(self.texts.examples[: len(self.asked.rows)])
 
     @property
     def job(self) -> str:
@@ -121,6 +128,7 @@ class Ready:
                 "card": card.facts(),
                 "train": asked.train.model_dump(mode="json"),
                 "rows": [[one.digest, one.answer] for one in self.texts.examples],
+                "keep": len(asked.keep),
                 "decided_by": asked.decided_by,
                 "seed": asked.seed,
                 "device": asked.device,
@@ -173,7 +181,7 @@ def prepare(asked: Asked) -> Ready:
     with collecting(faults):
         check_device(asked.device, "the glue")
     encoder = ""
-    examples: tuple[Example, ...] = ()
+    examples: dict[str, tuple[Example, ...]] = {}
     for expert in asked.experts:
         with collecting(faults):
             places[expert.name], shapes[expert.name], readers[expert.name] = _known(expert)
@@ -184,11 +192,16 @@ def prepare(asked: Asked) -> Ready:
     if asked.route is not None and learned:
         with collecting(faults):
             encoder = encoder_hash(asked.route.encoder)
-    with collecting(faults):
-        examples = examples_of(asked.rows, f"{_AT}.data")
-    texts = Texts(readers, examples, mode=asked.mode, too_long=asked.too_long)
+    for key, rows in (("data", asked.rows), ("keep", asked.keep)):
+        with collecting(faults):
+            examples[key] = examples_of(rows, f"{_AT}.{key}")
+    every = [one for some in examples.values() for one in some]
+    texts = Texts(readers, every, mode=asked.mode, too_long=asked.too_long)
     if readers.keys() == set(asked.names):
-        faults += texts.faults(asked.pairs(), f"{_AT}.data")
+        first = 0
+        for key, some in examples.items():
+            faults += texts.faults(asked.pairs(), f"{_AT}.{key}", range(first, first + len(some)))
+            first += len(some)
     if faults:
         raise MixmergeError(faults)
     card = LatentCard(
@@ -281,8 +294,19 @@ def train(ready: Ready, work: Path, *, progress: Progress) -> Trained:
         chunk=asked.chunk,
         checkpointing=asked.train.checkpointing,
     )
-    learn, held = hold_out([one.digest for one in ready.texts.examples], asked.train.holdout, asked.seed)
-    task = Task(asked.names, ready.texts, learn, held, asked.train, asked.seed, asked.device, work, ready.job)
+    learn, held = hold_out([one.digest for one in ready.lessons], asked.train.holdout, asked.seed)
+    task = Task(
+        experts=asked.names,
+        texts=ready.texts,
+        learn=learn,
+        held=held,
+        keep=range(len(asked.rows), len(asked.rows) + len(asked.keep)),
+        options=asked.train,
+        seed=asked.seed,
+        device=asked.device,
+        work=work,
+        job=ready.job,
+    )
     report = Trainer(task, glue, decider, passes).run(progress)
     frozen.check()
     return Trained(ready, glue, decider.router, report)

@@ -25,6 +25,20 @@ def answer_losses(logits: Tensor, wanted: Tensor) -> Tensor:
     return torch.nn.functional.cross_entropy(logits.float(), wanted, reduction="none")
 
 
+def departures(logits: Tensor, alone: Tensor) -> Tensor:
+    """KL(alone || now) of the tokens of answers, ``(N,)`` nats: 0 where the primary says what it says by itself.
+
+    Source: knowledge distillation from a model before it was changed, as Li and Hoiem, Learning without Forgetting
+    (arXiv 1606.09282), section 3, at temperature 1; ours in that nothing but the glue can forget.
+
+    Args:
+        logits: ``(N, V)``.
+        alone: ``(N, V)``, of the primary that reads nobody; no gradient flows through it.
+    """
+    wanted = alone.detach().float().log_softmax(-1)
+    return (wanted.exp() * (wanted - logits.float().log_softmax(-1))).sum(-1)
+
+
 def choice(scores: Tensor, primary: Tensor, losses: Tensor, *, noise: float) -> Tensor:
     """Whose gradient is that of the expected loss by who answers: ``mean_b (L_b - mean of the others') log p_b``.
 

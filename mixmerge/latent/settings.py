@@ -38,10 +38,11 @@ class RouteOptions(Strict):
 
 
 class LossWeights(Strict):
-    """``loss = lm * LM - entropy * H(softmax s) + balance * M sum_m f_m p_m + consistency * symKL``.
+    """``loss = lm * LM + keep * KL - entropy * H(softmax s) + balance * M sum_m f_m p_m + consistency * symKL``.
 
     Args:
         lm: of the primary's cross-entropy on the answers, 0 or more.
+        keep: of the divergence of what it says of the rows to keep from what it says of them alone, 0 or more.
         entropy: above 0 it rewards a routing that is undecided, below 0 one that is decided.
         balance: above 0 it rewards that all experts are used alike.
         consistency: above 0 it rewards that the primary says the same under another choice of peers; it takes a second
@@ -49,6 +50,7 @@ class LossWeights(Strict):
     """
 
     lm: float = Field(default=1.0, ge=0)
+    keep: float = Field(default=1.0, ge=0)
     entropy: float = 0.01
     balance: float = 0.01
     consistency: float = Field(default=0.05, ge=0)
@@ -60,6 +62,7 @@ class TrainOptions(Strict):
     Args:
         steps: of the optimiser.
         batch_size: rows of a step.
+        keep_batch_size: rows to keep that a step takes beside them; None: half as many, at least one.
         rows_at_once: rows of one primary, whoever they read, that go through it together; gradients add up.
         learning_rate: of AdamW, at its highest; it rises over the warm-up and falls along half a cosine to 0.
         weight_decay: of AdamW.
@@ -77,6 +80,7 @@ class TrainOptions(Strict):
 
     steps: int = Field(default=1000, ge=1)
     batch_size: int = Field(default=16, ge=1)
+    keep_batch_size: int | None = Field(default=None, ge=1)
     rows_at_once: int = Field(default=8, ge=1)
     learning_rate: float = Field(default=1e-3, gt=0)
     weight_decay: float = Field(default=0.01, ge=0)
@@ -96,3 +100,8 @@ class TrainOptions(Strict):
     def looks_every(self) -> int:
         """Steps between two looks at the rows that are held out."""
         return self.evaluate_every or max(1, self.steps // 20)
+
+    @property
+    def kept_rows(self) -> int:
+        """Rows to keep that a step takes, where there are any."""
+        return self.keep_batch_size or max(1, self.batch_size // 2)

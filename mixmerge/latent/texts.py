@@ -142,20 +142,23 @@ class Texts:
             ids.pop()
         return reader.said(ids)
 
-    def faults(self, pairs: Sequence[tuple[str, Sequence[str]]], where: str) -> Iterator[Fault]:
-        """What keeps experts from reading the rows: every row is read.
+    def faults(self, pairs: Sequence[tuple[str, Sequence[str]]], where: str, rows: range) -> Iterator[Fault]:
+        """What keeps experts from reading rows: each is read.
 
         Args:
             pairs: every expert that may be a primary, and who may be its peers.
             where: for messages.
+            rows: which ones; messages count from the first of them.
         """
         said: dict[tuple[str, str], tuple[Fault, list[int]]] = {}
 
         def note(expert: str, error: MixmergeError, row: int) -> None:
             for fault in error.faults:
-                said.setdefault((expert, fault.run or fault.allowed), (fault, []))[1].append(row + 1)
+                said.setdefault((expert, fault.run or fault.allowed), (fault, []))[1].append(
+                    row - rows.start + 1
+                )
 
-        for row in range(len(self.examples)):
+        for row in rows:
             for primary, peers in pairs:
                 try:
                     self.primary(primary, row)
@@ -167,8 +170,8 @@ class Texts:
                         self.peer(peer, row, primary)
                     except MixmergeError as error:
                         note(peer, error, row)
-        for (expert, _), (fault, rows) in said.items():
-            places = sorted(set(rows))
+        for (expert, _), (fault, named) in said.items():
+            places = sorted(set(named))
             shown = ", ".join(map(str, places[:_MOST])) + (", ..." if len(places) > _MOST else "")
             at = f"{where}: {'row' if len(places) == 1 else f'{len(places):,} rows,'} {shown}, as {expert} reads it"
             yield Fault(at, fault.what, fault.allowed, fault.run or "Leave such rows out")

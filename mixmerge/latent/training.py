@@ -6,7 +6,6 @@ Legend as in ``records``; N tokens to predict.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +22,16 @@ from mixmerge.latent.curves import Look, Point, Report
 from mixmerge.latent.deciding import Decided, Decider, learning
 from mixmerge.latent.files import put_values, values_of
 from mixmerge.latent.glue import Glue
-from mixmerge.latent.losses import Parts, answer_losses, balance, choice, consistency, entropy
+from mixmerge.latent.losses import (
+    Parts,
+    answer_losses,
+    balance,
+    choice,
+    consistency,
+    departures,
+    entropy,
+)
+from mixmerge.latent.order import number, taken
 from mixmerge.latent.passes import Passes, Predicted
 from mixmerge.latent.resuming import (
     Saved,
@@ -48,7 +56,8 @@ class Task:
     Args:
         experts: names, in the glue's order.
         texts: the rows.
-        learn, held: places of the rows to learn from, and of those that judge.
+        learn, held, keep: places of the rows to learn from, of those that judge, and of those that primaries are to
+            answer as they do alone.
         options: how.
         seed: of everything that is drawn.
         device: a torch device, that the glue is on.
@@ -60,6 +69,7 @@ class Task:
     texts: Texts
     learn: Sequence[int]
     held: Sequence[int]
+    keep: Sequence[int]
     options: TrainOptions
     seed: int
     device: str
@@ -182,10 +192,11 @@ class Trainer:
     def _step(self) -> Point:
         """The optimiser's next step."""
         done, options, weights = self._done, self._options, self._options.weights
-        rows = self._rows_of(done.step)
-        draw = torch.Generator().manual_seed(_number(self._task.seed, "noise", done.step))
+        task = self._task
+        rows = taken(task.learn, size=options.batch_size, step=done.step, seed=task.seed)
+        draw = torch.Generator().manual_seed(number(task.seed, "noise", done.step))
         self._adam.zero_grad()
-        with learning(self._glue, self._decider, _number(self._task.seed, "dropout", done.step)):
+        with learning(self._glue, self._decider, number(task.seed, "dropout", done.step)):
             first = self._decider.decide(rows, draw=draw)
             second = None
             if first.routes is not None and weights.consistency:
@@ -206,6 +217,7 @@ class Trainer:
                 spread, even = self._route(first.routes, [one.gates for one in both], leaves, charged)
                 agreed = None if second is None else agreement
                 point = replace(point, entropy=spread, balance=even, consistency=agreed)
+            point = replace(point, keep=self._stay())
         self._check(point)
         self._update()
         done.rows += len(rows)
@@ -214,6 +226,26 @@ class Trainer:
             for at, row in enumerate(rows)
         )
         return point
+
+    def _stay(self) -> float | None:
+        """How far primaries are, on rows to keep, from what they say alone; its gradient, by the glue, is added."""
+        task, options, step = self._task, self._options, self._done.step
+        rows = taken(task.keep, size=options.kept_rows, step=step, seed=task.seed, what="keep")
+        if not rows:
+            return None
+        draw = torch.Generator().manual_seed(number(task.seed, "keep noise", step))
+        decided = self._decider.decide(rows, draw=draw)
+        gates = decided.gates.detach().to(task.device)
+        tokens = sum(self._tokens(decided.primary[at], row) for at, row in enumerate(rows))
+        total = 0.0
+        for primary, places in decided.groups(options.rows_at_once):
+            told = self._predict(primary, places, rows, decided, gates)
+            with torch.no_grad():
+                alone = self._passes.alone(self._name(primary), [rows[place] for place in places])
+            away = departures(told.logits, alone.logits).sum() / tokens
+            (options.weights.keep * away).backward()  # type: ignore[no-untyped-call]
+            total += float(away.detach())
+        return total
 
     def _group(
         self,
@@ -282,20 +314,8 @@ class Trainer:
         self._adam.step()
 
     def _check(self, point: Point) -> None:
-        if not math.isfinite(point.lm):
+        if not math.isfinite(point.lm + (point.keep or 0.0)):
             raise MixmergeError(_not_finite(f"the loss of step {point.step}"))
-
-    def _rows_of(self, step: int) -> list[int]:
-        """The rows of a step: every epoch has an order of its own."""
-        learn, size = self._task.learn, self._options.batch_size
-        found, orders = [], dict[int, list[int]]()
-        for at in range(step * size, (step + 1) * size):
-            epoch, place = divmod(at, len(learn))
-            if epoch not in orders:
-                draw = torch.Generator().manual_seed(_number(self._task.seed, "order", epoch))
-                orders[epoch] = torch.randperm(len(learn), generator=draw).tolist()
-            found.append(learn[orders[epoch][place]])
-        return found
 
     def _name(self, expert: int) -> str:
         return self._task.experts[expert]
@@ -368,11 +388,6 @@ def schedule(step: int, options: TrainOptions) -> float:
     if step < rising:
         return (step + 1) / rising
     return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, options.steps - rising)))
-
-
-def _number(seed: int, what: str, at: int) -> int:
-    """A seed for one thing that is drawn."""
-    return int.from_bytes(hashlib.sha256(f"{seed}:{what}:{at}".encode()).digest()[:7], "big")
 
 
 def _leaf(decided: Decided, device: str) -> Tensor:

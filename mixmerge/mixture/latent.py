@@ -29,7 +29,7 @@ CHUNK = 32
 _ENGINES = ("transformers", "latent")
 _MADE_ALREADY = (
     *("mode", "chunk", "depths", "bridge", "route", "too_long"),
-    *("data", "split", "samples", "train", "seed"),
+    *("data", "keep", "split", "samples", "train", "seed"),
 )
 _PAIR = (
     "2 or more, or a list of pairs [PRIMARY, PEER]: each a layer, a share from 0.0 to 1.0, or last of a peer"
@@ -49,6 +49,8 @@ class LatentOptions(Strict):
         route: who is active, and who answers.
         too_long: what a peer does with a prompt that is longer than its context: ``refuse`` it, or read its end.
         data: a source of rows with prompts and answers, or several.
+        keep: a source of rows, or several, of which the primary is to say what it says alone: its own tasks, or texts
+            like them. Their answers need not be right. Who answers may not be what is learned.
         split: which part of the data, where it has parts.
         samples: rows of each source at most; which ones depends on them and the seed.
         train: how the glue learns.
@@ -65,6 +67,7 @@ class LatentOptions(Strict):
     route: RouteOptions = RouteOptions()
     too_long: Literal["refuse", "left"] = "refuse"
     data: str | list[str] | None = None
+    keep: str | list[str] | None = None
     split: str | None = Field(default=None, min_length=1)
     samples: int | None = Field(default=None, ge=1)
     train: TrainOptions = TrainOptions()
@@ -88,7 +91,16 @@ class LatentOptions(Strict):
     @property
     def sources(self) -> list[str]:
         """Of ``data``."""
-        return [self.data] if isinstance(self.data, str) else list(self.data or ())
+        return _listed(self.data)
+
+    @property
+    def kept(self) -> list[str]:
+        """Sources of ``keep``."""
+        return _listed(self.keep)
+
+
+def _listed(given: str | list[str] | None) -> list[str]:
+    return [given] if isinstance(given, str) else list(given or ())
 
 
 def _wrong_depths(value: Any) -> str:
@@ -184,6 +196,13 @@ def _check_training(
         _no_effect(weights, ("entropy", "balance", "consistency"), "where no router learns", report)
     elif asked.names and told.route.k >= len(asked.names):
         _no_effect(weights, ("consistency",), "where all experts are active: routings do not differ", report)
+    if not told.kept and not asked.unread(told, "keep"):
+        _no_effect(weights, ("keep",), "without rows to keep", report, run="keep: FILE")
+        _no_effect(inside, ("keep_batch_size",), "without rows to keep", report, run="keep: FILE")
+    elif told.kept and not routed and told.route.kind == "learned" and told.route.primary is None:
+        what = "has rows to be answered as they are without peers, and who answers is what is learned"
+        run = "Say primary in route, or give the mixture a router of its own"
+        report.fault(entries["keep"], what, run=run)
     if told.train.holdout == 0:
         _no_effect(inside, ("patience", "evaluate_every"), "without rows that are held out", report)
 
@@ -240,7 +259,7 @@ LATENT = Whole(
     instead="",
     mark="latent.json",
     folders=("folder", "encoder", "route.encoder"),
-    files=("data",),
+    files=("data", "keep"),
     check=check_latent,
     ready=check_fitted,
     setup=_setup,

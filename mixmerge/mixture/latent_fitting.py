@@ -31,7 +31,7 @@ from mixmerge.mixture.wholes import Fitted, Fitting
 from mixmerge.mixture.wiring import Mixture
 from mixmerge.routers.base import Router
 
-_WHERE = "compose.data"
+_WHERE = "compose"
 _MOST = 10  # rows that are named
 
 
@@ -48,12 +48,12 @@ def fit_latent(spec: MixtureSpec, out: Path, how: Fitting) -> Fitted:
     owned = owned_in(out)
     check_free(out, overwrite=how.overwrite, of=owned)
     faults: list[Fault] = []
-    rows = _rows(told, faults)
+    rows, keep = (_rows(told, sources, faults) for sources in (told.sources, told.kept))
     mixture: Mixture | None = None
     if spec.router is not None:
         with collecting(faults):
             mixture = Mixture.of(spec, _router(spec))
-    asked = _asked(spec, told, rows, mixture, how.device)
+    asked = _asked(spec, told, rows, keep, mixture, how.device)
     with collecting(faults):
         ready = prepare(asked)
     if faults:
@@ -69,12 +69,12 @@ def fit_latent(spec: MixtureSpec, out: Path, how: Fitting) -> Fitted:
             save_whole(spec, new, _kept(told))
         shutil.rmtree(work, ignore_errors=True)
     facts = {**_facts(card), **trained.report.facts()}
-    return Fitted(out, "glue", card.mode, card.names, facts, _notes(card, trained.report))
+    return Fitted(out, "glue", card.mode, card.names, facts, _notes(card, trained.report, len(keep)))
 
 
-def _rows(told: LatentOptions, faults: list[Fault]) -> tuple[Row, ...]:
+def _rows(told: LatentOptions, sources: Sequence[str], faults: list[Fault]) -> tuple[Row, ...]:
     found: list[Row] = []
-    for source in told.sources:
+    for source in sources:
         with collecting(faults):
             rows = read_rows(source, split=told.split)
             found += rows if told.samples is None else sample_rows(rows, told.samples, seed=told.seed)
@@ -92,7 +92,12 @@ def _router(spec: MixtureSpec) -> Router:
 
 
 def _asked(
-    spec: MixtureSpec, told: LatentOptions, rows: tuple[Row, ...], mixture: Mixture | None, device: str
+    spec: MixtureSpec,
+    told: LatentOptions,
+    rows: tuple[Row, ...],
+    keep: tuple[Row, ...],
+    mixture: Mixture | None,
+    device: str,
 ) -> Asked:
     route: RouteOptions | None = told.route
     if spec.router is not None:
@@ -111,6 +116,7 @@ def _asked(
         route=route,
         too_long=told.too_long,
         train=told.train,
+        keep=keep,
         decide=None if mixture is None else _Decisions(mixture),
         decided_by="" if mixture is None else _decided_by(mixture),
         seed=told.seed,
@@ -138,7 +144,7 @@ class _Decisions:
         nobody = [at for at, one in enumerate(decisions, 1) if one.primary is None]
         if nobody:
             shown = ", ".join(map(str, nobody[:_MOST])) + (", ..." if len(nobody) > _MOST else "")
-            what = f"the policy picks nobody for {len(nobody):,} rows ({shown})"
+            what = f"the policy picks nobody for {len(nobody):,} rows ({shown}; those of keep count on from data)"
             raise MixmergeError(Fault(_WHERE, what, run="Give the policy a fallback, or leave them out"))
         found = [Routed(str(one.primary), gates_of(one), {}) for one in decisions]
         if all(len(one.gates) == 1 for one in found):
@@ -163,7 +169,7 @@ def _facts(card: LatentCard) -> dict[str, Any]:
     return {"parameters": card.parameters, "bytes": card.nbytes, "hash": card.hash}
 
 
-def _notes(card: LatentCard, report: Report) -> tuple[str, ...]:
+def _notes(card: LatentCard, report: Report, keep: int) -> tuple[str, ...]:
     facts = report.facts()
     lines = [
         f"{card.parameters:,} numbers, trained for {report.steps:,} steps on {report.rows:,} rows"
@@ -174,5 +180,10 @@ def _notes(card: LatentCard, report: Report) -> tuple[str, ...]:
             f"{report.held_out:,} rows held out: {facts['start_per_byte']:.4g} nats per byte of the answers "
             f"before, {facts['best_per_byte']:.4g} after step {report.best:,}; "
             f"the same primaries, reading nobody, {report.alone:.4g}"
+        )
+    if keep:
+        away = report.points[-1].keep
+        lines.append(
+            f"{keep:,} rows to keep: in the last step {away:.4g} nats per token from the primaries alone"
         )
     return tuple(lines)

@@ -190,6 +190,28 @@ def test_rows_that_the_glue_has_learned_from_are_named(
     assert any("experts answer as one" in note for note in told["notes"])
 
 
+def test_rows_to_keep_are_named_among_those_it_was_made_with(
+    mixture: Callable[..., Path], rows: Path, tmp_path: Path
+) -> None:
+    lines = rows.read_text().splitlines()
+    (tmp_path / "own.jsonl").write_text("\n".join(lines[:3]) + "\n")
+    (tmp_path / "lessons.jsonl").write_text("\n".join(lines[3:9]) + "\n")
+    fixed = "route: {kind: fixed, primary: opt}"
+    train = "{steps: 2, batch_size: 2, keep_batch_size: 3, holdout: 0}"
+    data = f"data: {tmp_path}/lessons.jsonl, keep: [{tmp_path}/own.jsonl]"
+    path = mixture(f"{SMALL}, {fixed}, {data}, train: {train}")
+    done = run("fit", path, tmp_path / "glue")
+    assert done.exit_code == 0, done.output
+    text = " ".join(plain(done.stdout).split())
+    assert "trained for 2 steps on 6 rows" in text
+    assert re.search(r"3 rows to keep: in the last step \d\S* nats per token from the primaries alone", text)
+    used, _ = read_used(manifest_of(tmp_path / "glue" / MANIFEST))
+    assert used == {row.digest for row in read_rows(str(rows))[:9]}
+    told = json.loads((tmp_path / "glue" / "training.json").read_text())
+    assert [point["keep"] > 0 for point in told["points"]] == [False, True]
+    assert told["train"]["keep_batch_size"] == 3
+
+
 def test_an_adapter_is_an_expert(
     mixture: Callable[..., Path], homes: Mapping[str, Path], rows: Path, tmp_path: Path
 ) -> None:
@@ -301,6 +323,21 @@ WRONG: dict[str, tuple[str, tuple[str, ...]]] = {
         ("where all experts are active",),
     ),
     "no data": ("mode: prompt", ("the key data is missing",)),
+    "nothing to keep": (
+        "data: ROWS, train: {keep_batch_size: 4, weights: {keep: 2.0}}",
+        (
+            "compose.train.weights.keep (line 5): has no effect without rows to keep",
+            "compose.train.keep_batch_size (line 5): has no effect without rows to keep",
+        ),
+    ),
+    "who is to keep them": (
+        "data: ROWS, keep: ROWS",
+        ("compose.keep (line 5): has rows to be answered as they are without peers, and who answers is",),
+    ),
+    "what is to be kept": (
+        "data: ROWS, keep: 3, train: {keep_batch_size: 0, weights: {keep: -1}}",
+        ("compose.keep", "compose.train.keep_batch_size", "compose.train.weights.keep"),
+    ),
     "fitted already": (
         "folder: here, data: ROWS, mode: prompt",
         ("compose.data (line 5): has no effect on a fitted glue", "compose.mode (line 5)"),
