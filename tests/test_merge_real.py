@@ -193,7 +193,7 @@ def test_encoders_from_packages_to_table(
     for seed in entries.SEEDS:
         am_found = json.loads((work / "encoders" / "results" / f"doge-am-seed{seed}.json").read_text())
         assert am_found["right"].keys() == part("texts").SOURCES.keys()
-    kept = {place.name for place in (work / "encoders" / "parts" / "doge-am--from-doge-ta").iterdir()}
+    kept = {place.name for place in (work / "encoders" / "parts" / "doge-am").iterdir()}
     assert kept == {*part("texts").SOURCES, "cost.json"}
     found = json.loads((work / "encoders" / "results" / "average-seed0.json").read_text())
     assert {task: len(right) <= 12 for task, right in found["right"].items()} == dict.fromkeys(
