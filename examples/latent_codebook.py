@@ -31,7 +31,7 @@ from latent_support.controls import run_controls
 from latent_support.page import report_text, write_table
 from latent_support.plain import PLAIN, make_outcomes, run_plain
 from latent_support.real import real_text, run_real
-from latent_support.rows import FIXED, ROWS, SHUFFLED_OF, UNMASKED_OF, glue_parameters, run_row
+from latent_support.rows import FIXED, ONCE, ROWS, SHUFFLED_OF, UNMASKED_OF, glue_parameters, run_row
 from latent_support.suite import Steps, open_suite
 from latent_support.world import Sizes
 from merging_support.page import put
@@ -56,7 +56,8 @@ def run(
     for seed in map(int, seeds.split(",")):
         suite = open_suite(work.resolve(), seed, Sizes(), Steps())
         make_outcomes(suite)
-        for row in ROWS:
+        rows = [row for row in ROWS if seed == 0 or row.name not in ONCE]
+        for row in rows:
             if not only or any(part in row.name for part in only):
                 try:
                     run_row(suite, row)

@@ -81,6 +81,8 @@ ROWS = (
     Row("a peer that never learned", first=UNTRAINED, control=True),
     Row("a primary with another table", second=OTHER, control=True),
 )
+# Half an hour is for three seeds of what is judged: the first one alone has these.
+ONCE = {"latent, Mixture of Thoughts' depths, near", "latent, lockstep, nothing kept"}
 SHUFFLED_OF = next(row for row in ROWS if row.name == "latent, (0, last), near")
 UNMASKED_OF = next(row for row in ROWS if row.depths == 4)
 
