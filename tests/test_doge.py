@@ -85,6 +85,34 @@ def test_parts_of_experts_are_what_is_added_up() -> None:
         doge_ta(deltas, base=base, part=3)
 
 
+@pytest.mark.parametrize(("steps", "lr"), [(400, 1e-4), (30, 1e-2)])
+def test_a_correction_for_each_expert_would_be_the_one_of_all(steps: int, lr: float) -> None:
+    """The released DOGE-AM has D_i: their gradients are multiples of one another, which Adam does not see."""
+    deltas = [draw(14, 19, seed=seed, dtype=torch.float64) for seed in range(3)]
+    scales = [0.07 / delta.norm() for delta in deltas]
+    left = torch.cat([torch.linalg.svd(delta, full_matrices=False).U[:, : 14 // 3] for delta in deltas], 1)
+    basis = torch.linalg.svd(left, full_matrices=False).U[:, : 14 // 3]
+    own = [torch.nn.Parameter(torch.zeros_like(delta)) for delta in deltas]
+    optimizer = torch.optim.Adam(own, lr=lr)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        merged = sum(scale * (delta + d) for scale, delta, d in zip(scales, deltas, own, strict=True))
+        loss = sum((delta * (delta - merged)).sum(1).square().sum() for delta in deltas)
+        loss.backward()
+        for d in own:
+            assert d.grad is not None
+            d.grad -= basis @ (basis.T @ d.grad)
+        optimizer.step()
+    given: Any = {"steps": steps, "lr": lr, "subspace": 3, "density": [1.0] * 3}
+    for at, (delta, d) in enumerate(zip(deltas, own, strict=True)):
+        found = doge_ta(deltas, base=torch.zeros_like(delta), part=at, **given)
+        away, size = (found - delta - d.detach()).abs(), float(d.detach().abs().max())
+        assert size > 0.01
+        # Adam's epsilon, which is absolute, tells them apart where a gradient is next to nothing.
+        assert float(away.max()) < 0.02 * size
+        assert float(away.quantile(0.95)) < 1e-3 * size
+
+
 def test_doge_am_is_adamerging_of_the_parts(tmp_path: Path, zoo: Path) -> None:
     """Coefficients learned on the parts of two experts, and what they make of the base."""
     experts = [str(zoo / "experts" / name) for name in ("sort", "keep")]

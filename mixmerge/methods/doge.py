@@ -154,8 +154,9 @@ def doge_ta(
         every architecture's matrices, not names with ``encoder``; more experts than k still give a direction each to
         the subspace (the code: none); a zero delta has l_i = 0 (published: 0/0); exactly
         the K-th largest is the threshold (the code keeps one more), values equal to it are kept as in the code, but
-        for zeros; D takes no part in the mask, as in the code (FusionBench's page says otherwise). A part has the D of
-        all experts; the code's DOGE-AM finds one for each, outside k / T directions.
+        for zeros; D takes no part in the mask, as in the code (FusionBench's page says otherwise). The code's DOGE-AM
+        trains a D for each expert: their gradients are multiples of one another, which Adam does not see, so that but
+        for its epsilon they are the one D of here, with ``subspace`` T.
     """
     limits = (sketch or _alone(deltas, base, role, tables, density)).values
     only = None if part is None else expert_at(part, len(deltas), name="part")
