@@ -11,7 +11,7 @@ from merging_support.suites import slug
 from merging_support.table import Result, against_table, recall_table, recovery, result_from, scores_table
 
 START = "task arithmetic"  # the row that the gap is measured from
-BY_ENTROPY = ("task arithmetic, 0.3", "AdaMerging, layers", "AdaMerging, layers, transductive")
+BY_ENTROPY = ("task arithmetic, 0.3", "AdaMerging, layers", "AdaMerging, layers, transductive", "DOGE-AM")
 FEW = 4  # classes of a task whose recalls are shown
 
 
@@ -67,6 +67,7 @@ def order_text(results: dict[str, Result], start: float, ceiling: float) -> str:
         ("AdaMerging, layers", "AdaMerging, tasks"),
         ("AdaMerging, tasks", "task arithmetic, 0.3"),
         ("AdaMerging, layers, transductive", "AdaMerging, layers"),
+        ("DOGE-AM", "DOGE-TA"),
         ("Expert Merging", "task arithmetic, 0.3"),
         ("RegMean", "Fisher"),
         ("TSV-M", "task arithmetic"),
