@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from mixmerge.calibrate.attention import quick_attention
-from mixmerge.calibrate.objectives import POSITIONS, Schedule, grouped
+from mixmerge.calibrate.objectives import POSITIONS, Schedule, grouped, scheduled
 from mixmerge.calibrate.students import capped
 from mixmerge.data.batches import Batch, Task, make_batches, tokenised
 from mixmerge.data.rows import Row
@@ -39,21 +39,13 @@ class Labelled:
     schedule: Schedule
 
     def losses(self, step: int) -> Iterator[Tensor]:
-        yield from grouped(self._parts(step))
+        yield from grouped(scheduled(self.schedule, self.tokens, step, self._loss))
 
     def notes(self) -> tuple[str, ...]:
         return ()
 
-    def _parts(self, step: int) -> Iterator[tuple[Callable[[], Tensor], int]]:
-        for expert in range(len(self.tokens)):
-            numbers = self.schedule.of(step, expert)
-            count = sum(self.labels[expert][number] for number in numbers)
-            for number in numbers:
-
-                def compute(expert: int = expert, number: int = number, count: int = count) -> Tensor:
-                    return self.score(expert, number) / count
-
-                yield compute, self.tokens[expert][number]
+    def _loss(self, expert: int, number: int, numbers: Sequence[int]) -> Tensor:
+        return self.score(expert, number) / sum(self.labels[expert][one] for one in numbers)
 
 
 def answer_loss(model: Any, batch: Batch) -> Tensor:

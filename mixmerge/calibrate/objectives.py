@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from mixmerge.calibrate.losses import Answers, entropy, hidden_loss, logit_loss
@@ -94,6 +95,26 @@ def grouped(parts: Iterator[tuple[Callable[[], Tensor], int]], most: int | None 
         yield total
 
 
+def scheduled(
+    schedule: Schedule,
+    tokens: Sequence[Sequence[int]],
+    step: int,
+    loss: Callable[[int, int, Sequence[int]], Tensor],
+) -> Iterator[tuple[Callable[[], Tensor], int]]:
+    """The batches of a step, expert by expert, as ``grouped`` takes them.
+
+    Args:
+        schedule: of the batches.
+        tokens: of each batch, by expert.
+        step: from 0.
+        loss: of an expert's batch by its number, given the numbers of all of this expert's in the step.
+    """
+    for expert in range(len(tokens)):
+        numbers = schedule.of(step, expert)
+        for number in numbers:
+            yield partial(loss, expert, number, numbers), tokens[expert][number]
+
+
 @dataclass
 class Entropy:
     """The sum over experts of the mean entropy of the merged model's predictions on their rows.
@@ -122,20 +143,13 @@ class Entropy:
         self._last = [deque(maxlen=_RECENT) for _ in self.tokens]
 
     def losses(self, step: int) -> Iterator[Tensor]:
-        yield from grouped(self._parts(step))
+        yield from grouped(scheduled(self.schedule, self.tokens, step, self._loss))
 
-    def _parts(self, step: int) -> Iterator[tuple[Callable[[], Tensor], int]]:
-        for expert in range(len(self.tokens)):
-            numbers = self.schedule.of(step, expert)
-            for number in numbers:
-
-                def compute(expert: int = expert, number: int = number, share: int = len(numbers)) -> Tensor:
-                    logits = self.predict(expert, number)
-                    answers = self.answers[expert] if self.answers else "one"
-                    self._note(expert, logits, answers)
-                    return entropy(logits, answers).mean() / share
-
-                yield compute, self.tokens[expert][number]
+    def _loss(self, expert: int, number: int, numbers: Sequence[int]) -> Tensor:
+        logits = self.predict(expert, number)
+        answers = self.answers[expert] if self.answers else "one"
+        self._note(expert, logits, answers)
+        return entropy(logits, answers).mean() / len(numbers)
 
     def _note(self, expert: int, logits: Tensor, answers: Answers) -> None:
         import torch
@@ -243,21 +257,14 @@ class Alignment:
     answers: Sequence[Answers] = ()
 
     def losses(self, step: int) -> Iterator[Tensor]:
-        yield from grouped(self._parts(step))
+        yield from grouped(scheduled(self.schedule, self.tokens, step, self._share))
 
     def notes(self) -> tuple[str, ...]:
         return ()
 
-    def _parts(self, step: int) -> Iterator[tuple[Callable[[], Tensor], int]]:
-        for expert in range(len(self.tokens)):
-            numbers = self.schedule.of(step, expert)
-            scale = (self.options.importance[expert] if self.options.importance else 1.0) / len(numbers)
-            for number in numbers:
-
-                def compute(expert: int = expert, number: int = number, scale: float = scale) -> Tensor:
-                    return self.loss(expert, number) * scale
-
-                yield compute, self.tokens[expert][number]
+    def _share(self, expert: int, number: int, numbers: Sequence[int]) -> Tensor:
+        importance = self.options.importance[expert] if self.options.importance else 1.0
+        return self.loss(expert, number) * (importance / len(numbers))
 
     def loss(self, expert: int, number: int) -> Tensor:
         """The loss of one batch of one expert."""
