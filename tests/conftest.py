@@ -260,6 +260,27 @@ def tokenizer() -> PreTrainedTokenizerBase:
     )
 
 
+@pytest.fixture(scope="session")
+def bert(tokenizer: PreTrainedTokenizerBase) -> Callable[..., Path]:
+    """``bert(folder, "BertForMaskedLM", seed=1, **config)``: a tiny model of that class, with the tokenizer."""
+    import torch
+    import transformers
+
+    def make(folder: Path, model_class: str, *, seed: int, **config: Any) -> Path:
+        sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+        given = {"vocab_size": VOCABULARY, "max_position_embeddings": 64, **sizes, **config}
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = getattr(transformers, model_class)(transformers.BertConfig(**given))
+            for parameter in model.parameters():
+                torch.nn.init.normal_(parameter, std=0.1)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return make
+
+
 def _build(name: str, seed: int) -> Any:
     """A tiny model with no parameter left at a constant, so that a lost bias or norm shows."""
     import torch

@@ -15,34 +15,18 @@ from mixmerge.experts.loading import heads_of, load_expert, load_with_head
 from mixmerge.plan import make_plan
 
 LABELS = {"two": 2, "three": 3, "five": 5}
-SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
-
-
-def save(folder: Path, model_class: str, *, seed: int, tokenizer: Any, **config: Any) -> Path:
-    import torch
-    import transformers
-
-    settings = {"vocab_size": 280, "max_position_embeddings": 64, **SIZES, **config}
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = getattr(transformers, model_class)(transformers.BertConfig(**settings))
-        for parameter in model.parameters():
-            torch.nn.init.normal_(parameter, std=0.1)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
-def suite(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
+def suite(tmp_path_factory: pytest.TempPathFactory, bert: Any) -> Path:
     """A plain trunk, a language model of it, and classifiers of 2, 3 and 5 classes."""
     root = tmp_path_factory.mktemp("heads")
-    save(root / "base", "BertModel", seed=0, tokenizer=tokenizer)
-    save(root / "masked", "BertForMaskedLM", seed=1, tokenizer=tokenizer)
+    bert(root / "base", "BertModel", seed=0)
+    bert(root / "masked", "BertForMaskedLM", seed=1)
     for seed, (name, count) in enumerate(LABELS.items(), 2):
         names = {number: f"{name}-{number}" for number in range(count)}
-        save(
-            root / name, "BertForSequenceClassification", seed=seed, tokenizer=tokenizer,
+        bert(
+            root / name, "BertForSequenceClassification", seed=seed,
             num_labels=count, id2label=names, label2id={label: at for at, label in names.items()},
         )  # fmt: skip
     return root
@@ -164,11 +148,11 @@ def test_a_base_with_another_head_and_no_pooler(suite: Path, tmp_path: Path) -> 
     assert loaded.model.config.num_labels == 2
 
 
-def test_heads_that_are_alike_are_merged_and_kept(suite: Path, tmp_path: Path, tokenizer: Any) -> None:
+def test_heads_that_are_alike_are_merged_and_kept(suite: Path, tmp_path: Path, bert: Any) -> None:
     import torch
 
     for seed in (10, 11):
-        save(tmp_path / f"same{seed}", "BertForSequenceClassification", seed=seed, tokenizer=tokenizer)
+        bert(tmp_path / f"same{seed}", "BertForSequenceClassification", seed=seed)
     written = recipe(tmp_path, "linear", base=None, experts=("same10", "same11"))
     plan = make_plan(written)
     assert plan.warnings == (
@@ -196,14 +180,11 @@ def test_the_plan_names_heads_and_they_count_in_its_hash(suite: Path, tmp_path: 
     assert make_plan(other).hash != plan.hash
 
 
-def test_two_experts_with_one_folder_name_and_overwriting(
-    suite: Path, tmp_path: Path, tokenizer: Any
-) -> None:
-    save(
+def test_two_experts_with_one_folder_name_and_overwriting(suite: Path, tmp_path: Path, bert: Any) -> None:
+    bert(
         tmp_path / "other" / "two",
         "BertForSequenceClassification",
         seed=20,
-        tokenizer=tokenizer,
         num_labels=2,
     )
     written = recipe(suite, "linear", base=None, experts=("two", "three"))
@@ -218,10 +199,8 @@ def test_two_experts_with_one_folder_name_and_overwriting(
         merge(written, tmp_path / "out", overwrite=True)
 
 
-def test_trunks_that_do_not_fit_are_faults(suite: Path, tmp_path: Path, tokenizer: Any) -> None:
-    save(
-        tmp_path / "wide", "BertForSequenceClassification", seed=1, tokenizer=tokenizer, intermediate_size=32
-    )
+def test_trunks_that_do_not_fit_are_faults(suite: Path, tmp_path: Path, bert: Any) -> None:
+    bert(tmp_path / "wide", "BertForSequenceClassification", seed=1, intermediate_size=32)
     written = recipe(suite, "linear", base="base", experts=("two",))
     written["models"].append({"model": str(tmp_path / "wide")})
     with pytest.raises(
@@ -253,7 +232,7 @@ def tuned(root: Path, base: str, name: str, *, labels: int, seed: int) -> Path:
 
 @pytest.mark.parametrize("method", ["task_arithmetic", "regmean", "fisher", "adamerging", "learned_spectrum"])
 def test_an_adapter_with_a_classifier_is_an_expert_with_a_head(
-    suite: Path, tmp_path: Path, method: str, tokenizer: Any
+    suite: Path, tmp_path: Path, method: str, bert: Any
 ) -> None:
     """Beside an expert of other classes: the trunk is merged with its deltas, its own head is kept."""
     import torch

@@ -23,32 +23,17 @@ CLASSES = {"two": 2, "three": 3, "five": 5}
 ONE = {"doge_ta": {"part": 1, "steps": 3}, "emr": {"task": 1}, "tall": {"task": 1}}
 
 
-def save(folder: Path, kind: str, *, seed: int, tokenizer: Any, **config: Any) -> Path:
-    import transformers
-
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
-    given = transformers.BertConfig(vocab_size=280, max_position_embeddings=64, **sizes, **config)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = getattr(transformers, kind)(given)
-        for parameter in model.parameters():
-            torch.nn.init.normal_(parameter, std=0.1)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
+def made(tmp_path_factory: pytest.TempPathFactory, bert: Any) -> Path:
     """A trunk, a language model of it, classifiers of 2, 3 and 5 classes, and rows of text."""
     root = tmp_path_factory.mktemp("one")
-    save(root / "base", "BertModel", seed=0, tokenizer=tokenizer)
-    save(root / "masked", "BertForMaskedLM", seed=1, tokenizer=tokenizer)
+    bert(root / "base", "BertModel", seed=0)
+    bert(root / "masked", "BertForMaskedLM", seed=1)
     for seed, (name, count) in enumerate(CLASSES.items(), 2):
         names = {number: f"{name}-{number}" for number in range(count)}
         more: dict[str, Any] = {"problem_type": "multi_label_classification"} if name == "three" else {}
-        save(
-            root / name, "BertForSequenceClassification", seed=seed, tokenizer=tokenizer, num_labels=count,
+        bert(
+            root / name, "BertForSequenceClassification", seed=seed, num_labels=count,
             id2label=names, label2id={label: at for at, label in names.items()}, **more,
         )  # fmt: skip
     for name, text in {"rows": "some text", "asked": "another one"}.items():
@@ -159,12 +144,12 @@ def test_a_head_of_an_adapter_in_another_dtype(
 
 
 def test_no_owner_without_one_expert_or_where_heads_are_alike(
-    made: Path, tmp_path: Path, tokenizer: Any, read_tensors: Callable[[Path], State]
+    made: Path, tmp_path: Path, bert: Any, read_tensors: Callable[[Path], State]
 ) -> None:
     assert make_plan(recipe(made, "doge_ta", {"steps": 3})).owner is None
     assert make_plan(recipe(made, "emr", {"task": "all"})).owner is None
     for seed, name in enumerate(("base", *CLASSES), 10):
-        save(tmp_path / name, "BertForSequenceClassification", seed=seed, tokenizer=tokenizer)
+        bert(tmp_path / name, "BertForSequenceClassification", seed=seed)
     alike = recipe(tmp_path, "doge_ta", {"part": 1, "steps": 3})
     plan = make_plan(alike)
     assert plan.owner is None
