@@ -62,6 +62,6 @@ def test_memory_does_not_grow_with_the_experts(tmp_path: Path, tokenizer: Any, p
         (two, added_two), (eight, added_eight) = peak(2, method), peak(8, method)
         assert added_two > 4 * elements  # the model is in it: what is measured is not nothing
         assert abs(eight - two) < 0.1 * two
-        # Six more deltas would be 24 bytes an element in float32 and 12 as they are on disk. What is added is a piece of
-        # each (0.6 bytes an element of a model this small) and what the allocator makes of it, which differs by 0.3.
+        # Six more deltas would be 24 bytes an element in float32 and 12 as they are on disk. What is added is a piece
+        # of each (0.6 bytes an element of a model this small) and what the allocator makes of it, which varies by 0.3.
         assert added_eight - added_two < 2.0 * elements
