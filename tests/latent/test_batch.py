@@ -494,7 +494,7 @@ def test_a_cluster_gives_the_same_bytes(mixed: Callable[..., Path]) -> None:
             capture_output=True,
             text=True,
             check=False,
-            env={**os.environ, "RAY_USAGE_STATS_ENABLED": "0"},
+            env={**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"},
         )
         assert done.returncode == 0, done.stderr
         assert {one["device"] for one in json.loads(done.stdout)["loads"]} <= {"ray:0", "ray:1"}
