@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from numpy.typing import NDArray
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from mixmerge.errors import MixmergeError, OutputError
 from mixmerge.methods import METHODS
@@ -75,6 +75,17 @@ def make(family: Any) -> Callable[..., tuple[Any, Nearness]]:
 
 def space_of(budget: int, optimizer: Any = "cma", **dimensions: Dimension) -> Space:
     return Space(dimensions, Settings(optimizer=optimizer, budget=budget, seed=3))
+
+
+def weighted(base: Path, weights: Mapping[Path, float]) -> dict[str, Any]:
+    """A recipe whose experts have weights of their own."""
+    models = [{"model": str(path), "parameters": {"weight": weight}} for path, weight in weights.items()]
+    return {
+        "merge_method": "task_arithmetic",
+        "base_model": str(base),
+        "models": models,
+        "dtype": "float32",
+    }
 
 
 def told(found: Found, name: str) -> float:
@@ -168,6 +179,56 @@ def test_the_recipe_as_it_was_wins_a_tie(make: Any, tmp_path: Path) -> None:
     lead = found.gain.difference
     assert (lead.value, lead.low, lead.high) == (0, 0, 0)
     assert all(one == other for one, other in found.test.values())
+
+
+@pytest.mark.parametrize("best", ["recipe", "nearest"])
+@pytest.mark.parametrize("dimension", [Dimension(low=0.2, high=0.3), Dimension(choices=(0.3, 0.2))])
+def test_a_recipe_that_is_no_point_of_the_space(
+    make: Any, tmp_path: Path, best: str, dimension: Dimension
+) -> None:
+    """Its weights are 0.9 and 0.1, and one weight for both is searched; it is merged and kept as it is."""
+    wanted = (0.9, 0.1) if best == "recipe" else (0.3, 0.3)
+    _, scorer = make(wanted, wanted)
+    recipe = read(weighted(scorer.base, dict(zip(scorer.experts, (0.9, 0.1), strict=True)))).require()
+    found = search(recipe, space_of(2, "random", weight=dimension), scorer, tmp_path)
+    assert [dict(trial.values) for trial in found.trials] == [{}, {"weight": 0.3}]
+    kept = read(tmp_path / BEST).require()
+    was, now = found.test["near"]
+    if best == "recipe":
+        assert found.best.number == 0
+        assert kept == recipe
+        assert was == now == pytest.approx(1.0)
+    else:
+        assert found.best.number == 1
+        assert now == pytest.approx(1.0)
+        assert was < 0.9
+        assert found.gain.difference.value == pytest.approx(now - was)
+
+
+def test_trials_of_other_weights_are_refused(make: Any, tmp_path: Path, clone: Any) -> None:
+    _, scorer = make((0.9, 0.2))
+    copy = clone(scorer.experts[1])
+    plain = weighted(scorer.base, {scorer.experts[0]: 0.5, copy: 0.5})
+    space = space_of(2, weight=Dimension(low=0.0, high=1.0))
+    search(read(plain).require(), space, scorer, tmp_path / "out")
+    weights = load_file(copy / "model.safetensors")
+    weights[TENSOR.format(0)] += 1.0
+    save_file(weights, copy / "model.safetensors", {"format": "pt"})
+    with pytest.raises(OutputError, match="other weights or rows"):
+        search(read(plain).require(), space, scorer, tmp_path / "out")
+
+
+def test_other_answers_are_other_tasks() -> None:
+    from mixmerge.data.rows import Row
+    from mixmerge.evaluate.task_file import EvalTask, TaskSpec
+    from mixmerge.searching.scoring import TaskScorer
+
+    spec = TaskSpec(name="t", data="rows.jsonl", metric="exact")
+    known = [
+        TaskScorer([EvalTask(spec, tuple(Row(prompt=f"question {at}", answer=answer) for at in range(20)))])
+        for answer in ("yes", "no", "yes")
+    ]
+    assert known[0].identity == known[2].identity != known[1].identity
 
 
 def test_candidates_that_cannot_be_merged_are_noted(make: Any, tmp_path: Path) -> None:

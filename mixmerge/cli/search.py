@@ -108,7 +108,7 @@ def _show(found: Found) -> None:
         for name, value in found.best.values.items()
     )
     lead = found.gain.difference
-    print(f"trial {found.best.number} of {len(found.trials)}: {values}")
+    print(f"trial {found.best.number} of {len(found.trials)}: {values or 'the recipe as it was'}")
     print(f"gain {lead.value:+.3f} ({lead.low:+.3f} to {lead.high:+.3f})")
     if found.best.number == 0:
         print("Nothing beat the recipe as it was.")

@@ -18,7 +18,7 @@ class Asker:
     Args:
         found: what is searched.
         settings: how.
-        start: the first candidate, by slot name; numbers out of bounds are moved to the nearest bound.
+        start: the first candidate, by slot name, of values that the slots may take.
 
     Raises:
         DependencyError: nevergrad is not installed.
@@ -32,9 +32,9 @@ class Asker:
         except ImportError as error:
             run = "Run: pip install 'mixmerge[search]'"
             raise DependencyError(Fault("search", "needs nevergrad", run=run)) from error
-        self._start: dict[str, Value] | None = {slot.name: _first(slot, start[slot.name]) for slot in found}
+        self._start: dict[str, Value] | None = {slot.name: start[slot.name] for slot in found}
         space = nevergrad.p.Dict(
-            **{slot.name: _parameter(nevergrad, slot, self._start[slot.name]) for slot in found}
+            **{slot.name: _parameter(nevergrad, slot, start[slot.name]) for slot in found}
         )
         space.random_state.seed(settings.seed)
         made = nevergrad.optimizers.registry[_NAMES[settings.optimizer]]
@@ -54,13 +54,6 @@ class Asker:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # CMA-ES on one value, told on each call
             self._optimizer.tell(self._asked, -worth)
-
-
-def _first(slot: Slot, value: Value) -> Value:
-    one = slot.dimension
-    if one.choices is not None:
-        return value if value in one.choices else one.choices[0]
-    return min(max(float(value), float(one.low or 0.0)), float(one.high or 0.0))
 
 
 def _parameter(nevergrad: Any, slot: Slot, first: Value) -> Any:

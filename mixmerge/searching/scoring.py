@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from mixmerge.checkpoint.identity import canonical_hash
 from mixmerge.data.rows import digests_of
+from mixmerge.engine.calibration_data import identity as shown
 from mixmerge.engines.local import Dtype
 from mixmerge.errors import Fault, MixmergeError
 from mixmerge.evaluate.leaks import Made, leak_faults, read_made, used_rows
@@ -76,7 +77,7 @@ class TaskScorer:
     @property
     def identity(self) -> str:
         told = [
-            [task.spec.model_dump(mode="json"), [row.digest for row in task.rows]]
+            [task.spec.model_dump(mode="json"), shown(task.rows)]
             for tasks in self.parts.values()
             for task in tasks
         ]

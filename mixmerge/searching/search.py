@@ -15,12 +15,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixmerge.checkpoint.identity import canonical_hash
+from mixmerge.engine.calibration_data import identity as shown
+from mixmerge.engine.calibration_data import read_data
+from mixmerge.engine.finish import input_fingerprints
 from mixmerge.engine.merge import merge
 from mixmerge.errors import Fault, MixmergeError, OutputError, RecipeError
 from mixmerge.evaluate.intervals import Comparison, bootstrap_means, compare
-from mixmerge.plan import Plan, make_plan
+from mixmerge.plan import Plan, fetch, make_plan
 from mixmerge.plan.layers import depths
-from mixmerge.recipe import Recipe, canonical, resolve_tensor
+from mixmerge.recipe import Recipe, canonical, read, resolve_tensor
 from mixmerge.recipe.schema import to_yaml
 from mixmerge.searching.optimizing import Asker
 from mixmerge.searching.space import Slot, Space, Value, slots, with_values
@@ -85,9 +88,10 @@ def search(
 ) -> Found:
     """Search a recipe's parameters; a search that was killed goes on with the same call.
 
-    The recipe as it is comes first and wins ties. A candidate whose merge is refused (weights that sum to 0, say) is
-    noted and counts as worth nothing; one that equals an earlier one is neither merged nor scored again; what the
-    scorer refuses ends the search, for it would refuse every candidate.
+    The recipe as it is comes first and wins ties; where it is no point of the space (experts of other weights where one
+    is searched for all, values out of bounds), the nearest point comes second. A candidate whose merge is refused
+    (weights that sum to 0, say) is noted and counts as worth nothing; one that equals an earlier one is neither merged
+    nor scored again; what the scorer refuses ends the search, for it would refuse every candidate.
 
     The best recipe names the rows it was chosen by (``tuned_on``, with those of the recipe as it was), and a merge of
     it keeps them in its manifest: ``mixmerge eval`` refuses them.
@@ -109,7 +113,7 @@ def search(
     Raises:
         MixmergeError: a recipe that does not plan, no optimiser, a disk that refuses; every candidate failed.
     """
-    plan = make_plan(recipe)
+    plan = fetch(make_plan(recipe))
     if plan.bank is not None:
         what = f"{plan.made_by.name} leaves a bank, and a search scores what is merged alone"
         run = f"Search a recipe of {plan.method.name}, and take the best one's parameters for shared"
@@ -123,12 +127,14 @@ def search(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(Fault(str(out), f"cannot be made: {error.strerror}")) from error
-    identity = canonical_hash([canonical(recipe), plan.hash, space.as_dict(), scorer.identity, objective])
-    journal = Journal(out / TRIALS, identity)
-    asker = Asker(found, space.settings, start_of(plan, found))
+    journal = Journal(out / TRIALS, _identity(plan, [space.as_dict(), scorer.identity, objective]))
+    start = start_of(plan, found)
+    asker = Asker(found, space.settings, start)
     untuned = recipe.model_copy(update={"tuned_on": ()})  # candidates may be chosen by the same rows again
+    outside = not _is_point(plan, with_values(untuned, found, start))
     for number in range(space.settings.budget):
-        values, known = _new(asker, journal.trials[:number])
+        beyond = outside and number == 0  # the optimiser is not told of what it cannot ask for
+        values, known = ({}, None) if beyond else _new(asker, journal.trials[:number])
         if number < len(journal.trials):
             trial = journal.trials[number]
             if not _alike(values, trial.values):
@@ -142,7 +148,8 @@ def search(
         else:
             trial = _try(number, values, untuned, found, scorer, out, objective, threads)
             journal.add(trial)
-        asker.tell(trial.worth)
+        if not beyond:
+            asker.tell(trial.worth)
         if progress is not None:
             progress(trial, space.settings.budget)
     best, test, gain = _chosen(untuned, found, journal, scorer, out, threads)
@@ -163,8 +170,29 @@ def _new(asker: Asker, trials: Sequence[Trial]) -> tuple[dict[str, Value], Trial
     return values, known
 
 
+def _identity(plan: Plan, rest: Sequence[Any]) -> str:
+    """Hash of all that scores depend on: the recipe, the weights and rows it is merged from, and the rest."""
+    data = read_data(plan)
+    rows = {} if data is None else {number: shown(found) for number, found in data.rows.items()}
+    inputs = input_fingerprints(plan, every_byte=False)
+    return canonical_hash([canonical(plan.recipe), plan.hash, inputs, rows, *rest])
+
+
+def _is_point(plan: Plan, candidate: Mapping[str, Any]) -> bool:
+    """Whether a candidate merges as the recipe of the plan does, every tensor by the same values."""
+    try:
+        other = make_plan(read(candidate).require())
+    except RecipeError:
+        return False
+    pairs = zip(plan.tasks, other.tasks, strict=True)
+    return all(one.parameters == same.parameters for one, same in pairs)
+
+
 def start_of(plan: Plan, found: Sequence[Slot]) -> dict[str, Value]:
-    """The values the recipe has at the slots; the middle of the bounds where it has none that can be searched."""
+    """The point of the space that is nearest to the recipe: its values at the slots, within bounds and choices.
+
+    The middle of the bounds, or the first choice, where it has none that can be searched.
+    """
     start: dict[str, Value] = {}
     depth = {(slot.parameter, slot.entry): slot.anchor for slot in found}  # the last anchor of each
     for slot in found:
@@ -174,8 +202,20 @@ def start_of(plan: Plan, found: Sequence[Slot]) -> dict[str, Value]:
         if value is None:
             one = slot.dimension
             value = one.choices[0] if one.choices else ((one.low or 0.0) + (one.high or 0.0)) / 2
-        start[slot.name] = value
+        start[slot.name] = _nearest(slot, value)
     return start
+
+
+def _nearest(slot: Slot, value: Value) -> Value:
+    one = slot.dimension
+    if one.choices is not None:
+        return value if value in one.choices else one.choices[0]
+    return min(max(float(value), float(one.low or 0.0)), float(one.high or 0.0))
+
+
+def _candidate(recipe: Recipe, found: Sequence[Slot], values: Mapping[str, Value]) -> dict[str, Any]:
+    """The recipe of a trial."""
+    return with_values(recipe, found, values) if values else dict(canonical(recipe))
 
 
 def _alike(one: Mapping[str, Value], other: Mapping[str, Value]) -> bool:
@@ -202,7 +242,7 @@ def _try(
     began = time.perf_counter()
     folder = out / ".candidate"
     try:
-        merge(with_values(recipe, found, values), folder, overwrite=True, threads=threads)
+        merge(_candidate(recipe, found, values), folder, overwrite=True, threads=threads)
     except OutputError:
         raise  # the disk, not the candidate
     except MixmergeError as error:
@@ -235,7 +275,7 @@ def _chosen(
             "search", f"all {len(journal.trials)} merges failed; the first: {journal.trials[0].fault}"
         )
         raise MixmergeError(faults)
-    chosen = with_values(recipe, found, best.values)
+    chosen = _candidate(recipe, found, best.values)
     start = _scored(canonical(recipe), scorer, out / ".candidate", "test", threads)
     end = start if best.number == 0 else _scored(chosen, scorer, out / ".candidate", "test", threads)
     test = {task: (float(np.mean(start[task])), float(np.mean(end[task]))) for task in start}
@@ -244,7 +284,7 @@ def _chosen(
 
 def _written(recipe: Recipe, found: Sequence[Slot], best: Trial, scorer: Scorer, out: Path) -> dict[str, Any]:
     """The best recipe, also on the disk, with the rows that it was chosen by."""
-    chosen = with_values(recipe, found, best.values)
+    chosen = _candidate(recipe, found, best.values)
     tuned_on = sorted({*recipe.tuned_on, *scorer.chosen_by})
     if tuned_on:
         chosen["tuned_on"] = tuned_on

@@ -19,7 +19,7 @@ class Trial:
 
     Args:
         number: from 0, which is the recipe as it was.
-        values: by slot name.
+        values: by slot name; none of the recipe as it was where it is no point of the space.
         scores: mean score of each task, in [0, 1]; empty if the merge failed.
         worth: what was maximised; of a failed merge the lowest there is.
         seconds: of merge and evaluation.
@@ -58,7 +58,7 @@ class Journal:
             if record is None:
                 break
             if whole == 0 and record.get("search") != identity:
-                what = "it holds the trials of another recipe, space or set of tasks"
+                what = "it holds the trials of another recipe, space or set of tasks, or of other weights or rows"
                 raise OutputError(Fault(str(path), what, run="Name a new folder, or pass --overwrite"))
             if whole:
                 self.trials.append(Trial(**record))
