@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from mixmerge.data.rows import Row
+from mixmerge.data.rows import Row, joined
 from mixmerge.errors import Fault, MixmergeError
 
 if TYPE_CHECKING:
@@ -180,11 +180,12 @@ def _written(at: int, row: Row, tokenizer: Any) -> Line:
         shown = row.prompt or "\n".join(filter(None, (row.text, row.text_pair)))
     if row.answer is None:
         return Line(at, tuple(tokenizer(shown, add_special_tokens=special)["input_ids"]), 1)
+    answer = joined(shown, row.answer) if row.choices and not row.messages else row.answer
     if not tokenizer.is_fast:
         before = _opened(tokenizer(shown, add_special_tokens=special)["input_ids"], tokenizer)
-        after = tokenizer(row.answer, add_special_tokens=False)["input_ids"]
+        after = tokenizer(answer, add_special_tokens=False)["input_ids"]
         return Line(at, (*before, *after), max(1, len(before)))
-    found = tokenizer(shown + row.answer, add_special_tokens=special, return_offsets_mapping=True)
+    found = tokenizer(shown + answer, add_special_tokens=special, return_offsets_mapping=True)
     # Of a token across the border, the end counts: it says something of the answer.
     ends = [end for _, end in found["offset_mapping"]]
     first = next((place for place, end in enumerate(ends) if end > len(shown)), len(ends))

@@ -33,7 +33,7 @@ class Row:
         text_pair: what a classifier of pairs reads second.
         prompt: what an answer follows.
         messages: (role, content) of a chat, without the answer.
-        answer: what should follow.
+        answer: what should follow, as it is written; ``joined`` where it is one of the choices.
         choices: answers to choose from; ``label`` is the index of the right one, if it is known.
         label: a class of a classifier, or an index in ``choices``.
         id: a name of the row; the empty text if it has none.
@@ -81,6 +81,11 @@ def digests_of(rows: Iterable[Known]) -> list[str]:
 
 def _words(text: str) -> str:
     return " ".join(text.split())
+
+
+def joined(prompt: str, choice: str) -> str:
+    """A choice as it follows its prompt: behind a space, unless either brings one."""
+    return choice if not prompt or prompt[-1].isspace() or choice[:1].isspace() else f" {choice}"
 
 
 def read_rows(source: str | Path, *, split: str | None = None, limit: int | None = None) -> tuple[Row, ...]:

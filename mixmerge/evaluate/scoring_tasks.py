@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixmerge.aggregate.extraction import extractor
-from mixmerge.data.rows import Row
+from mixmerge.data.rows import Row, joined
 from mixmerge.engines.base import Engine
 from mixmerge.engines.records import Generation, Message, Request, Scoring
 from mixmerge.evaluate.metrics import likeliest, program_of, text_metric
@@ -130,11 +130,6 @@ def no_numbers(task: EvalTask, picks: Sequence[int]) -> tuple[str, ...]:
     count = sum(pick < 0 for pick in picks)
     what = f"{task.name}: {count:,} of {len(picks):,} rows count as wrong: the model's logits are no numbers"
     return (what,) if count else ()
-
-
-def joined(prompt: str, choice: str) -> str:
-    """A choice as it follows its prompt: behind a space, unless either brings one."""
-    return choice if not prompt or prompt[-1].isspace() or choice[:1].isspace() else f" {choice}"
 
 
 def _programs(

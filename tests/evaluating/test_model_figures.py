@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mixmerge.data.rows import Row
+from mixmerge.data.rows import Row, joined
 from mixmerge.errors import MixmergeError
 from mixmerge.evaluate.advice import Deltas, Facts, advise
 from mixmerge.evaluate.leaks import Made
@@ -20,7 +20,7 @@ from mixmerge.evaluate.model_records import ModelReport, Role
 from mixmerge.evaluate.model_report import to_html
 from mixmerge.evaluate.model_tables import cells, columns
 from mixmerge.evaluate.models import _notes
-from mixmerge.evaluate.scoring_tasks import TaskScores, joined
+from mixmerge.evaluate.scoring_tasks import TaskScores
 from mixmerge.evaluate.task_file import EvalTask, TaskSpec
 
 TASKS = tuple(

@@ -25,7 +25,7 @@ from mixmerge.calibrate.students import (
 )
 from mixmerge.calibrate.teachers import Teachers
 from mixmerge.data.batches import make_batches
-from mixmerge.data.rows import Row
+from mixmerge.data.rows import Row, joined
 from mixmerge.errors import MethodError
 
 
@@ -191,6 +191,29 @@ def test_choices_are_scored_by_their_mean_log_likelihood(
             assert logits[at, number].item() == pytest.approx(logs[before - 1 :].mean().item(), abs=1e-4)
     with pytest.raises(MethodError, match="none of 2 rows has two choices"):
         choice_batches(rows[2:], tokenizer, max_tokens=40, batch_size=8)
+
+
+def test_choices_are_learned_from_as_they_are_scored(
+    models: tuple[Any, list[Any]], family: Any, tokenizer: Any
+) -> None:
+    """The same rows, by `adamerging` and by the metric `choice`: behind a space, unless prompt or choice brings one."""
+    from mixmerge.engines.local import TransformersEngine
+    from mixmerge.engines.records import Scoring
+
+    rows = [Row(prompt=prompt, choices=("brown fox", " dog")) for prompt in ("the quick", "the quick ")]
+    (found,) = choice_batches(rows, tokenizer, max_tokens=40, batch_size=2)
+    texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in found.batch.input_ids]
+    assert texts == ["the quick brown fox", "the quick dog", "the quick brown fox", "the quick  dog"]
+    learned = choice_logits(models[0], found)
+    engine = TransformersEngine(str(family("llama", experts=2, dtype="float32").base))
+    engine.load()
+    asked = [
+        Scoring(f"{at} {choice}", row.prompt, joined(row.prompt, choice))
+        for at, row in enumerate(rows)
+        for choice in row.choices
+    ]
+    scored = [sum(one.logprobs) / len(one.logprobs) for one in engine.loglikelihood(asked)]
+    assert learned.flatten().tolist() == pytest.approx(scored, abs=1e-4)
 
 
 def test_what_is_remembered_is_what_the_expert_says(
