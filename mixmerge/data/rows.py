@@ -88,7 +88,13 @@ def joined(prompt: str, choice: str) -> str:
     return choice if not prompt or prompt[-1].isspace() or choice[:1].isspace() else f" {choice}"
 
 
-def read_rows(source: str | Path, *, split: str | None = None, limit: int | None = None) -> tuple[Row, ...]:
+def read_rows(
+    source: str | Path,
+    *,
+    split: str | None = None,
+    limit: int | None = None,
+    fields: Mapping[str, str] | None = None,
+) -> tuple[Row, ...]:
     """Read rows, in the order they are stored.
 
     Args:
@@ -98,6 +104,7 @@ def read_rows(source: str | Path, *, split: str | None = None, limit: int | None
         split: which part. Of a file: the rows whose column ``split`` says so, all of them if there is no such column.
             Of a folder or a data set of the hub: None is ``train``.
         limit: read no more than the first so many rows, 1 or more; ``sample_rows`` picks from all.
+        fields: column of a row -> what it is called in the data, where that is another name.
 
     Raises:
         MixmergeError: the source is not there, holds no row, or holds bad rows: each with its line, all at once.
@@ -115,7 +122,7 @@ def read_rows(source: str | Path, *, split: str | None = None, limit: int | None
             if split is not None and values["split"] != split:
                 filtered = True
                 continue
-        row = _row(found, faults)
+        row = _row(found._replace(values=_renamed(values, fields or {})), faults)
         if row is not None:
             rows.append(row)
         if limit is not None and len(rows) + len(faults) >= limit:
@@ -146,6 +153,14 @@ def sample_rows(rows: Sequence[Row], count: int, *, seed: int = 0) -> tuple[Row,
         first.setdefault(row.digest, at)
     rank = {at: hashlib.sha256(f"{seed}:{digest}".encode()).digest() for digest, at in first.items()}
     return tuple(rows[at] for at in sorted(sorted(rank, key=rank.__getitem__)[:count]))
+
+
+def _renamed(values: Any, fields: Mapping[str, str]) -> Any:
+    """The values of a row by the names of its columns; what is no mapping as it is."""
+    if not isinstance(values, Mapping) or not fields:
+        return values
+    rest = {name: value for name, value in values.items() if name not in fields.values()}
+    return {**rest, **{column: values[name] for column, name in fields.items() if name in values}}
 
 
 def _row(found: Found, faults: list[Fault]) -> Row | None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +11,6 @@ from pydantic import Field
 
 from mixmerge.aggregate.extraction import extractor
 from mixmerge.data.rows import Row, read_rows
-from mixmerge.data.sources import found_rows
 from mixmerge.document import Kind, Node, Report, from_data, load, read_file, read_mapping, show, unknown_keys
 from mixmerge.document.sections import Strict, read_section
 from mixmerge.errors import Fault, MixmergeError
@@ -196,8 +193,7 @@ def _task(spec: TaskSpec, folder: Path | None, limit: int | None) -> EvalTask:
         source = str(folder / source)
     least = min((one for one in (spec.limit, limit) if one is not None), default=None)
     try:
-        read = _renamed if spec.fields else _plain
-        task = EvalTask(spec, read(source, spec, least))
+        task = EvalTask(spec, read_rows(source, split=spec.split, limit=least, fields=spec.fields))
     except MixmergeError as error:
         faults = [
             Fault(f"task {spec.name}: {one.where}", one.what, one.allowed, one.run) for one in error.faults
@@ -208,41 +204,6 @@ def _task(spec: TaskSpec, folder: Path | None, limit: int | None) -> EvalTask:
         more = [Fault(f"task {spec.name}", f"{len(faults) - _FAULTS:,} more rows are like these")]
         raise MixmergeError([*faults[:_FAULTS], *(more if len(faults) > _FAULTS else [])])
     return task
-
-
-def _plain(source: str, spec: TaskSpec, limit: int | None) -> tuple[Row, ...]:
-    return read_rows(source, split=spec.split, limit=limit)
-
-
-def _renamed(source: str, spec: TaskSpec, limit: int | None) -> tuple[Row, ...]:
-    """Rows whose columns have other names in the data; faults name the places in the data."""
-    places: list[str] = []
-    with tempfile.TemporaryDirectory(prefix="mixmerge-rows-") as folder:
-        copied = Path(folder) / "rows.jsonl"
-        with copied.open("w", encoding="utf-8") as file:
-            for found in found_rows(source, split=spec.split):
-                values = found.values
-                if isinstance(values, Mapping):
-                    named = {column: values[name] for column, name in spec.fields.items() if name in values}
-                    rest = {key: value for key, value in values.items() if key not in spec.fields.values()}
-                    values = {**rest, **named}
-                file.write(json.dumps(values, default=str) + "\n")
-                places.append(found.where)
-                if limit is not None and len(places) == limit and "split" not in (values or {}):
-                    break
-        try:
-            return read_rows(copied, split=spec.split, limit=limit)
-        except MixmergeError as error:
-            raise MixmergeError(
-                [_placed(fault, str(copied), source, places) for fault in error.faults]
-            ) from error
-
-
-def _placed(fault: Fault, copied: str, source: str, places: list[str]) -> Fault:
-    rest = fault.where.removeprefix(copied).removeprefix(", line ")
-    line, comma, column = rest.partition(",")
-    where = places[int(line) - 1] + comma + column if line.isdecimal() else source + rest
-    return Fault(where, fault.what, fault.allowed, fault.run)
 
 
 def _lacks(task: EvalTask, row: Row, at: int) -> Fault | None:

@@ -59,6 +59,11 @@ def test_columns_with_other_names(tmp_path: Path) -> None:
     _rows(data, [{"question": "1", "result": "2"}, {"question": 5, "result": "2"}])
     (fault,) = _faults({"tasks": [task]})
     assert fault.startswith(f"task q: {data}, line 2, prompt: is 5")
+    data.write_text('{"question": "1", "result": "2"}\n5\n{broken\n')
+    for limit in ({}, {"limit": 2}):
+        first, *more = _faults({"tasks": [{**task, **limit}]})
+        assert first.startswith(f"task q: {data}, line 2: is no mapping")
+        assert ["line 3: is not JSON" in fault for fault in more] == [True] * (not limit)
 
 
 def test_faults_are_told_at_once(tmp_path: Path) -> None:
