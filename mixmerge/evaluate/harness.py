@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mixmerge.engines.local import no_bars
+from mixmerge.engines.local import Dtype, no_bars
 from mixmerge.errors import DependencyError, Fault, MixmergeError
 from mixmerge.registry import choices
 
@@ -71,6 +71,7 @@ def run_lm_eval(
     *,
     limit: int | None = None,
     device: str = "cpu",
+    dtype: Dtype = "auto",
     batch_size: int = 8,
     seed: int = 0,
 ) -> dict[str, Figures]:
@@ -80,7 +81,7 @@ def run_lm_eval(
         entries: models; adapters go through peft.
         harness: what to run.
         limit: at most so many examples of each task.
-        device, batch_size: as the harness takes them.
+        device, dtype, batch_size: as the harness takes them.
         seed: of the examples it draws for few-shot prompts.
 
     Raises:
@@ -97,7 +98,7 @@ def run_lm_eval(
                 model: Any = HFLM(
                     pretrained=str(entry.folder),
                     peft=adapter,
-                    dtype="auto",
+                    dtype=dtype,
                     device=device,
                     batch_size=batch_size,
                 )

@@ -21,6 +21,7 @@ from mixmerge.registry import choices
 
 if TYPE_CHECKING:
     from mixmerge.dynamic.model import DynamicModel
+    from mixmerge.engines.loading import Dtype
     from mixmerge.experts.loading import LoadedExpert
 
 _ROWS = 64  # of a batch
@@ -43,6 +44,7 @@ def score_classes(
     *,
     name: str,
     device: str = "cpu",
+    dtype: Dtype = "auto",
     alone: str | None = None,
 ) -> TaskScores:
     """Accuracy of a trunk with a task's head.
@@ -56,12 +58,14 @@ def score_classes(
         heads: experts by name.
         name: of the model, for messages.
         device: a torch device.
+        dtype: of the weights in memory; ``auto``: float32.
         alone: of a folder with a bank, the expert that answers in place of the gate; of one with masks, the task.
 
     Raises:
         MixmergeError: no such head, trunk and head do not fit, or a label is no class of the head.
     """
-    expert = _with_head(folder, task, heads, name=name, device=device)
+    width = "float32" if dtype == "auto" else dtype
+    expert = _with_head(folder, task, heads, name=name, device=device, dtype=width)
     classes = int(expert.model.config.num_labels)
     _check(expert, task, classes, name)
     if alone is not None and has_masks(folder):
@@ -104,7 +108,7 @@ def _no_class(task: EvalTask, classes: int) -> list[Fault]:
 
 
 def _with_head(
-    folder: Path, task: EvalTask, heads: Mapping[str, HeadSource], *, name: str, device: str
+    folder: Path, task: EvalTask, heads: Mapping[str, HeadSource], *, name: str, device: str, dtype: Dtype
 ) -> LoadedExpert:
     from mixmerge.experts.loading import heads_of, load_expert, load_with_head
 
@@ -112,12 +116,12 @@ def _with_head(
     if faults := head_faults(folder, task, heads, name=name):
         raise MixmergeError(faults)
     if head in heads_of(folder):
-        return load_with_head(folder, head, device=device)
+        return load_with_head(folder, head, device=device, dtype=dtype)
     source = heads[head]
-    whole = load_expert(source.folder, device=device)
+    whole = load_expert(source.folder, device=device, dtype=dtype)
     if source.folder == folder:
         return whole
-    return _moved(load_expert(folder, device=device), whole, name=name, head=head)
+    return _moved(load_expert(folder, device=device, dtype=dtype), whole, name=name, head=head)
 
 
 def _moved(judged: LoadedExpert, whole: LoadedExpert, *, name: str, head: str) -> LoadedExpert:

@@ -21,6 +21,7 @@ from mixmerge.recipe import ModelRef
 if TYPE_CHECKING:
     from mixmerge.mixture import Mixture
 
+_CONFIGS = ("config.json", "adapter_config.json")
 Models = Mapping[str, str | Path] | Sequence[str | Path]
 
 
@@ -136,6 +137,8 @@ def _entry(role: Role, name: str, model: str) -> Entry:
         return Entry(name, role, ModelRef(model), Path(model).expanduser(), None, made_of(whole), whole)
     ref = ModelRef(model) if is_folder(model) else ModelRef.parse(model, where=where)
     folder = locate(ref.path, ref.revision, where=where)
+    if not (is_dynamic(folder) or any((folder / config).is_file() for config in _CONFIGS)):
+        raise MixmergeError(Fault(f"{where} {name}", f"{folder} has no config.json", "A folder of a model"))
     adapter = None if ref.adapter is None else locate(ref.adapter, ref.adapter_revision, where=where)
     masks = read_mask_card(folder).tasks if adapter is None and has_masks(folder) else ()
     made = read_made(folder) if adapter is None else with_adapter(read_made(folder), adapter)

@@ -71,7 +71,7 @@ def evaluate_models(
         transductive: score rows that a merge has used; the report says so.
         limit: at most so many rows of each task, the first ones; 1 or more.
         seed, resamples, level: of the intervals; 100 resamples or more, a level above 0 and below 1.
-        dtype, device, batch_tokens: as ``TransformersEngine`` takes them.
+        dtype, device, batch_tokens: as ``TransformersEngine`` takes them; classifiers are float32 for ``auto``.
         limits: of programs, for ``pass@1``.
         recommend: say which method to try next; takes experts and the base.
         calibration: data that a next merge could be calibrated on, for ``recommend``.
@@ -109,7 +109,7 @@ def evaluate_models(
         report = replace(report, advice=advise(facts))
     if found.harness is None:
         return report
-    harness, warnings = _of_harness(found, limit=limit, device=device, seed=seed)
+    harness, warnings = _of_harness(found, limit=limit, device=device, dtype=dtype, seed=seed)
     return replace(report, harness=harness, warnings=(*report.warnings, *warnings))
 
 
@@ -132,14 +132,14 @@ def _told(entries: Sequence[Entry], tasks: Sequence[EvalTask]) -> list[str]:
 
 
 def _of_harness(
-    found: Prepared, *, limit: int | None, device: str, seed: int
+    found: Prepared, *, limit: int | None, device: str, dtype: Dtype, seed: int
 ) -> tuple[dict[str, Figures], list[str]]:
     """Its figures and what to say of them; a harness that fails does not take the answers to other tasks with it."""
     merges = [entry for entry in found.entries if entry.role == "merge"]
     if found.harness is None:
         return {}, []
     try:
-        figures = run_lm_eval(merges, found.harness, limit=limit, device=device, seed=seed)
+        figures = run_lm_eval(merges, found.harness, limit=limit, device=device, dtype=dtype, seed=seed)
     except MixmergeError as error:
         if not found.tasks:
             raise
@@ -213,8 +213,9 @@ def _judged(
                 if task.metric.asked == "class":
                     engine.unload()
                     found = score_classes(
-                        entry.folder, task, heads, name=entry.name, device=loading.device, alone=alone
-                    )
+                        entry.folder, task, heads,
+                        name=entry.name, device=loading.device, dtype=loading.dtype, alone=alone,
+                    )  # fmt: skip
                 else:
                     found = score_task(engine, task, adapter=alone, limits=limits, workers=cores())
                 answers[task.name] = found

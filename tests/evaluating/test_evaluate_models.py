@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 from collections.abc import Callable
@@ -277,6 +278,8 @@ def test_faults(experts: Any, tasks: Any, tmp_path: Path) -> None:
     assert "models: none is given" in said(models=[])
     assert "cannot be looked up" in said(models=["x" * 5000])
     assert "model: " in said(models=[tmp_path / "none"])
+    (tmp_path / "half").mkdir()
+    assert "half has no config.json" in said(models=[experts.base, tmp_path / "half"])
     assert "limit: is 0" in said(limit=0)
     assert "resamples: is 5" in said(resamples=5)
     assert "its expert 'expert0' is not among the experts" in said(experts={"expert_0": experts.experts[0]})
@@ -387,6 +390,33 @@ def test_the_head_comes_with_the_request(classifiers: Path, tokenizer: Any, tmp_
     again = mixmerge.evaluate_models({"merge": bare}, tasks=tasks, experts=experts, resamples=100)
     for name in report.row("merge").scores:
         assert again.row("merge").scores[name].value == report.row("merge").scores[name].value
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_classifiers_have_the_type_that_is_asked_for(
+    classifiers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: Any
+) -> None:
+    from mixmerge.experts import loading
+
+    seen = []
+    known = loading.load_expert
+
+    def load(*given: Any, **more: Any) -> Any:
+        found = known(*given, **more)
+        seen.append(str(found.model.dtype))
+        return found
+
+    monkeypatch.setattr(loading, "load_expert", load)
+    data = _write(tmp_path / "mood.jsonl", [{"text": "the", "label": 0}])
+    mood = {"name": "mood", "data": data, "metric": "accuracy", "head": "mood"}
+    mixmerge.evaluate_models(
+        {"topic": classifiers / "topic"},
+        tasks={"tasks": [mood]},
+        experts={"mood": classifiers / "mood"},
+        dtype=dtype,
+        resamples=100,
+    )
+    assert set(seen) == {"torch.bfloat16" if dtype == "bfloat16" else "torch.float32"}
 
 
 def test_a_model_without_numbers_is_wrong(experts: Any, classifiers: Path, tmp_path: Path) -> None:
@@ -506,13 +536,24 @@ def test_lm_eval_runs_a_local_task(experts: Any, tmp_path: Path, monkeypatch: py
     task = {**LOCAL, "dataset_kwargs": {"data_files": {"test": data}}}
     (folder / "words.yaml").write_text(yaml.safe_dump(task))
     ours = {"name": "words", "data": data, "metric": "choice", "normalise": "none"}
+    made: list[str] = []
+    huggingface = importlib.import_module("lm_eval.models.huggingface")
+
+    class Told(huggingface.HFLM):  # type: ignore[misc, name-defined]
+        def __init__(self, *given: Any, dtype: str, **more: Any) -> None:
+            made.append(dtype)
+            super().__init__(*given, dtype=dtype, **more)
+
+    monkeypatch.setattr(huggingface, "HFLM", Told)
     report = mixmerge.evaluate_models(
         {"m": experts.base},
         tasks={"tasks": [ours]},
         lm_eval=["local_words"],
         lm_eval_path=folder,
         resamples=100,
+        dtype="float32",
     )
+    assert made == ["float32"]
     theirs = report.harness["m"]["local_words"]["acc,none"]
     assert theirs == pytest.approx(report.rows[0].scores["words"].value), "the same rows, the same model"
     gone = _write(tmp_path / "gone.jsonl", [{"txt": "a"}])
