@@ -16,7 +16,8 @@ from mixmerge.evaluate.answering import Metric, exact_match
 Asked = Literal["text", "choices", "program", "class"]
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
-_FENCED = re.compile(r"```[ \t]*(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
+# Its first line may name a language; a fence that ends code within a line begins no block.
+_FENCED = re.compile(r"(?<![^\s:])```[ \t]*([^\s`]*)[^\n`]*\n(.*?)(?:```|\Z)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -110,9 +111,11 @@ def text_metric(name: str) -> Metric:
 
 
 def program_of(given: str) -> str:
-    """The program in an answer: its first fenced block if it has one, else all of it."""
-    fenced = _FENCED.search(given)
-    return fenced[1] if fenced else given
+    """The program in an answer: its first block of Python, else the first of no language, else all of it."""
+    blocks = [(found[1].strip("{}.").lower(), found[2]) for found in _FENCED.finditer(given)]
+    python = [program for language, program in blocks if language.startswith("py")]
+    plain = [program for language, program in blocks if not language]
+    return next(iter([*python, *plain]), given)
 
 
 def likeliest(logprobs: Sequence[Sequence[float]], choices: Sequence[str], normalise: str) -> int:

@@ -66,6 +66,11 @@ def test_likeliest() -> None:
         ("Sure:\n```python\nx = 1\n```\nDone.", "x = 1\n"),
         ("```\nx = 1\n```", "x = 1\n"),
         ("```py\nx = 1", "x = 1"),  # cut before its end
+        ("```python3\nx = 1\n```\nThat is x.", "x = 1\n"),
+        ("Here:```{.python title=x}\nx = 1\n```", "x = 1\n"),
+        ("```bash\npip install y\n```\nThen:\n```python\nx = 1\n```\n", "x = 1\n"),
+        ("```\n1 2 3\n```\ncomes from\n```Python\nx = 1\n```", "x = 1\n"),
+        ("Not ```y```, but\n```\nx = 1\n```", "x = 1\n"),
     ],
 )
 def test_program_of(given: str, program: str) -> None:
