@@ -229,6 +229,9 @@ def _lacks(task: EvalTask, row: Row, at: int) -> Fault | None:
         return Fault(where, "has no answer", "For pass@1 the tests, else the text that is expected")
     if metric.asked == "program" and not (row.answer or "").strip():
         return Fault(where, "has no tests", "Without them every program passes")
+    if task.spec.metric == "exact" and task.spec.extract is None and "\n" in (row.answer or "").strip():
+        what = "its answer has several lines, and exact looks at the first of what is given"
+        return Fault(where, what, "One line", "Or say extract: whole, which compares all of it")
     if task.spec.extract is not None and extractor(task.spec.extract)(row.answer or "") is None:
         return Fault(where, f"its answer holds no {task.spec.extract}", "Else no answer to it can be right")
     return None

@@ -99,6 +99,7 @@ def test_faults_are_told_at_once(tmp_path: Path) -> None:
     [
         ("exact", {"prompt": "a"}, "has no answer"),
         ("exact", {"text": "a"}, "has no prompt"),
+        ("exact", {"prompt": "a", "answer": "b\nc"}, "its answer has several lines"),
         ("choice", {"prompt": "a", "answer": "b"}, "has no choices"),
         ("choice", {"prompt": "a", "choices": ["b", "c"]}, "has no label"),
         ("pass@1", {"prompt": "a"}, "has no answer"),
@@ -122,6 +123,13 @@ def test_an_answer_that_nothing_can_equal(tmp_path: Path) -> None:
     assert _faults({"tasks": [task]}) == [
         "task d: row 2: its answer holds no number. Else no answer to it can be right."
     ]
+
+
+def test_all_lines_of_an_answer_are_compared_where_that_is_said(tmp_path: Path) -> None:
+    data = _rows(tmp_path / "d.jsonl", [{"prompt": "a", "answer": "b\nc"}])
+    task = {"name": "d", "data": str(data), "metric": "exact", "extract": "whole"}
+    assert read_tasks({"tasks": [task]})[0].rows[0].answer == "b\nc"
+    assert len(read_tasks(one_task(str(data), "f1"))[0].rows) == 1
 
 
 def test_what_is_no_tasks_file(tmp_path: Path) -> None:
