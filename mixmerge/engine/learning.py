@@ -279,7 +279,8 @@ def _heads(
     """Of each expert, the tensors of its own head; nothing where the model's outputs are its own.
 
     Raises:
-        MethodError: only some experts have a head, or a tensor of the model is neither merged nor a head's.
+        MethodError: only some experts have a head, heads of several classes, or a tensor of the model is neither merged
+            nor a head's.
     """
     import torch
 
@@ -290,12 +291,17 @@ def _heads(
     known, adapters = dict(model.named_parameters()), Adapters()
     like = next(iter(known.values()))
     found, faults = [], []
+    merged = {id(value) for value in parameters.values()}
     for expert in experts:
         head: dict[str, Tensor] = {}
+        classes = kept[expert].config.get("architectures") if expert in kept else None
+        if classes and classes[0] != type(model).__name__:
+            what = f"has the head of a {classes[0]}, and the first expert that of a {type(model).__name__}"
+            faults.append(Fault(str(plan.models[expert].ref), what, "Heads of one class"))
+            continue
         for source in kept[expert].tensors if expert in kept else ():
             value = read_tensor(source, files, adapters, torch.float32, "cpu")
             head[source.tensor.name] = value.to(like.device, like.dtype)
-        merged = {id(value) for value in parameters.values()}
         lacking = [name for name, value in known.items() if name not in head and id(value) not in merged]
         if lacking:
             what = f"has no {lacking[0]}, which is not merged: every expert needs a head of its own"

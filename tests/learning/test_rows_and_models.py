@@ -102,6 +102,20 @@ def test_a_classifier_on_a_decoder_finds_the_last_token(
     merge(recipe(tmp_path, "regmean", tmp_path / "0", experts, TEXTS), tmp_path / "regmean")
 
 
+@pytest.mark.parametrize("method", ["adamerging", "expert_merging"])
+def test_heads_of_two_classes(method: str, bert: Any, tmp_path: Path) -> None:
+    """Both have a pooler and a `classifier`: run as one, a choice among several is one class that is always right."""
+    base = bert(tmp_path / "base", "BertModel", seed=0)
+    experts = [
+        bert(tmp_path / "topics", "BertForSequenceClassification", seed=1),
+        bert(tmp_path / "picks", "BertForMultipleChoice", seed=2),
+    ]
+    with pytest.raises(
+        MixmergeError, match=r"picks: has the head of a BertForMultipleChoice, .*SequenceCl.*one class"
+    ):
+        merge(recipe(tmp_path, method, base, experts, TEXTS, steps=1), tmp_path / "out")
+
+
 @pytest.mark.parametrize("method", ["regmean", "expert_merging"])
 def test_models_without_a_tokenizer(
     method: str, family: Callable[..., Any], clone: Callable[[Path], Path], tmp_path: Path
