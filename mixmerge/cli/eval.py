@@ -148,16 +148,17 @@ def evaluate(
             task_id=task_id,
             progress=progress,
         )
-    if html is not None:
-        report.write_html(html, overwrite=overwrite)
-    if answers is not None:
-        report.write_jsonl(answers, overwrite=overwrite)
+    # First what needs no disk: a full one then leaves the figures.
     if not quiet:
         warn(report.warnings)
     if json:
         emit_json(report.as_dict())
     else:
         _print(report)
+    if html is not None:
+        report.write_html(html, overwrite=overwrite)
+    if answers is not None:
+        report.write_jsonl(answers, overwrite=overwrite)
     if harness and not report.harness:
         raise typer.Exit(2)
 

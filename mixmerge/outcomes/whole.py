@@ -72,15 +72,25 @@ def write_whole(path: Path, pieces: Iterable[bytes], *, overwrite: bool = False)
 
 
 def check_free(path: Path, *, overwrite: bool) -> None:
-    """Refuse a path where something is.
+    """Refuse a path where something is, or where no file can be made.
 
     Raises:
-        OutputError: it is taken and ``overwrite`` is not set, or a folder.
+        OutputError: it is taken and ``overwrite`` is not set, or a folder; its folder cannot be written to, or be there.
     """
-    if path.is_dir():
-        raise OutputError(Fault(str(path), "is a folder", "The name of a file"))
-    if not overwrite and (path.exists() or path.is_symlink()):
-        raise OutputError(Fault(str(path), "exists already", run="Choose another name, or pass --overwrite"))
+    try:
+        if path.is_dir():
+            raise OutputError(Fault(str(path), "is a folder", "The name of a file"))
+        if not overwrite and (path.exists() or path.is_symlink()):
+            raise OutputError(
+                Fault(str(path), "exists already", run="Choose another name, or pass --overwrite")
+            )
+        folder = next(one for one in path.absolute().parents if one.exists())
+    except OSError as error:
+        raise unwritable(path, error) from error
+    if not folder.is_dir():
+        raise OutputError(Fault(str(path), f"cannot be written: {folder} is no folder"))
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise OutputError(Fault(str(path), f"cannot be written: no right to write in {folder}"))
 
 
 def unwritable(path: Path, error: OSError) -> OutputError:

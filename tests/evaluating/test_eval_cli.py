@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 from collections.abc import Callable
@@ -76,6 +77,18 @@ def test_a_page_that_cannot_be_drawn_is_told_first(
     assert "plots: need matplotlib" in result.stderr
 
 
+def test_a_full_disk_leaves_the_figures(run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("mixmerge.outcomes.whole.os.fsync", full)
+    task = ("--task", "q.jsonl", "--metric", "choice", "--resamples", 100, "--limit", 3)
+    result = run("base", *task, "--answers", "a.jsonl", code=2)
+    assert "a.jsonl: cannot be written: No space left on device" in result.stderr
+    assert "average" in result.stdout
+    assert not Path("a.jsonl").exists()
+
+
 def test_json_and_one_task(run: Callable[..., Any]) -> None:
     result = run(
         "base", "--task", "q.jsonl", "--metric", "choice", "--json", "--resamples", 100, "--limit", 3, "-q"
@@ -107,6 +120,11 @@ def test_json_and_one_task(run: Callable[..., Any]) -> None:
         (("m=base", *COMMON, "--recommend", "--calibration", "q.jsonl"), "4 of its rows are rows of task q"),
         (("m=base", "--tasks", "tasks.yaml", "--dtype", "float33"), "Did you mean 'float32'?"),
         (("m=base", "--tasks", "tasks.yaml", "--html", "q.jsonl"), "q.jsonl: exists already"),
+        (("m=base", "--tasks", "tasks.yaml", "--answers", "q.jsonl/a.jsonl"), "q.jsonl is no folder"),
+        (
+            ("m=base", "--tasks", "tasks.yaml", "--answers", "a" * 300),
+            "cannot be written: File name too long",
+        ),
         (("m=base", "--tasks", "tasks.yaml", "--resamples", "5"), "resamples: is 5"),
         (("m=base", "--tasks", "tasks.yaml", "--program-seconds", "0"), "limits: seconds: is 0"),
         (
