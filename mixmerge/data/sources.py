@@ -51,20 +51,33 @@ def found_rows(source: str | Path, *, split: str | None) -> Iterator[Found]:
         DependencyError: a package it takes is not installed.
     """
     name = str(source)
-    path = Path(source).expanduser()
     if isinstance(source, str) and name.startswith(BUILTIN):
         return _builtin(name)
+    path, is_here = looked_up(source)
     if path.is_dir():
         path = _file_of_split(path, split or "train")
-    if path.exists() or isinstance(source, Path) or not _may_be_hub(name):
+    if is_here or isinstance(source, Path) or not _may_be_hub(name):
         return _file(path)
     return _hub(name, split or "train")
 
 
 def is_of_hub(source: str) -> bool:
     """Whether ``found_rows`` would ask the hub for a source: nothing of this name is here, and one could be there."""
-    here = source.startswith(BUILTIN) or Path(source).expanduser().exists()
-    return not here and _may_be_hub(source)
+    return not source.startswith(BUILTIN) and _may_be_hub(source) and not looked_up(source)[1]
+
+
+def looked_up(source: str | Path) -> tuple[Path, bool]:
+    """The path that is meant, and whether anything is there.
+
+    Raises:
+        MixmergeError: that cannot be said of such a name.
+    """
+    try:
+        path = Path(source).expanduser()
+        return path, path.exists()
+    except (OSError, RuntimeError) as error:  # a name that is too long; ~ of a user who does not exist
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise MixmergeError(Fault(str(source), f"cannot be looked up: {reason}")) from error
 
 
 def _may_be_hub(name: str) -> bool:

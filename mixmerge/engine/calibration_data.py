@@ -90,12 +90,11 @@ def read_parts(
             run = "Add it to per_expert, or add data: PATH"
             faults.append(Fault("calibration", f"{ref} has no data", run=run))
             continue
-        if not hub and is_of_hub(source):
-            continue
         if source not in read:
             read[source] = None
             try:
-                read[source] = read_rows(source, split=asked.split)
+                if hub or not is_of_hub(source):
+                    read[source] = read_rows(source, split=asked.split)
             except MixmergeError as error:
                 faults.extend(fault for fault in error.faults if fault not in faults)
         rows = read[source]

@@ -11,6 +11,7 @@ from pydantic import Field
 
 from mixmerge.aggregate.extraction import extractor
 from mixmerge.data.rows import Row, read_rows
+from mixmerge.data.sources import looked_up
 from mixmerge.document import Kind, Node, Report, from_data, load, read_file, read_mapping, show, unknown_keys
 from mixmerge.document.sections import Strict, read_section
 from mixmerge.errors import Fault, MixmergeError
@@ -189,10 +190,10 @@ ROW_COLUMNS = ("text", "text_pair", "prompt", "messages", "answer", "choices", "
 
 def _task(spec: TaskSpec, folder: Path | None, limit: int | None) -> EvalTask:
     source = spec.data
-    if folder is not None and not Path(source).is_absolute() and (folder / source).exists():
-        source = str(folder / source)
     least = min((one for one in (spec.limit, limit) if one is not None), default=None)
     try:
+        if folder is not None and not Path(source).is_absolute() and looked_up(folder / source)[1]:
+            source = str(folder / source)
         task = EvalTask(spec, read_rows(source, split=spec.split, limit=least, fields=spec.fields))
     except MixmergeError as error:
         faults = [

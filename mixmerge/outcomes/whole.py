@@ -75,7 +75,7 @@ def check_free(path: Path, *, overwrite: bool) -> None:
     """Refuse a path where something is, or where no file can be made.
 
     Raises:
-        OutputError: it is taken and ``overwrite`` is not set, or a folder; its folder cannot be written to, or be there.
+        OutputError: it is taken and ``overwrite`` is not set, or a folder; its folder cannot be made or written to.
     """
     try:
         if path.is_dir():

@@ -89,6 +89,8 @@ def test_faults_of_data_and_inputs_at_once(family: Callable[..., Any], tmp_path:
     assert len(said) == 2
     assert "has neither text, prompt nor messages" in said[0]
     assert said[1].startswith(f"{gone}: does not exist")
+    long = {**named, made.experts[1].name: "x" * 300}  # as a data set of the hub could be called
+    assert "cannot be looked up" in faults(recipe(made, "regmean", long))[1]
     # beside an input that is not there, and beside a typo of the recipe
     written["models"].append({"model": str(tmp_path / "nobody")})
     written["calibration"]["data"] = gone

@@ -164,10 +164,15 @@ def test_bad_sources(tmp_path: Path) -> None:
         "a.parquet": "is no Parquet that can be read",
         "a.csv": "is of no kind known here (.csv). .jsonl",
         "missing.jsonl": "does not exist",
+        "x" * 300: "cannot be looked up: File name too long",
     }.items():
         with pytest.raises(MixmergeError) as raised:
             read_rows(str(tmp_path / source))
         assert said in str(raised.value)
+    with pytest.raises(
+        MixmergeError, match=r"nobody\.here/rows\.jsonl: cannot be looked up: .* home directory"
+    ):
+        read_rows("~nobody.here/rows.jsonl")
     with pytest.raises(MixmergeError, match="limit: is 0"):
         read_rows("builtin:docs", limit=0)
 
