@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,6 +22,9 @@ from mixmerge.registry import choices as known_names
 COLUMNS = ("text", "text_pair", "prompt", "messages", "answer", "choices", "label", "id")
 _SHOWN = ("text", "prompt", "messages")
 _SHAPES = '{"text": ...}, {"prompt": ..., "answer": ...} or {"messages": [...], "answer": ...}'
+_WORDS = ("text", "text_pair", "prompt", "answer")
+_HALF = re.compile("[\ud800-\udfff]")  # JSON can hold them alone, where a text was cut; they have no bytes
+_LABELS = 1 << 31
 _MOST = 20  # faults of one source that are told; of more, how many
 
 
@@ -172,13 +176,16 @@ def _row(found: Found, faults: list[Fault]) -> Row | None:
     given = {name: values[name] for name in COLUMNS if values.get(name) is not None}
     before = len(faults)
     _shape(given, list(map(str, values)), where, faults)
-    for name in ("text", "text_pair", "prompt", "answer"):
+    for name in _WORDS:
         if name in given and not isinstance(given[name], str):
             faults.append(Fault(f"{where}, {name}", f"is {_show(given[name])}", "Text"))
     messages = _messages(given.get("messages"), where, faults)
     options = _options(given.get("choices"), where, faults)
+    if half := next(filter(None, map(_HALF.search, _texts(given, messages, options))), None):
+        faults.append(Fault(where, f"holds half of a character, {half[0]!r}", "Text of whole ones"))
     label = given.get("label")
-    if label is not None and (not isinstance(label, int) or isinstance(label, bool) or label < 0):
+    whole = isinstance(label, int) and not isinstance(label, bool)
+    if label is not None and not (whole and 0 <= label < _LABELS):
         faults.append(Fault(f"{where}, label", f"is {_show(label)}", "A whole number from 0"))
     if len(faults) > before:
         return None
@@ -196,6 +203,15 @@ def _row(found: Found, faults: list[Fault]) -> Row | None:
         id=str(given.get("id", "")),
     )
     return _labelled(row, where, faults)
+
+
+def _texts(
+    given: Mapping[str, Any], messages: Iterable[tuple[str, str]], options: Iterable[str]
+) -> Iterator[str]:
+    """Everything of a row that a model may be shown."""
+    yield from (given[name] for name in _WORDS if isinstance(given.get(name), str))
+    yield from (text for message in messages for text in message)
+    yield from options
 
 
 def _shape(given: dict[str, Any], columns: list[str], where: str, faults: list[Fault]) -> None:

@@ -132,6 +132,13 @@ def test_a_sample_depends_on_the_rows_alone() -> None:
         ({"text": "a", "label": -1}, "line 2, label: is -1. A whole number from 0"),
         ({"text": "a", "label": True}, "line 2, label: is True"),
         ({"text": "a", "label": 1.0}, "line 2, label: is 1.0"),
+        ({"text": "a", "label": 10**30}, "line 2, label: is 1000"),
+        (
+            {"prompt": "a", "answer": "cut \ud83d"},
+            r"line 2: holds half of a character, '\ud83d'. Text of whole",
+        ),
+        ({"messages": [{"role": "user", "content": "\ud83d"}]}, "line 2: holds half of a character"),
+        ({"prompt": "a", "choices": ["b", "\udc00"], "label": 0}, "line 2: holds half of a character"),
     ],
 )
 def test_bad_rows(tmp_path: Path, row: Any, said: str) -> None:
