@@ -9,6 +9,7 @@ over, and training, which has the whole answer, gets exactly what decoding gets.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 LONGEST = (
@@ -140,9 +141,9 @@ class Saying:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._before: list[
-            int
-        ] = []  # tokens whose text is out, as far as the next ones' text may depend on them
+        # Tokens whose text is out, as far as the next ones' text may depend on them, by what came out together: a
+        # tokenizer that falls back to bytes shows none of a run of them that begins within a character.
+        self._before: list[list[int]] = []
         self._waiting: list[int] = []
         self.text = ""
         self.bytes = 0
@@ -152,14 +153,18 @@ class Saying:
         from mixmerge.engines.decoding import plain_text
 
         self._waiting.append(token)
-        shown = plain_text(self._tokenizer, self._before)
-        whole = plain_text(self._tokenizer, [*self._before, *self._waiting])
+        before = list(chain.from_iterable(self._before))
+        shown = plain_text(self._tokenizer, before)
+        whole = plain_text(self._tokenizer, [*before, *self._waiting])
         if whole.endswith("\ufffd") and len(self._waiting) < _A_CHARACTER:
             return
         new = whole[len(shown) :]
         self.text += new
         self.bytes += len(new.encode("utf-8", "surrogatepass"))
-        self._before, self._waiting = [*self._before, *self._waiting][-_LOOKED_BACK:], []
+        self._before.append(self._waiting)
+        self._waiting = []
+        while sum(map(len, self._before[1:])) >= _LOOKED_BACK:
+            del self._before[0]
 
     def adds(self, tokens: Sequence[int]) -> str:
         """More tokens; the text so far."""
@@ -169,4 +174,4 @@ class Saying:
 
 
 _A_CHARACTER = 8  # tokens that may wait for the rest of a character; a broken one is shown as it is then
-_LOOKED_BACK = 6  # tokens
+_LOOKED_BACK = 6  # tokens, at least

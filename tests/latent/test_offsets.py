@@ -283,6 +283,20 @@ def test_an_answer_has_the_bytes_of_what_was_said(
         assert texts[-1] == answer
 
 
+LETTERS = st.text(st.sampled_from("a é中😀🎉👍🏽ѣ\u200d各,"), min_size=1, max_size=24)
+
+
+@pytest.mark.parametrize("name", ["llama_2", "metaspace", *LOSSLESS])
+@settings(max_examples=60)
+@given(answer=LETTERS)
+def test_runs_of_bytes_are_said_as_what_they_spell(
+    tokenizers: Mapping[str, Any], readers: Mapping[str, Reader], name: str, answer: str
+) -> None:
+    """Tokenizers that fall back to bytes spell most of these in runs of them, which no piece of a run makes sense of."""
+    ids = tokenizers[name](answer, add_special_tokens=False)["input_ids"]
+    assert readers[name].said(ids) == tokenizers[name].decode(ids)
+
+
 def test_half_a_character_waits_for_the_rest(tokenizers: Mapping[str, Any]) -> None:
     saying = Saying(tokenizers["gpt_2"])
     ids = tokenizers["gpt_2"]("a𐍈b")["input_ids"]
