@@ -119,11 +119,15 @@ def plain_text(tokenizer: Any, tokens: Sequence[int]) -> str:
 
 
 def slides(model: Any) -> bool:
-    """Whether some of its layers see only the last so many tokens."""
+    """Whether some of its layers count places in the cache, where rows of unlike lengths leave holes: layers that see
+    only the last so many tokens or keep a state, and distances in a model that is not told positions, such as MPT's."""
     config = model.config.get_text_config()
-    kinds = getattr(config, "layer_types", None) or ()
+    # Bloom counts distances by the mask.
+    if "position_ids" not in accepted(model) and config.model_type != "bloom":
+        return True
+    kinds = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None) or ()
     if kinds:
-        return any(kind != "full_attention" for kind in kinds)
+        return any(kind not in ("full_attention", "global") for kind in kinds)
     return getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
 
 

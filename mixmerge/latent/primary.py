@@ -232,7 +232,7 @@ class PrimaryEngine(TransformersEngine):
 
         expert = self._expert()
         readings = [self.companion.reading(one) for one in prompts]
-        # A window that slides over a cache counts the holes that rows of unlike lengths leave in it.
+        # What counts places in a cache counts the holes that rows of unlike lengths leave in it.
         alone = slides(expert.model)
         parts = [[at] for at in range(len(places))] if alone else [list(range(len(places)))]
         return [
