@@ -249,7 +249,9 @@ class Decoder:
     def _stopped(self, row: Row) -> bool:
         """Whether a stop text ends in the last token; the end of the text is looked at before all of it."""
         window = _A_CHARACTER * max(len(one) for one in row.request.stop) + 8
-        if not cut_at_stop(plain_text(self._tokenizer, row.out[-window:]), row.request.stop)[1]:
+        shown = plain_text(self._tokenizer, row.out[-window:])
+        # A run of bytes that begins within a character is shown as broken, however it goes on.
+        if "\ufffd" not in shown and not cut_at_stop(shown, row.request.stop)[1]:
             return False
         return cut_at_stop(plain_text(self._tokenizer, row.out), row.request.stop)[1]
 

@@ -197,3 +197,21 @@ def test_a_chat_is_read_by_all(trio: Any) -> None:
     turns = (Message("system", "be brief"), Message("user", "hello"))
     request = Request("chat", turns, 5, reads=(("b", 0.5),))
     assert engine.generate([request])[0].text == Slow(engine, "prompt", 3).says("a", request)
+
+
+@pytest.mark.parametrize("stop", ["谢", "👍", "ok"])
+def test_a_stop_text_is_seen_within_a_run_of_bytes(tokenizers: Any, stop: str) -> None:
+    from mixmerge.engines.decoding import Decoder, Row
+
+    tokenizer = tokenizers["llama_2"]
+    whole = tokenizer("早上好，👍🏽👍🏽👍🏽谢谢 ok.", add_special_tokens=False)["input_ids"]
+    row = Row(Request("r", "x", len(whole), stop=(stop,)), [1], len(whole))
+    decoder = Decoder.__new__(Decoder)
+    decoder._tokenizer, decoder._ends = tokenizer, frozenset()
+    for token in whole:
+        if row.finish is None:
+            decoder._take(row, token, 0.0)
+    assert row.finish == "stop"
+    assert stop not in row.text(tokenizer)
+    assert stop in tokenizer.decode(row.out)
+    assert stop not in tokenizer.decode(row.out[:-1]), "at once, not when the run is over"
