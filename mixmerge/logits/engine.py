@@ -360,7 +360,7 @@ class FusionEngine(TransformersEngine):
     def _beside(self, rows: Sequence[Told]) -> Beside:
         whole = self._whole()
         prompts = {
-            at: [small.prompt_of(plain_text(whole.base.tokenizer, row.prompt)) for row in rows]
+            at: [small.prompt_of(_text_before(whole.base.tokenizer, row)) for row in rows]
             for at, small in enumerate(whole.small)
             if small.own
         }
@@ -372,6 +372,13 @@ class FusionEngine(TransformersEngine):
         from mixmerge.logits.rows import FusedRows
 
         return FusedRows(self._whole(), told, prompts, rows)
+
+
+def _text_before(tokenizer: Any, row: Told) -> str:
+    """What the base has read before what is scored: the prompt, or less of it where a token reaches over its end."""
+    if list(tokenizer(row.text, verbose=False)["input_ids"]) == list(row.prompt):
+        return row.text
+    return plain_text(tokenizer, row.prompt)
 
 
 def map_file(place: int) -> str:

@@ -203,6 +203,20 @@ def test_a_small_model_of_single_bytes(roles: Any, foreign: dict[str, Path]) -> 
         engine.loglikelihood([Scoring("s", TEXT, TEXT * 2)])
 
 
+def test_a_prompt_with_special_tokens_is_scored_as_it_is_read(roles: Any, foreign: dict[str, Path]) -> None:
+    """As chats that were rendered before have them."""
+    same = FusionEngine(str(roles.base), reference=str(roles.reference), experts={"full": str(roles.full)})
+    other = FusionEngine(
+        str(roles.base),
+        reference=str(foreign["turned reference"]),
+        experts={"full": str(foreign["turned expert"])},
+        vocabulary="intersection",
+    )
+    scorings = [Scoring("s", "the </s> quick", " brown fox"), Scoring("t", "<s>a<pad> b", " 1 + 2")]
+    for first, second in zip(same.loglikelihood(scorings), other.loglikelihood(scorings), strict=True):
+        assert first.logprobs == pytest.approx(second.logprobs, abs=1e-3)
+
+
 def test_each_small_model_may_have_its_own_template(
     roles: Any, clone: Callable[[Path], Path], tmp_path: Path
 ) -> None:
