@@ -285,8 +285,8 @@ class FusionEngine(TransformersEngine):
         loaded = self._hosts[place.model].whole
         found = self._map_of(name, base, loaded)
         if found.longest > 1 and slides(loaded.model):
-            what = "has layers that see a window of tokens, or tell distances by places in a cache, and spells some of the "
-            what += "base's tokens by several of its own"
+            what = "has layers that see a window of tokens, or tell distances by places in a cache, and "
+            what += "spells some of the base's tokens by several of its own"
             allowed = "A small model of the base's tokenizer, or one whose layers see everything"
             raise MixmergeError(Fault(f"engine {self.name}: {name}", what, allowed))
         if self._maps is not None:

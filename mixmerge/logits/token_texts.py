@@ -26,6 +26,13 @@ def texts_of(tokenizer: Any) -> dict[int, Text]:
     }
 
 
+def fallbacks(tokenizer: Any) -> frozenset[int]:
+    """Tokens by which SentencePiece's models spell, byte by byte, what has no token; an A of theirs is none of them."""
+    if _is_byte_level(tokenizer):
+        return frozenset()
+    return frozenset(at for text, at in tokenizer.get_vocab().items() if _BYTE.fullmatch(text))
+
+
 def spelled_by(tokenizer: Any, text: Text, known: Mapping[Text, int], texts: Mapping[int, Text]) -> list[int]:
     """A token of another vocabulary in those of this tokenizer; none where it cannot be written.
 

@@ -6,7 +6,7 @@ Legend: V columns of the base's logits, W of the small model's, C tokens that bo
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mixmerge.checkpoint.identity import canonical_hash
 from mixmerge.errors import CheckpointError, Fault, MixmergeError
-from mixmerge.logits.token_texts import spelled_by, texts_of
+from mixmerge.logits.token_texts import Text, fallbacks, spelled_by, texts_of
 
 Vocabulary = Literal["same", "intersection"]
 _FORMAT = "mixmerge vocabulary map 1"
@@ -121,11 +121,15 @@ def _intersection(
     base: Any, other: Any, base_columns: int, other_columns: int, hashes: tuple[str, str], where: str
 ) -> VocabMap:
     mine, others = texts_of(base), texts_of(other)
-    found: dict[tuple[bool, bytes], int] = {}
-    for at, text in sorted(others.items()):
+    rare = fallbacks(other)
+    found: dict[Text, int] = {}
+    for at in sorted(others, key=lambda at: (at in rare, at)):
         if at < other_columns:
-            found.setdefault(text, at)
-    pairs = {at: found[text] for at, text in mine.items() if at < base_columns and text in found}
+            found.setdefault(others[at], at)
+    single = {others[at]: at for at in rare if at < other_columns}
+    pairs = _paired(
+        {at: one for at, one in mine.items() if at < base_columns}, fallbacks(base), found, single
+    )
     ends = base.eos_token_id, other.eos_token_id
     if None not in ends and ends[1] < other_columns and ends[0] < base_columns:
         pairs[ends[0]] = ends[1]
@@ -143,6 +147,27 @@ def _intersection(
     return VocabMap(
         *columns, base_columns, other_columns, *hashes, torch.tensor(starts), torch.tensor(pieces)
     )
+
+
+def _paired(
+    mine: Mapping[int, Text], rare: Collection[int], found: Mapping[Text, int], single: Mapping[Text, int]
+) -> dict[int, int]:
+    """The base's tokens with those of one text. A token that stands for a byte where there is no other, which models
+    hardly ever say, is that of such a token, or of one that is no other's.
+
+    Args:
+        mine: the base's tokens.
+        rare: those of them that stand for a byte where there is no other.
+        found: the small model's tokens, those that do so only where no other has the text.
+        single: the small model's tokens that do so.
+    """
+    pairs = {at: found[text] for at, text in mine.items() if at not in rare and text in found}
+    taken = set(pairs.values())
+    for at in rare:
+        other = single.get(mine[at], found.get(mine[at])) if at in mine else None
+        if other is not None and other not in taken:
+            pairs[at] = other
+    return pairs
 
 
 def _unknown(tokenizer: Any) -> int:

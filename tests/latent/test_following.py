@@ -95,4 +95,6 @@ def test_rows_of_unlike_lengths_are_read_as_whole_texts(
 def told(memory: Memory, row: int) -> list[tuple[int, torch.Tensor]]:
     """Of a row's latents, the end of each and its keys at all levels; without the empty latent and padding."""
     there = (memory.counts[row] > 0).nonzero()[:, 0].tolist()
-    return [(int(memory.ends[row, at]), torch.cat([keys[row, :, at] for keys in memory.keys])) for at in there]
+    return [
+        (int(memory.ends[row, at]), torch.cat([keys[row, :, at] for keys in memory.keys])) for at in there
+    ]

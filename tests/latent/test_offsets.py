@@ -292,7 +292,7 @@ LETTERS = st.text(st.sampled_from("a é中😀🎉👍🏽ѣ\u200d各,"), min_si
 def test_runs_of_bytes_are_said_as_what_they_spell(
     tokenizers: Mapping[str, Any], readers: Mapping[str, Reader], name: str, answer: str
 ) -> None:
-    """Tokenizers that fall back to bytes spell most of these in runs of them, which no piece of a run makes sense of."""
+    """Where a tokenizer falls back to bytes a piece of a run of them, cut within a character, says nothing."""
     ids = tokenizers[name](answer, add_special_tokens=False)["input_ids"]
     assert readers[name].said(ids) == tokenizers[name].decode(ids)
 

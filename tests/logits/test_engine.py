@@ -302,7 +302,9 @@ def test_a_small_model_with_a_window_that_spells(
     engine = FusionEngine(
         str(roles.base), reference=str(tmp_path), experts=experts, vocabulary="intersection", name="mix"
     )
-    with pytest.raises(MixmergeError, match="engine mix: reference: has layers that see a window of tokens, or"):
+    with pytest.raises(
+        MixmergeError, match="engine mix: reference: has layers that see a window of tokens, or"
+    ):
         engine.load()
     assert not any(host.loaded for host in engine._hosts.values())
 

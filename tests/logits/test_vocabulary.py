@@ -75,6 +75,35 @@ def test_tokens_are_the_same_that_stand_for_the_same_bytes() -> None:
     assert back.spelled([6]) == [0]  # no token of the other spells a zebra: it is unknown
 
 
+def test_letters_are_letters_where_bytes_have_tokens_of_their_own() -> None:
+    """SentencePiece's models have <0x41> and A, and say A; their bytes come first."""
+    from tokenizers import decoders
+
+    pieces = {"<unk>": 0, "</s>": 1, "<0x41>": 2, "<0x42>": 3, "<0xC3>": 4, "A": 5, "\u2581A": 6}
+    small = words(pieces, decoder=decoders.Metaspace())
+    plain = words(
+        {"<unk>": 0, "</s>": 1, "A": 2, "B": 3, "\u0120A": 4, "\u00c3": 5}, decoder=decoders.ByteLevel()
+    )
+
+    def pairs(base: Any, other: Any) -> dict[int, int]:
+        made = mapped(base, other)
+        return dict(zip(made.base.tolist(), made.other.tolist(), strict=True))
+
+    assert pairs(plain, small) == {0: 0, 1: 1, 2: 5, 3: 3, 4: 6, 5: 4}
+    assert pairs(small, plain) == {
+        0: 0,
+        1: 1,
+        3: 3,
+        4: 5,
+        5: 2,
+        6: 4,
+    }  # A is one token, and its byte is no other
+    names = ("<unk>", "</s>", "C", "\u2581A", "A", "<0x43>", "<0xC3>", "<0x42>", "<0x41>")
+    again = words({one: at for at, one in enumerate(names)}, decoder=decoders.Metaspace())
+    assert pairs(small, again) == {at: again.get_vocab()[one] for one, at in pieces.items()}
+    assert mapped(plain, small).spelled([2, 3]) == [5, 3]
+
+
 def test_a_token_that_is_not_there_is_spelled(tokenizer: Any) -> None:
     import json
 
