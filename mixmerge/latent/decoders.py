@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from mixmerge.engines.decoding import accepted
 from mixmerge.errors import Fault, MixmergeError
 from mixmerge.latent.records import Shape
 
@@ -65,9 +66,12 @@ def shape_of(model: Any, *, name: str, hash: str) -> Shape:
         hash: of the expert.
 
     Raises:
-        MixmergeError: it is no decoder.
+        MixmergeError: it is no decoder, or keeps no keys and values, without which no engine answers or reads along.
     """
     found = Anatomy.of(model, name=name)
+    if "past_key_values" not in accepted(model):
+        what = f"{model.config.model_type} keeps no keys and values"
+        raise MixmergeError(Fault(f"expert {name}", what, "A transformer decoder"))
     vocabulary = int(model.get_input_embeddings().weight.shape[0])
     final = 0 if found.final == found.width else found.final
     return Shape(name, found.width, len(found.layers), hash, vocabulary, final)

@@ -142,6 +142,9 @@ class Remembered:
             expert: a peer.
             readings: all that will be asked for, in an order that is always the same.
             say: told (readings done, in all).
+
+        Raises:
+            MixmergeError: its states are not finite.
         """
         unique = list(dict.fromkeys(readings))
         for start in range(0, len(unique), _AT_ONCE):
@@ -154,6 +157,10 @@ class Remembered:
                     what="out of memory while it read the rows",
                     run="Try precision: bfloat16, or shorter rows",
                 )
+                if not all(bool(state.isfinite().all()) for one in made for state in one.states):
+                    what = "its states are not finite, of a row that it reads for others"
+                    allowed = "Weights that are numbers, and a precision that holds what they make"
+                    raise MixmergeError(Fault(f"expert {expert}", what, allowed))
                 for at in lacking:
                     self._store.put(self._key(expert, group[at]), made[at])
             say(min(start + _AT_ONCE, len(unique)), len(unique))

@@ -163,7 +163,6 @@ class Trainer:
             if self._task.held and (done.step % options.looks_every == 0 or done.step == options.steps):
                 self._look(progress)
             self._keep()
-        early = done.step < options.steps
         alone = None
         if self._task.held:
             put_values(done.best, self._glue, self._decider.router)
@@ -171,7 +170,7 @@ class Trainer:
         seconds = max(done.seconds, 1e-9)
         return Report(
             steps=done.step,
-            stopped_early=early,
+            stopped_early=done.step < options.steps,
             best=done.best_step if self._task.held else done.step,
             points=tuple(done.points),
             looks=tuple(done.looks),
@@ -218,7 +217,8 @@ class Trainer:
                 agreed = None if second is None else agreement
                 point = replace(point, entropy=spread, balance=even, consistency=agreed)
             point = replace(point, keep=self._stay())
-        self._check(point)
+        if not math.isfinite(point.lm + (point.keep or 0.0)):
+            raise MixmergeError(_not_finite(f"the loss of step {point.step}", done.step))
         self._update()
         done.rows += len(rows)
         done.tokens += sum(
@@ -308,14 +308,10 @@ class Trainer:
         options, step = self._options, self._done.step
         norm = nn.utils.clip_grad_norm_(list(self._named.values()), options.clip)
         if not bool(norm.isfinite()):
-            raise MixmergeError(_not_finite(f"the gradient of step {step + 1}"))
+            raise MixmergeError(_not_finite(f"the gradient of step {step + 1}", step))
         for group in self._adam.param_groups:
             group["lr"] = options.learning_rate * schedule(step, options)
         self._adam.step()
-
-    def _check(self, point: Point) -> None:
-        if not math.isfinite(point.lm + (point.keep or 0.0)):
-            raise MixmergeError(_not_finite(f"the loss of step {point.step}"))
 
     def _name(self, expert: int) -> str:
         return self._task.experts[expert]
@@ -348,7 +344,8 @@ class Trainer:
         done = self._done
         found = self._judge()
         if not math.isfinite(found.per_byte):
-            raise MixmergeError(_not_finite(f"the loss of the rows held out, after step {found.step},"))
+            what = f"the loss of the rows held out, after step {found.step},"
+            raise MixmergeError(_not_finite(what, found.step))
         least = min((one.per_byte for one in done.looks), default=math.inf)
         done.looks.append(found)
         done.stale += 1
@@ -396,5 +393,8 @@ def _leaf(decided: Decided, device: str) -> Tensor:
     return leaf.requires_grad_() if decided.routes is not None else leaf
 
 
-def _not_finite(what: str) -> Fault:
-    return Fault(_WHERE, f"{what} is not finite", run="Try a smaller learning_rate")
+def _not_finite(what: str, learned: int) -> Fault:
+    run = (
+        "Try a smaller learning_rate" if learned else "Look at the primaries' weights, and train's precision"
+    )
+    return Fault(_WHERE, f"{what} is not finite", run=run)

@@ -79,6 +79,16 @@ def test_what_is_no_decoder_with_a_head_is_refused(experts: Mapping[str, Any]) -
         Anatomy.of(experts["llama"].model.model, name="a")
 
 
+def test_what_keeps_no_keys_and_values_is_refused_before_anything_learns() -> None:
+    from transformers import MambaConfig, MambaForCausalLM
+
+    model = MambaForCausalLM(MambaConfig(vocab_size=16, hidden_size=8, num_hidden_layers=2, state_size=4))
+    with pytest.raises(
+        MixmergeError, match=r"expert m: mamba keeps no keys and values\. A transformer decoder"
+    ):
+        shape_of(model, name="m", hash="h")
+
+
 def test_a_list_inside_a_layer_is_not_the_layers(experts: Mapping[str, Any]) -> None:
     model = copy.deepcopy(experts["llama"].model)
     layers = model.model.layers

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import shutil
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
@@ -16,6 +17,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from mixmerge.checkpoint.identity import digest
 from mixmerge.data.rows import Row
@@ -200,6 +202,30 @@ def test_a_rate_that_is_too_high_is_said(asked: Callable[..., Asked], tmp_path: 
     wild = QUICK.model_copy(update={"steps": 40, "learning_rate": 1e30, "warm_up": 0.0, "holdout": 0.0})
     with pytest.raises(MixmergeError, match=r"not finite\. Try a smaller learning_rate"):
         fitted(asked(train=wild), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [
+        ("gpt_neox", r"expert gpt_neox: its states are not finite"),
+        (
+            "llama",
+            r"the loss of the rows held out, after step 0, is not finite\. Look at the primaries' weights",
+        ),
+    ],
+)
+def test_weights_that_are_no_numbers_are_not_the_rates_fault(
+    asked: Callable[..., Asked], homes: Mapping[str, Path], tmp_path: Path, broken: str, said: str
+) -> None:
+    shutil.copytree(homes[broken], tmp_path / broken)
+    path = tmp_path / broken / "model.safetensors"
+    weights = load_file(path)
+    weights[min(weights, key=lambda name: weights[name].numel())].fill_(math.nan)
+    save_file(weights, path, {"format": "pt"})
+    places = {**homes, broken: tmp_path / broken}
+    experts = tuple(Expert(name, str(places[name])) for name in ("llama", "gpt_neox"))
+    with pytest.raises(MixmergeError, match=said):
+        fitted(asked(experts=experts), tmp_path / "work")
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
