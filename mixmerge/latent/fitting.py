@@ -138,12 +138,20 @@ class Ready:
 
 @dataclass(frozen=True, eq=False)
 class Trained:
-    """A glue that has learned."""
+    """A glue that has learned.
+
+    Args:
+        ready: what from.
+        glue, router: with their best values.
+        report: how it went.
+        kept: rows to keep that took part: one whose prompt is held out does not, or what judges would be learned from.
+    """
 
     ready: Ready
     glue: Glue
     router: LatentRouter | None
     report: Report
+    kept: int
 
     def write(self, folder: Path) -> LatentCard:
         """Card, values, curves and the manifest with the rows' digests."""
@@ -295,12 +303,15 @@ def train(ready: Ready, work: Path, *, progress: Progress) -> Trained:
         checkpointing=asked.train.checkpointing,
     )
     learn, held = hold_out([one.digest for one in ready.lessons], asked.train.holdout, asked.seed)
+    judging = {ready.lessons[row].digest for row in held}
+    after = range(len(asked.rows), len(asked.rows) + len(asked.keep))
+    keep = [row for row in after if ready.texts.examples[row].digest not in judging]
     task = Task(
         experts=asked.names,
         texts=ready.texts,
         learn=learn,
         held=held,
-        keep=range(len(asked.rows), len(asked.rows) + len(asked.keep)),
+        keep=keep,
         options=asked.train,
         seed=asked.seed,
         device=asked.device,
@@ -309,7 +320,7 @@ def train(ready: Ready, work: Path, *, progress: Progress) -> Trained:
     )
     report = Trainer(task, glue, decider, passes).run(progress)
     frozen.check()
-    return Trained(ready, glue, decider.router, report)
+    return Trained(ready, glue, decider.router, report, len(keep))
 
 
 def _decider(ready: Ready) -> tuple[Glue, Decider, LatentCard]:

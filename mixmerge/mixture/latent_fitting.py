@@ -16,9 +16,8 @@ from mixmerge.bank.publishing import check_free, making
 from mixmerge.data.rows import Row, read_rows, sample_rows
 from mixmerge.decision.records import Query
 from mixmerge.errors import Fault, MixmergeError, collecting
-from mixmerge.latent.curves import Report
 from mixmerge.latent.files import LatentCard
-from mixmerge.latent.fitting import Asked, prepare, train, working
+from mixmerge.latent.fitting import Asked, Trained, prepare, train, working
 from mixmerge.latent.router import Routed, routed_text
 from mixmerge.latent.settings import HASHED, RouteOptions
 from mixmerge.latent.texts import Example
@@ -69,7 +68,7 @@ def fit_latent(spec: MixtureSpec, out: Path, how: Fitting) -> Fitted:
             save_whole(spec, new, _kept(told))
         shutil.rmtree(work, ignore_errors=True)
     facts = {**_facts(card), **trained.report.facts()}
-    return Fitted(out, "glue", card.mode, card.names, facts, _notes(card, trained.report, len(keep)))
+    return Fitted(out, "glue", card.mode, card.names, facts, _notes(card, trained, len(keep)))
 
 
 def _rows(told: LatentOptions, sources: Sequence[str], faults: list[Fault]) -> tuple[Row, ...]:
@@ -169,8 +168,8 @@ def _facts(card: LatentCard) -> dict[str, Any]:
     return {"parameters": card.parameters, "bytes": card.nbytes, "hash": card.hash}
 
 
-def _notes(card: LatentCard, report: Report, keep: int) -> tuple[str, ...]:
-    facts = report.facts()
+def _notes(card: LatentCard, trained: Trained, keep: int) -> tuple[str, ...]:
+    report, facts = trained.report, trained.report.facts()
     lines = [
         f"{card.parameters:,} numbers, trained for {report.steps:,} steps on {report.rows:,} rows"
         f"{', stopped early' if report.stopped_early else ''}: {report.rows_per_second:,.1f} rows/s"
@@ -181,9 +180,11 @@ def _notes(card: LatentCard, report: Report, keep: int) -> tuple[str, ...]:
             f"before, {facts['best_per_byte']:.4g} after step {report.best:,}; "
             f"the same primaries, reading nobody, {report.alone:.4g}"
         )
-    if keep:
-        away = report.points[-1].keep
+    away = report.points[-1].keep
+    if away is not None:
         lines.append(
-            f"{keep:,} rows to keep: in the last step {away:.4g} nats per token from the primaries alone"
+            f"{trained.kept:,} rows to keep: in the last step {away:.4g} nats per token from the primaries alone"
         )
+    if keep > trained.kept:
+        lines.append(f"{keep - trained.kept:,} rows to keep have prompts that are held out, and took no part")
     return tuple(lines)

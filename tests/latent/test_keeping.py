@@ -22,6 +22,7 @@ from mixmerge.latent.order import taken
 from mixmerge.latent.passes import Passes, Predicted
 from mixmerge.latent.settings import LossWeights, RouteOptions, TrainOptions
 from mixmerge.latent.store import Store
+from mixmerge.latent.texts import hold_out
 
 WORDS = ("fox", "dog", "code")
 ROWS = tuple(
@@ -200,6 +201,16 @@ def test_rows_to_keep_never_judge(asked: Callable[..., Asked], tmp_path: Path) -
     report = fitted(asked(train=halves), tmp_path).report
     assert report.rows + report.held_out == len(ROWS)
     assert report.alone == pytest.approx(report.looks[0].per_byte, rel=1e-4)
+
+
+def test_a_row_to_keep_that_judges_takes_no_part(asked: Callable[..., Asked], tmp_path: Path) -> None:
+    halves = OPTIONS.model_copy(update={"steps": 2, "holdout": 0.5})
+    made = fitted(asked(keep=ROWS, train=halves), tmp_path / "some")
+    assert (made.kept, made.report.rows, made.report.held_out) == (3, 3, 3)
+    _, held = hold_out([row.digest for row in ROWS], 0.5, 0)
+    none = fitted(asked(keep=(ROWS[held[0]],), train=halves), tmp_path / "none")
+    assert none.kept == 0
+    assert all(one.keep is None for one in none.report.points)
 
 
 def test_the_gate_is_not_taught_by_rows_to_keep(asked: Callable[..., Asked], tmp_path: Path) -> None:
