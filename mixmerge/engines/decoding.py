@@ -20,6 +20,12 @@ from mixmerge.engines.records import Finish, Generation, Message, Request, cut_a
 if TYPE_CHECKING:
     from torch import Tensor
 
+_ATTEND = (
+    "full_attention",
+    "sliding_attention",
+    "chunked_attention",
+    "mlp",
+)  # kinds of layers without a state
 _A_CHARACTER = 4  # tokens at most, of a tokenizer that falls back to bytes
 
 
@@ -129,6 +135,13 @@ def slides(model: Any) -> bool:
     if kinds:
         return any(kind not in ("full_attention", "global") for kind in kinds)
     return getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
+
+
+def keeps_state(model: Any) -> bool:
+    """Whether some of its layers hand a state from token to token, not keys and values: Jamba's take up what they have
+    kept for one token at a time, and begin anew where more go through at once."""
+    kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
+    return any(kind not in _ATTEND for kind in kinds)
 
 
 def left_padded(texts: Sequence[Sequence[int]], *, pad: int, device: Any) -> tuple[Tensor, Tensor]:

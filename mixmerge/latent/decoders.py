@@ -46,6 +46,8 @@ class Anatomy:
         """
         # Not ``base_model``: OPT's head asks the decoder inside it.
         trunk = model.get_decoder()
+        if trunk is model:  # Llama 4 says so of itself
+            trunk = next((one for one in model.children() if hasattr(one, "config") and _lists(one)), model)
         lists = _lists(trunk)
         if not lists or trunk is model:
             what = f"{type(model).__name__} has no list of layers that hand on hidden states"

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from mixmerge.engines.decoding import accepted, right_padded
+from mixmerge.engines.decoding import accepted, keeps_state, right_padded
 from mixmerge.latent.closing import Growth
 from mixmerge.latent.decoders import Anatomy, reading
 from mixmerge.latent.glue import Glue
@@ -52,6 +53,7 @@ class Follower:
         self._name, self._glue, self._context, self._dtype = name, glue, reader.context, dtype
         self._depths = glue.peer_depths(name)
         self._takes = accepted(self._anatomy.trunk)
+        self._singly = keeps_state(model)
         self.rows, self._columns = list(rows), list(columns)
         self._prompts = list(prompts)
         self._growths: list[Growth] = [reader.growth() for _ in prompts]
@@ -103,21 +105,27 @@ class Follower:
         tokens, mask = right_padded(ids, pad=0, device="cpu")
         start = torch.tensor(self._read)[:, None]
         place = (start + mask.cumsum(dim=1) - 1).clamp(min=0)  # (b, t)
-        self._mask = torch.cat([self._mask, mask.to(device)], dim=1)
+        size = 1 if self._singly and any(self._read) else tokens.shape[1]
+        parts = zip(*(torch.split(one.to(device), size, dim=1) for one in (tokens, mask, place)), strict=True)
+        found = [self._states(*part) for part in parts]
+        self._read = [done + len(one) for done, one in zip(self._read, ids, strict=True)]
+        until, _ = right_padded(ends, pad=NEVER, device=device)
+        columns = torch.tensor(self._columns, device=device)
+        states = [torch.cat(one, dim=1) for one in zip(*found, strict=True)]
+        told = self._glue.told(self._name, states, until, column=columns, dtype=self._dtype)
+        return told if len(self.rows) == rows else told.spread(self.rows, rows)
+
+    def _states(self, tokens: Tensor, mask: Tensor, places: Tensor) -> list[Tensor]:
+        """What tokens that go through at once leave at each level; all ``(b, t)``."""
+        self._mask = torch.cat([self._mask, mask], dim=1)
         given = {
-            "input_ids": tokens.to(device),
+            "input_ids": tokens,
             "attention_mask": self._mask,
-            "position_ids": place.to(device),
+            "position_ids": places,
             "past_key_values": self._cache,
             "use_cache": True,
         }
         with torch.inference_mode(), reading(self._anatomy, self._depths) as states:
             out = self._anatomy.trunk(**{name: value for name, value in given.items() if name in self._takes})
         self._cache = out.past_key_values
-        self._read = [done + len(one) for done, one in zip(self._read, ids, strict=True)]
-        until, _ = right_padded(ends, pad=NEVER, device=device)
-        columns = torch.tensor(self._columns, device=device)
-        told = self._glue.told(
-            self._name, [states[one] for one in self._depths], until, column=columns, dtype=self._dtype
-        )
-        return told if len(self.rows) == rows else told.spread(self.rows, rows)
+        return [states[one] for one in self._depths]

@@ -79,6 +79,19 @@ def test_what_is_no_decoder_with_a_head_is_refused(experts: Mapping[str, Any]) -
         Anatomy.of(experts["llama"].model.model, name="a")
 
 
+def test_a_model_that_names_itself_its_decoder_is_looked_into() -> None:
+    from transformers import Llama4ForCausalLM, Llama4TextConfig
+
+    config = Llama4TextConfig(
+        vocab_size=16, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        head_dim=8, intermediate_size=16, intermediate_size_mlp=16, num_local_experts=2, pad_token_id=0,
+    )  # fmt: skip
+    model = Llama4ForCausalLM(config)
+    found = Anatomy.of(model, name="a")
+    assert found.trunk is model.model
+    assert found.layers is model.model.layers
+
+
 def test_what_keeps_no_keys_and_values_is_refused_before_anything_learns() -> None:
     from transformers import MambaConfig, MambaForCausalLM
 

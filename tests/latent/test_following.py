@@ -31,6 +31,20 @@ PEERS = (
         True,
     ),
     ("Mpt", {"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 256}, True),
+    (
+        "Jamba",  # its states take up what they have kept for one token at a time
+        {
+            **_SIZES,
+            "num_key_value_heads": 2,
+            "num_experts": 2,
+            "num_experts_per_tok": 1,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "mamba_d_state": 8,
+            "use_mamba_kernels": False,
+        },
+        True,
+    ),
     ("Bloom", {"hidden_size": 32, "n_layer": 2, "n_head": 4}, False),
     ("Llama", {**_SIZES, "num_key_value_heads": 2}, False),
 )
