@@ -24,6 +24,7 @@ from mixmerge.engines.echo import EchoEngine
 from mixmerge.engines.local import TransformersEngine
 from mixmerge.engines.records import Generation, Message, Request, Scoring, cut_at_stop, held_back
 from mixmerge.errors import MixmergeError
+from mixmerge.experts.loading import read_config
 from mixmerge.registry import find
 
 PROMPTS = ["a", "one two three", "the quick brown fox jumps over it", "1 + 2 = ", "lazy"]
@@ -424,6 +425,12 @@ def test_what_cannot_be_loaded(
     (folder / "model.safetensors").write_bytes(b"not a model")
     with pytest.raises(MixmergeError, match="cannot load it"):
         TransformersEngine(str(folder)).load()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "hidden_size": "wide"}))
+    with pytest.raises(MixmergeError, match=r"cannot load it: .*'hidden_size'\. A folder"):
+        TransformersEngine(str(folder)).load()
+    with pytest.raises(MixmergeError, match=r"x: cannot be loaded: .*'hidden_size'\. A folder"):
+        read_config(folder, "x")
 
 
 def test_wrong_options() -> None:

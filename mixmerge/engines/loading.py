@@ -36,9 +36,11 @@ def load_model(model: str, revision: str | None, dtype: Dtype, device: str, name
         MemoryError: it does not fit.
     """
     import torch
+    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+    broken = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError, StrictDataclassError)
     try:
         with no_bars():
             # Said each time: left open, transformers asks on the terminal whether to run a repository's code.
@@ -53,10 +55,10 @@ def load_model(model: str, revision: str | None, dtype: Dtype, device: str, name
             )
             tokenizer = AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=False)
         loaded = loaded.to(device).eval()
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+    except broken as error:
         if is_shortage(error):
             raise MemoryError(str(error)) from None
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(":")
         raise MixmergeError(
             Fault(
                 f"engine {name}", f"cannot load it: {reason}", "A folder with config, weights and tokenizer"

@@ -232,15 +232,17 @@ def kind_of(architecture: str) -> Kind:
 @contextmanager
 def _reading(name: str) -> Iterator[None]:
     """Without progress bars; what transformers raises for files it cannot use is a fault of the user's."""
+    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
+    broken = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError, StrictDataclassError)
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    except broken as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(":")
         raise MixmergeError(
             Fault(name, f"cannot be loaded: {reason}", "A folder with config and weights")
         ) from error
