@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import math
+import re
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoTokenizer, RecurrentGemmaConfig, RecurrentGemmaForCausalLM
 
 from mixmerge.engines.base import Engine
 from mixmerge.engines.batching import batches
@@ -332,6 +334,43 @@ def test_an_end_token_ends(tiny: Callable[..., TransformersEngine], clone: Calla
     assert (cut.finish, cut.tokens_out) == ("stop", ids.index(ids[3]))
     assert cut.logprobs is not None
     assert len(cut.logprobs) == cut.tokens_out
+
+
+def test_tokens_without_embeddings(
+    tiny: Callable[..., TransformersEngine], clone: Callable[[Path], Path]
+) -> None:
+    """A token that was added to the tokenizer alone is told where it is asked for; as padding it harms nobody."""
+    engine = tiny()
+    folder = clone(Path(engine.model))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rows = json.loads((folder / "config.json").read_text())["vocab_size"]
+    while len(tokenizer) <= rows:
+        tokenizer.add_tokens([f"<extra {len(tokenizer)}>"])
+    tokenizer.add_special_tokens({"pad_token": "<pad here>"})
+    assert tokenizer.pad_token_id >= rows
+    tokenizer.save_pretrained(folder)
+    other = TransformersEngine(str(folder))
+    requests = [Request(prompt, prompt, 5) for prompt in PROMPTS]
+    assert [one.text for one in other.generate(requests)] == [one.text for one in engine.generate(requests)]
+    beyond = tokenizer.convert_ids_to_tokens(rows)
+    words = rf"holds '{re.escape(beyond)}', token {rows:,} of the tokenizer, and the model has embeddings of {rows:,}"
+    with pytest.raises(MixmergeError, match=f"request b: prompt: {words}"):
+        other.generate([Request("a", "one", 5), Request("b", f"one {beyond}", 5)])
+    with pytest.raises(MixmergeError, match=f"scoring s: {words}"):
+        other.loglikelihood([Scoring("s", "one ", beyond)])
+
+
+def test_a_model_that_gives_no_cache_back_is_told(
+    tiny: Callable[..., TransformersEngine], tmp_path: Path
+) -> None:
+    config = RecurrentGemmaConfig(
+        vocab_size=512, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=1,
+        intermediate_size=64, lru_width=32, attention_window_size=16,
+    )  # fmt: skip
+    AutoTokenizer.from_pretrained(tiny().model).save_pretrained(tmp_path)
+    RecurrentGemmaForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(MixmergeError, match="recurrent_gemma: keeps no keys and values"):
+        TransformersEngine(str(tmp_path)).generate([Request("a", "one", 5)])
 
 
 def test_a_chat_template_is_used_where_there_is_one(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from mixmerge.engines.records import Finish, Generation, Message, Request, cut_at_stop
+from mixmerge.errors import Fault, MixmergeError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -180,6 +181,16 @@ def accepted(model: Any) -> frozenset[str]:
     return frozenset(inspect.signature(model.forward).parameters)
 
 
+def strange(tokens: Iterable[int], tokenizer: Any, rows: int, *, where: str) -> Fault | None:
+    """Of tokens that a model has no embeddings of, whose first ``rows`` it has, the first."""
+    at = next((token for token in tokens if token >= rows), None)
+    if at is None:
+        return None
+    text = tokenizer.convert_ids_to_tokens(at)
+    what = f"holds {text!r}, token {at:,} of the tokenizer, and the model has embeddings of {rows:,}"
+    return Fault(where, what, "A folder whose tokenizer is that of its weights")
+
+
 class Decoder:
     """A batch that is being generated: ``step`` until ``live`` is empty.
 
@@ -235,7 +246,10 @@ class Decoder:
         }
         with self.beside.running(given):
             out = self._model(**{name: value for name, value in given.items() if name in self._takes})
-        self._cache = out.past_key_values
+        self._cache = getattr(out, "past_key_values", None)
+        if self._cache is None:  # RecurrentGemma takes one, and gives none back
+            kind = self._model.config.model_type
+            raise MixmergeError(Fault(kind, "keeps no keys and values", "A transformer decoder"))
         return self.beside.logits(given, out.logits[:, -1:].float())[:, -1]
 
     def _choose(self, logits: Tensor) -> list[int]:

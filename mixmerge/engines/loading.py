@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from mixmerge.engines.adapters import Bank
-from mixmerge.engines.decoding import accepted
+from mixmerge.engines.decoding import accepted, strange
 from mixmerge.engines.shortage import is_shortage
 from mixmerge.errors import Fault, MixmergeError
 
@@ -26,6 +26,10 @@ class Loaded:
     ends: frozenset[int]
     pad: int
     bank: Bank
+
+    def strange(self, tokens: Iterable[int], *, where: str) -> Fault | None:
+        """Of tokens that the model has no embeddings of, the first."""
+        return strange(tokens, self.tokenizer, _embedded(self.model), where=where)
 
 
 def load_model(model: str, revision: str | None, dtype: Dtype, device: str, name: str) -> Loaded:
@@ -100,7 +104,14 @@ def _limits(model: Any, tokenizer: Any) -> tuple[int | None, frozenset[int], int
     given = model.generation_config.eos_token_id if model.generation_config is not None else None
     ends = {*(given if isinstance(given, list) else [given]), tokenizer.eos_token_id} - {None}
     pad = tokenizer.pad_token_id
-    return context, frozenset(int(one) for one in ends), 0 if pad is None else int(pad)
+    if pad is None or pad >= _embedded(model):  # one that was added, without a row for it, is a common thing
+        pad = 0
+    return context, frozenset(int(one) for one in ends), int(pad)
+
+
+def _embedded(model: Any) -> int:
+    """How many tokens the model has embeddings of; its tokenizer may know more."""
+    return int(model.get_input_embeddings().weight.shape[0])
 
 
 def empty_cache(device: str) -> None:

@@ -205,7 +205,7 @@ class TransformersEngine(Engine):
             return [], Fault(where, f"has no token for {self.name}")
         if context is not None and len(tokens) >= context:
             return [], Fault(where, f"has {len(tokens):,} tokens", f"{self.name} reads less than {context:,}")
-        return tokens, None
+        return tokens, self._expert().strange(tokens, where=where)
 
     def tokens_of(self, prompt: str | tuple[Message, ...]) -> list[int]:
         """A prompt in the expert's tokens: a text as it is, turns through the chat template."""
@@ -254,6 +254,8 @@ class TransformersEngine(Engine):
             elif expert.context is not None and len(whole) > expert.context:
                 what = f"has {len(whole):,} tokens"
                 faults.append(Fault(f"scoring {one.id}", what, f"{self.name} reads {expert.context:,}"))
+            elif fault := expert.strange(whole, where=f"scoring {one.id}"):
+                faults.append(fault)
             texts.append(whole)
             counts.append(len(whole) - border)
         if faults:

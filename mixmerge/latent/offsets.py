@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from typing import Any, Literal
 
+from mixmerge.engines.decoding import strange
 from mixmerge.engines.records import Message
 from mixmerge.errors import Fault, MixmergeError
 from mixmerge.latent.closing import Cutter, Growth, Saying
@@ -28,17 +29,20 @@ class Reader:
         tokenizer: of transformers; a fast one.
         name: of the expert, for messages.
         context: tokens it takes; None without bound.
+        embedded: tokens that its model has embeddings of; None for all.
 
     Raises:
         MixmergeError: the tokenizer gives no offsets.
     """
 
-    def __init__(self, tokenizer: Any, *, name: str, context: int | None) -> None:
+    def __init__(
+        self, tokenizer: Any, *, name: str, context: int | None, embedded: int | None = None
+    ) -> None:
         if not getattr(tokenizer, "is_fast", False):
             what = "its tokenizer does not say which characters its tokens stand for"
             allowed = "A fast tokenizer, with a tokenizer.json"
             raise MixmergeError(Fault(f"expert {name}", what, allowed))
-        self.tokenizer, self.name, self.context = tokenizer, name, context
+        self.tokenizer, self.name, self.context, self._embedded = tokenizer, name, context, embedded
         self._cutter: Cutter | None = None
 
     def prompt(self, prompt: Prompt, *, too_long: TooLong = "refuse") -> Reading:
@@ -79,10 +83,12 @@ class Reader:
         size = read.prompt_bytes
         if role == "peer":
             ids, ends = self.growth().add(answer)
+            self._check(ids)
             room = len(ids) if self.context is None else max(0, self.context - len(read.ids))
             ends = [size + end for end in ends[:room]]
             return self._joined(read, ids[:room], ends, [size, *ends][: len(ends)])
         ids = self._continuation(text, answer, special)
+        self._check(ids)
         if end and self.tokenizer.eos_token_id is not None:
             ids = [*ids, int(self.tokenizer.eos_token_id)]
         if self.context is not None and len(read.ids) + len(ids) > self.context:
@@ -117,6 +123,7 @@ class Reader:
         found = self._read(text, special)
         if not found["input_ids"]:
             raise self._fault("has no token", "")
+        self._check(found["input_ids"])
         reading = _reading(found, at)
         if self.context is None or len(reading.ids) < self.context:
             return reading, text, special
@@ -144,6 +151,10 @@ class Reader:
             return_special_tokens_mask=True,
             verbose=False,
         )
+
+    def _check(self, ids: Sequence[int]) -> None:
+        if self._embedded is not None and (fault := strange(ids, self.tokenizer, self._embedded, where="")):
+            raise self._fault(fault.what, fault.allowed)
 
     def _joined(self, read: Reading, ids: Sequence[int], ends: Sequence[int], seen: Sequence[int]) -> Reading:
         return Reading(
@@ -202,11 +213,12 @@ def reader_of(tokenizer: Any, config: Any, *, name: str) -> Reader:
 
     Args:
         tokenizer: of the expert.
-        config: of its model, of transformers: it says how long a text may be.
+        config: of its model, of transformers: it says how long a text may be, and how many tokens there are.
         name: for messages.
 
     Raises:
         MixmergeError: the tokenizer gives no offsets.
     """
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return Reader(tokenizer, name=name, context=context)
+    told = config.get_text_config()
+    context = getattr(told, "max_position_embeddings", None)
+    return Reader(tokenizer, name=name, context=context, embedded=getattr(told, "vocab_size", None))

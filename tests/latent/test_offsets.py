@@ -246,6 +246,18 @@ def test_a_tokenizer_without_offsets_is_refused() -> None:
         Reader(ByT5Tokenizer(), name="old", context=None)
 
 
+def test_tokens_without_embeddings_are_refused(tokenizers: Mapping[str, Any]) -> None:
+    tokenizer = tokenizers["characters"]
+    beyond = tokenizer.convert_tokens_to_ids("z")
+    reader = Reader(tokenizer, name="a", context=None, embedded=beyond)
+    said = rf"expert a: prompt: holds 'z', token {beyond} of the tokenizer, and the model has embeddings of {beyond}"
+    with pytest.raises(MixmergeError, match=said):
+        reader.prompt("abcz")
+    for role in ("primary", "peer"):
+        with pytest.raises(MixmergeError, match=said):
+            reader.with_answer("abc", "bz z", role=role)
+
+
 def test_a_prompt_that_is_too_long_is_refused_or_read_from_its_end(tokenizers: Mapping[str, Any]) -> None:
     text = "0123456789" * 3
     reader = Reader(tokenizers["characters"], name="small", context=10)
