@@ -28,7 +28,7 @@ _MOUNT_SETATTR, _AT_ROOT, _RECURSIVE, _READ_ONLY = (
     0x8000,
     1,
 )  # of Linux 5.12, the same on all processors
-_DEATH_SIGNAL, _KEEP_CAPABILITIES, _NO_NEW_PRIVILEGES, _AMBIENT, _RAISE = 1, 8, 38, 47, 2
+_DEATH_SIGNAL, _DUMPABLE, _KEEP_CAPABILITIES, _NO_NEW_PRIVILEGES, _AMBIENT, _RAISE = 1, 4, 8, 38, 47, 2
 _CAPABILITIES_3, _READ_ALL = 0x20080522, 2
 _FILTER, _FILTERED, _ALLOWED, _DENIED = 22, 2, 0x7FFF0000, 0x00050000 | 1  # denied: EPERM
 # Processor -> how the kernel calls it, and its numbers of socket and socketpair.
@@ -147,6 +147,8 @@ def _counted(libc: Any, user: int) -> bool:
         return False
     if hidden:
         libc.prctl(_AMBIENT, _RAISE, _READ_ALL, 0, 0)
+    # What Linux tells of a process that changed its user is root's to read, until it says that it may be.
+    libc.prctl(_DUMPABLE, 1, 0, 0, 0)
     return True
 
 

@@ -164,10 +164,12 @@ def test_a_peer_without_offsets_is_refused_by_name(
     from mixmerge.latent import offsets
 
     class Plain(offsets.Reader):
-        def __init__(self, tokenizer: Any, *, name: str, context: int | None) -> None:
+        def __init__(
+            self, tokenizer: Any, *, name: str, context: int | None, embedded: int | None = None
+        ) -> None:
             if name == "b":
                 tokenizer = object()  # of no kind that says which characters a token stands for
-            super().__init__(tokenizer, name=name, context=context)
+            super().__init__(tokenizer, name=name, context=context, embedded=embedded)
 
     monkeypatch.setattr(offsets, "Reader", Plain)
     engine = trio.fitted("prompt-2").engine(expert="a")
