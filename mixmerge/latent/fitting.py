@@ -144,7 +144,7 @@ class Trained:
         ready: what from.
         glue, router: with their best values.
         report: how it went.
-        kept: rows to keep that took part: one whose prompt is held out does not, or what judges would be learned from.
+        kept: rows to keep that took part: one that is held out does not, or what judges would be learned from.
     """
 
     ready: Ready
@@ -303,9 +303,9 @@ def train(ready: Ready, work: Path, *, progress: Progress) -> Trained:
         checkpointing=asked.train.checkpointing,
     )
     learn, held = hold_out([one.digest for one in ready.lessons], asked.train.holdout, asked.seed)
-    judging = {ready.lessons[row].digest for row in held}
+    judging = {_pair(ready.lessons[row]) for row in held}
     after = range(len(asked.rows), len(asked.rows) + len(asked.keep))
-    keep = [row for row in after if ready.texts.examples[row].digest not in judging]
+    keep = [row for row in after if _pair(ready.texts.examples[row]) not in judging]
     task = Task(
         experts=asked.names,
         texts=ready.texts,
@@ -321,6 +321,11 @@ def train(ready: Ready, work: Path, *, progress: Progress) -> Trained:
     report = Trainer(task, glue, decider, passes).run(progress)
     frozen.check()
     return Trained(ready, glue, decider.router, report, len(keep))
+
+
+def _pair(one: Example) -> tuple[str, str]:
+    """Prompt and answer: behind another answer, a row to keep says nothing of the one that judges."""
+    return one.digest, one.answer
 
 
 def _decider(ready: Ready) -> tuple[Glue, Decider, LatentCard]:

@@ -186,5 +186,5 @@ def _notes(card: LatentCard, trained: Trained, keep: int) -> tuple[str, ...]:
             f"{trained.kept:,} rows to keep: in the last step {away:.4g} nats per token from the primaries alone"
         )
     if keep > trained.kept:
-        lines.append(f"{keep - trained.kept:,} rows to keep have prompts that are held out, and took no part")
+        lines.append(f"{keep - trained.kept:,} rows to keep are held out among the lessons, and took no part")
     return tuple(lines)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -211,6 +212,8 @@ def test_a_row_to_keep_that_judges_takes_no_part(asked: Callable[..., Asked], tm
     none = fitted(asked(keep=(ROWS[held[0]],), train=halves), tmp_path / "none")
     assert none.kept == 0
     assert all(one.keep is None for one in none.report.points)
+    other = replace(ROWS[held[0]], answer=" another")  # which says nothing of the answer that judges
+    assert fitted(asked(keep=(other,), train=halves), tmp_path / "other").kept == 1
 
 
 def test_the_gate_is_not_taught_by_rows_to_keep(asked: Callable[..., Asked], tmp_path: Path) -> None:
