@@ -157,15 +157,22 @@ def foreign(family: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
     return made
 
 
-def test_tokens_in_another_order_change_nothing(roles: Any, foreign: dict[str, Path]) -> None:
-    """The same small models under other token ids: every token is shared, and every answer the same."""
-    same = FusionEngine(str(roles.base), reference=str(roles.reference), experts={"full": str(roles.full)})
+def turned(roles: Any, foreign: dict[str, Path]) -> tuple[FusionEngine, FusionEngine]:
+    """A fusion, and the same with small models under other token ids."""
     other = FusionEngine(
         str(roles.base),
         reference=str(foreign["turned reference"]),
         experts={"full": str(foreign["turned expert"])},
         vocabulary="intersection",
     )
+    return FusionEngine(
+        str(roles.base), reference=str(roles.reference), experts={"full": str(roles.full)}
+    ), other
+
+
+def test_tokens_in_another_order_change_nothing(roles: Any, foreign: dict[str, Path]) -> None:
+    """The same small models under other token ids: every token is shared, and every answer the same."""
+    same, other = turned(roles, foreign)
     requests = [Request(str(at), text, 8, logprobs=True) for at, text in enumerate((TEXT, "a", "1 + 2"))]
     for one, two in zip(same.generate(requests), other.generate(requests), strict=True):
         assert one.text == two.text
@@ -205,13 +212,7 @@ def test_a_small_model_of_single_bytes(roles: Any, foreign: dict[str, Path]) -> 
 
 def test_a_prompt_with_special_tokens_is_scored_as_it_is_read(roles: Any, foreign: dict[str, Path]) -> None:
     """As chats that were rendered before have them."""
-    same = FusionEngine(str(roles.base), reference=str(roles.reference), experts={"full": str(roles.full)})
-    other = FusionEngine(
-        str(roles.base),
-        reference=str(foreign["turned reference"]),
-        experts={"full": str(foreign["turned expert"])},
-        vocabulary="intersection",
-    )
+    same, other = turned(roles, foreign)
     scorings = [Scoring("s", "the </s> quick", " brown fox"), Scoring("t", "<s>a<pad> b", " 1 + 2")]
     for first, second in zip(same.loglikelihood(scorings), other.loglikelihood(scorings), strict=True):
         assert first.logprobs == pytest.approx(second.logprobs, abs=1e-3)
